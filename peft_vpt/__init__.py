@@ -1,0 +1,61 @@
+"""Visual prompt tuning for timm and Hugging Face vision transformers, in place.
+
+>>> import peft_vpt
+>>> sorted(peft_vpt.__all__)[:3]
+['PromptSpec', 'VPTError', 'count_parameters']
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "PromptSpec": "spec",
+    "VPTError": "errors",
+    "count_parameters": "inject",
+    "disable_prompts": "inject",
+    "inject_prompts": "inject",
+    "is_prompted": "inject",
+    "load_task_adapter": "adapters",
+    "remove_prompts": "inject",
+    "save_task_adapter": "adapters",
+    "trainable_parameters": "inject",
+}
+
+__all__ = [
+    "PromptSpec",
+    "VPTError",
+    "count_parameters",
+    "disable_prompts",
+    "inject_prompts",
+    "is_prompted",
+    "load_task_adapter",
+    "remove_prompts",
+    "save_task_adapter",
+    "trainable_parameters",
+]
+
+if TYPE_CHECKING:
+    from .adapters import load_task_adapter, save_task_adapter
+    from .errors import VPTError
+    from .inject import (
+        count_parameters,
+        disable_prompts,
+        inject_prompts,
+        is_prompted,
+        remove_prompts,
+        trainable_parameters,
+    )
+    from .spec import PromptSpec
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use (PEP 562), so that `import peft_vpt` stays light."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,106 @@
+"""Replacing a model's classifier in place, and putting the former one back."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import skip_init
+
+from .anatomy import Head, module_at
+
+
+@dataclass
+class FormerHead:
+    """What a model had before its head was replaced; kept outside the module tree."""
+
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    attributes: dict[str, Any] = field(default_factory=dict)
+    config: Any = None
+
+
+def class_count(host: nn.Module, head: Head) -> int:
+    """Return the number of classes of the head that the model has (0 where it is an identity)."""
+    return int(getattr(module_at(host, head.paths[0]), "out_features", 0))
+
+
+def replace_head(
+    host: nn.Module, head: Head, classes: int, *, width: int, generator: torch.Generator | None
+) -> FormerHead:
+    """Put a new linear head of `classes` outputs into the model; 0 puts an identity there.
+
+    Bias zero, weights normal with standard deviation 0.02, drawn on the generator's device.
+    A transformers host gets its own copy of `config`, since models may share one.
+
+    Args:
+        host: The model.
+        head: Where its head is.
+        classes: Number of outputs.
+        width: Number of input features.
+        generator: Source of randomness; None: torch's global one.
+
+    Returns:
+        What `restore_head` needs.
+    """
+    like = next(p for p in host.parameters() if p.is_floating_point())
+    former = FormerHead()
+    for path in head.paths:
+        old = module_at(host, path)
+        former.modules[path] = old
+        at = next((p for p in old.parameters()), like)
+        new = _linear(width, classes, at, generator) if classes else nn.Identity()
+        _set_module(host, path, new.train(host.training))
+    owner: Any = _owner(host, head.paths[0])
+    for name in ("num_classes", "num_labels"):
+        if isinstance(vars(owner).get(name), int):
+            former.attributes[name] = vars(owner)[name]
+            setattr(owner, name, classes)
+    config = vars(owner).get("config")
+    if config is not None and hasattr(config, "num_labels"):
+        former.config = config
+        owner.config = copy.deepcopy(config)
+        set_labels(owner.config, [f"LABEL_{i}" for i in range(classes)])
+        owner.config.problem_type = None
+    return former
+
+
+def restore_head(host: nn.Module, former: FormerHead) -> None:
+    """Undo `replace_head`; the former head follows the model's device and dtype."""
+    like = next(p for p in host.parameters() if p.is_floating_point())
+    for path, module in former.modules.items():
+        _set_module(host, path, module.to(like.device))
+        owner = _owner(host, path)
+        for name, value in former.attributes.items():
+            setattr(owner, name, value)
+        if former.config is not None:
+            owner.config = former.config
+
+
+def set_labels(config: Any, labels: list[str]) -> None:
+    """Write label names into a transformers config."""
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {label: i for i, label in enumerate(labels)}
+
+
+def _linear(
+    width: int, classes: int, like: torch.Tensor, generator: torch.Generator | None
+) -> nn.Linear:
+    device = generator.device if generator is not None else torch.device("cpu")
+    weight = torch.empty(classes, width, device=device).normal_(0.0, 0.02, generator=generator)
+    layer: nn.Linear = skip_init(nn.Linear, width, classes, device=like.device, dtype=like.dtype)
+    with torch.no_grad():
+        if not layer.weight.is_meta:
+            layer.weight.copy_(weight)
+            layer.bias.zero_()
+    return layer
+
+
+def _owner(host: nn.Module, path: str) -> nn.Module:
+    return module_at(host, path.rpartition(".")[0])
+
+
+def _set_module(host: nn.Module, path: str, module: nn.Module) -> None:
+    setattr(_owner(host, path), path.rpartition(".")[2], module)

@@ -1,0 +1,67 @@
+"""What a backbone says of itself: its names, its preprocessing, its label names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from .anatomy import Encoder, module_at
+
+
+def describe_backbone(host: nn.Module, encoder: Encoder) -> dict[str, Any]:
+    """Return library, architecture, Hub id, revision, widths per stage and depth."""
+    model = module_at(host, encoder.path)
+    widths = encoder.widths
+    names = _timm_names(model) if encoder.library == "timm" else _transformers_names(model)
+    return {
+        "library": encoder.library,
+        **names,
+        "revision": None,
+        "dims": [widths[stage] for stage in sorted(widths)],
+        "depth": encoder.depth,
+    }
+
+
+def _timm_names(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "pretrained_cfg", None) or {}
+    architecture, hub_id = config.get("architecture"), config.get("hf_hub_id")
+    if hub_id and hub_id.endswith("/"):
+        tag = config.get("tag")
+        hub_id += f"{architecture}.{tag}" if tag else str(architecture)
+    return {"architecture": architecture or type(model).__name__, "hub_id": hub_id}
+
+
+def _transformers_names(model: nn.Module) -> dict[str, Any]:
+    name = getattr(model.config, "_name_or_path", "") or None
+    # A local folder is a fact about one machine, not about the backbone.
+    if name and (name.startswith(("/", ".", "~")) or name.count("/") != 1):
+        name = None
+    return {"architecture": type(model).__name__, "hub_id": name}
+
+
+def default_preprocessing(host: nn.Module, encoder: Encoder) -> dict[str, Any] | None:
+    """Return what the backbone's configuration says about its input, or None."""
+    model = module_at(host, encoder.path)
+    config = getattr(model, "pretrained_cfg", None)
+    if encoder.library != "timm" or not config:
+        return None
+    size = getattr(model.patch_embed, "img_size", None) or config["input_size"][1:]
+    return {
+        "size": [int(s) for s in size],
+        "mean": list(config["mean"]),
+        "std": list(config["std"]),
+        "interpolation": config["interpolation"],
+        "crop": config["crop_pct"],
+    }
+
+
+def label_names(host: nn.Module, encoder: Encoder) -> list[str] | None:
+    """Return the label names of a transformers config, or None where it only numbers them."""
+    if encoder.head is None or encoder.library != "transformers":
+        return None
+    owner = module_at(host, encoder.head.paths[0].rpartition(".")[0])
+    names = getattr(getattr(owner, "config", None), "id2label", None) or {}
+    labels = [str(names[i]) for i in sorted(names)]
+    numbered = all(label == f"LABEL_{i}" for i, label in enumerate(labels))
+    return None if numbered else labels

@@ -1,0 +1,77 @@
+"""The backbone's fingerprint: read from the weights, equal across libraries, dtypes and devices."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .backbones.anatomy import Encoder, module_at
+
+Fingerprint = dict[str, Any]
+_TOLERANCE = 1e-6
+# Rounding a weight to fp16 and then to bf16 is not rounding it to bf16: 2.4e-3 on a real ViT-Ti.
+_TOLERANCE_FP16 = 5e-3
+
+
+@torch.no_grad()
+def fingerprint(host: nn.Module, encoder: Encoder) -> Fingerprint | None:
+    """Return sums over the weights that prompts depend on, or None where weights are on `meta`.
+
+    Per block, nine float64 numbers over parameters rounded to bf16: sums of |w|, w^2 and w^4 over
+    vectors, the same over matrices, and sums of w^2 over the rows of queries, keys and values.
+    Then three numbers for the final norm. Embeddings and head are left out.
+
+    Args:
+        host: The model, prompted or not.
+        encoder: Its anatomy.
+    """
+    if any(p.is_meta for p in module_at(host, encoder.path).parameters()):
+        return None
+    first = next(module_at(host, encoder.blocks[0].path).parameters())
+    norm = (
+        () if encoder.norm_weights is None else module_at(host, encoder.norm_weights).parameters()
+    )
+    return {
+        "dtype": str(first.dtype).removeprefix("torch."),
+        "blocks": [_block(host, encoder, index) for index in range(encoder.depth)],
+        "norm": _moments(list(norm)),
+    }
+
+
+def _block(host: nn.Module, encoder: Encoder, index: int) -> list[float]:
+    block = module_at(host, encoder.blocks[index].path)
+    parameters = list(block.parameters())
+    numbers = _moments([p for p in parameters if p.dim() < 2])
+    numbers += _moments([p for p in parameters if p.dim() >= 2])
+    rows = [0.0, 0.0, 0.0]
+    for attention in encoder.blocks[index].attentions:
+        weights = attention.projection.rows(module_at(block, attention.path))
+        rows = [total + _moments([w])[1] for total, w in zip(rows, weights, strict=True)]
+    return numbers + rows
+
+
+def _moments(tensors: list[Tensor]) -> list[float]:
+    """Return the sums of |w|, w^2 and w^4."""
+    totals = [0.0, 0.0, 0.0]
+    for tensor in tensors:
+        squares = tensor.detach().to(torch.bfloat16).to(torch.float64).square_()
+        totals[0] += float(squares.sqrt().sum())
+        totals[1] += float(squares.sum())
+        totals[2] += float(squares.square().sum())
+    return totals
+
+
+def largest_difference(saved: Fingerprint, own: Fingerprint) -> tuple[float, float]:
+    """Return the largest relative difference of two fingerprints, and what is allowed.
+
+    Fingerprints of another shape differ infinitely.
+    """
+    half = "float16" in (saved["dtype"], own["dtype"])
+    allowed = _TOLERANCE_FP16 if half else _TOLERANCE
+    pairs = [*zip(saved["blocks"], own["blocks"], strict=False), (saved["norm"], own["norm"])]
+    if len(saved["blocks"]) != len(own["blocks"]) or any(len(a) != len(b) for a, b in pairs):
+        return float("inf"), allowed
+    numbers = [(x, y) for a, b in pairs for x, y in zip(a, b, strict=True)]
+    return max(abs(x - y) / max(abs(x), abs(y), 1e-30) for x, y in numbers), allowed

@@ -1,0 +1,1 @@
+"""Forms: how prompts meet activations. The only code that attaches to modules."""

@@ -1,0 +1,61 @@
+"""Replacing a module's `forward` on the instance, reversibly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from ..errors import VPTError
+
+
+class ForwardPatch(nn.Module):
+    """Base of the forms: a child of `model.prompts` that stands in front of a module's `forward`.
+
+    The bound method that is put on the instance belongs to a registered module, so a deepcopy or
+    an unpickled model gets its own. What was there before, the class's `forward` or a wrapper that
+    another library put on the instance, is called and, on removal, put back.
+    """
+
+    def __init__(self, target: nn.Module) -> None:
+        super().__init__()
+        # In a tuple, so that torch does not register the host's module a second time.
+        self._target = (target,)
+        self._found: Callable[..., Any] | None = None
+
+    @property
+    def target(self) -> nn.Module:
+        """The module whose `forward` this form stands in front of."""
+        return self._target[0]
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for the target's `forward`."""
+        raise NotImplementedError
+
+    def attach(self) -> None:
+        """Put `run` in front of the target's `forward`."""
+        self._found = vars(self.target).get("forward")
+        self.target.forward = self.run
+
+    def check_on_top(self) -> None:
+        """Raise unless the target's `forward` is still ours, so that it can be taken off."""
+        if vars(self.target).get("forward") != self.run:
+            raise VPTError(
+                f"remove_prompts: another library has wrapped {type(self.target).__name__}."
+                "forward after inject_prompts; take that wrapper off first."
+            )
+
+    def detach(self) -> None:
+        """Put back what `attach` found."""
+        if self._found is None:
+            del self.target.forward
+        else:
+            self.target.forward = self._found
+
+    def original(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the `forward` that was there before."""
+        target = self.target
+        if self._found is None:
+            return type(target).forward(target, *args, **kwargs)
+        return self._found(*args, **kwargs)

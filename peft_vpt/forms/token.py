@@ -1,0 +1,206 @@
+"""The token form: prompts as real tokens, for spans longer than a block, and as the oracle."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones.anatomy import Block, Encoder, module_at
+from .attach import ForwardPatch
+from .softmax import causal_mask, pad_mask
+
+if TYPE_CHECKING:
+    from ..prompts import Prompts
+
+_MASKS = ("attn_mask", "attention_mask")
+_COLLECTOR = "forward_intermediates"
+
+
+class TokenForm(ForwardPatch):
+    """Prompts as tokens behind the model's own, in one block of a span.
+
+    Position among the tokens does not matter to attention; behind them, the model's own keep
+    their slots. The first block of a span appends the prompts, the last one cuts them off.
+    """
+
+    def __init__(
+        self,
+        prompts: Prompts,
+        host: nn.Module,
+        block: Block,
+        *,
+        entry: int,
+        index: int,
+        leaves: bool,
+        reason: str,
+    ) -> None:
+        super().__init__(module_at(host, block.path))
+        self._links = (prompts,)
+        self.entry = entry
+        self.index = index
+        self.leaves = leaves
+        self.reason = reason
+
+    def extra_repr(self) -> str:
+        """Name the block, the form and why it is this one."""
+        return f"block {self.index}, form=token ({self.reason})"
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for the block's `forward`; tokens `(batch, tokens, dim)` come first."""
+        prompts = self._links[0]
+        if prompts.disabled():
+            return self.original(*args, **kwargs)
+        name = None if args else next(iter(kwargs))
+        hidden = args[0] if name is None else kwargs.pop(name)
+        own = hidden.shape[1]
+        if self.index == self.entry:
+            tokens = prompts.tokens(self.entry, hidden.shape[0]).to(hidden)
+            hidden = torch.cat([hidden, tokens.expand(hidden.shape[0], -1, -1)], dim=1)
+        else:
+            own -= prompts.spec.length
+        rest = [_pad(arg, own, prompts.spec.length) for arg in args[1:]]
+        kwargs = _pad_masks(kwargs, own, prompts.spec.length, hidden.device)
+        out = self.original(hidden, *rest, **kwargs)
+        return _first(out, lambda x: x[:, :own]) if self.leaves else out
+
+    def clear_cache(self) -> None:
+        """Do nothing: tokens are never cached."""
+
+
+def _first(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Change a block's output, or the first of its outputs."""
+    return (change(out[0]), *out[1:]) if isinstance(out, tuple) else change(out)
+
+
+def _pad(value: Any, own: int, length: int) -> Any:
+    """Pad an argument if it is a mask over tokens: `(..., tokens or 1, tokens)`."""
+    if isinstance(value, Tensor) and value.dim() >= 2 and value.shape[-1] == own:
+        return pad_mask(value, length, tokens=own, rows=True)
+    return value
+
+
+def _pad_masks(
+    kwargs: dict[str, Any], own: int, length: int, device: torch.device
+) -> dict[str, Any]:
+    kwargs = dict(kwargs)
+    if kwargs.get("is_causal"):
+        kwargs |= {"is_causal": False, "attn_mask": causal_mask(own, own, device)}
+    for name in _MASKS:
+        if isinstance(kwargs.get(name), Tensor):
+            kwargs[name] = pad_mask(kwargs[name], length, tokens=own, rows=True)
+    return kwargs
+
+
+class OutputCut(nn.Module):
+    """Give recorded states the bare model's shapes where prompts are carried through blocks.
+
+    transformers models record every block's output (and attention map); timm's
+    `forward_intermediates` collects them. Inside a long span these hold prompts, behind the
+    model's own tokens; here they are cut off.
+    """
+
+    def __init__(self, prompts: Prompts, host: nn.Module, encoder: Encoder) -> None:
+        super().__init__()
+        self._links: tuple[Prompts, Any] = (prompts, module_at(host, encoder.path))
+        self._prefix = encoder.prefix_tokens
+        self._handles: list[Any] = []
+        self._patched = False
+
+    def attach(self, host: nn.Module, encoder: Encoder) -> None:
+        """Hook the transformers models around the blocks, or patch timm's collector."""
+        if encoder.library == "timm":
+            setattr(self._links[1], _COLLECTOR, self.intermediates)
+            self._patched = True
+            return
+        first = encoder.blocks[0].path.split(".")
+        around = [module_at(host, ".".join(first[:end])) for end in range(len(first))]
+        self._handles = [
+            module.register_forward_hook(self.cut_recorded)
+            for module in around
+            if any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)
+        ]
+
+    def detach(self) -> None:
+        """Take the hooks and the patch off."""
+        for handle in self._handles:
+            handle.remove()
+        if self._patched:
+            delattr(self._links[1], _COLLECTOR)
+
+    def cut_recorded(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook: cut `hidden_states` and `attentions` of a model output or tuple."""
+        recorded = _recorded(output)
+        counts = [x.shape[1] for x in recorded if x.dim() == 3]
+        counts += [x.shape[-2] for x in recorded if x.dim() == 4]
+        last = getattr(output, "last_hidden_state", None)
+        own = min([*counts, *([] if last is None else [last.shape[1]])], default=None)
+        if own is None or self._links[0].disabled():
+            return output
+        if isinstance(output, tuple):
+            return tuple(_cut_group(group, own) for group in output)
+        for name in ("hidden_states", "attentions"):
+            if output.get(name) is not None:
+                output[name] = _cut_group(output[name], own)
+        return output
+
+    def intermediates(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for timm's `forward_intermediates`, with the bare model's shapes."""
+        prompts, model = self._links
+        collect = type(model).forward_intermediates
+        if prompts.disabled():
+            return collect(model, *args, **kwargs)
+        call = inspect.signature(collect).bind(model, *args, **kwargs)
+        call.apply_defaults()
+        options, image = call.arguments, call.arguments["x"]
+        as_maps = options["output_fmt"] == "NCHW"
+        options["output_fmt"] = "NLC"
+        grid = model.patch_embed.dynamic_feat_size(tuple(image.shape[-2:]))
+        out = collect(*call.args, **call.kwargs)
+
+        def cut(tokens: Tensor) -> Tensor:
+            tokens = tokens[:, : grid[0] * grid[1]]
+            if not as_maps:
+                return tokens
+            maps = tokens.reshape(tokens.shape[0], *grid, tokens.shape[-1])
+            return maps.permute(0, 3, 1, 2).contiguous()
+
+        def cut_final(tokens: Tensor) -> Tensor:
+            return tokens[:, : self._prefix + grid[0] * grid[1]]
+
+        if isinstance(out, dict):
+            changed: dict[str, Any] = {
+                "image_intermediates": [cut(x) for x in out["image_intermediates"]]
+            }
+            if "image_features" in out:
+                changed["image_features"] = cut_final(out["image_features"])
+            return out | changed
+        final, collected = (None, out) if options["intermediates_only"] else out
+        collected = [(cut(x[0]), x[1]) if isinstance(x, tuple) else cut(x) for x in collected]
+        return collected if final is None else (cut_final(final), collected)
+
+
+def _recorded(output: Any) -> list[Tensor]:
+    groups = (
+        output
+        if isinstance(output, tuple)
+        else (
+            [output.get("hidden_states"), output.get("attentions")]
+            if hasattr(output, "get")
+            else []
+        )
+    )
+    return [x for g in groups if isinstance(g, tuple) for x in g if isinstance(x, Tensor)]
+
+
+def _cut_group(group: Any, own: int) -> Any:
+    """Cut the queries of maps and the tokens of states; other values pass."""
+    if not isinstance(group, tuple):
+        return group
+    return tuple(
+        (x[..., :own, :] if x.dim() == 4 else x[:, :own]) if isinstance(x, Tensor) else x
+        for x in group
+    )

@@ -1,0 +1,449 @@
+"""The verbs: inject, remove, disable, ask, count."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .backbones import find_encoder
+from .backbones.anatomy import Encoder, first_conv_kernel, module_at
+from .backbones.heads import FormerHead, class_count, replace_head, restore_head
+from .errors import (
+    AlreadyPromptedError,
+    NotPromptedError,
+    SpecError,
+    UnsupportedArchitectureError,
+)
+from .forms.attach import ForwardPatch
+from .forms.kv import KeyValueForm
+from .forms.pooling import Pooling
+from .forms.selfcheck import self_check
+from .forms.token import OutputCut, TokenForm
+from .prompts import Prompts, check_values, initialise, prompt_shapes
+from .spec import PromptSpec
+
+Model = TypeVar("Model", bound=nn.Module)
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
+
+
+class ParameterCount(NamedTuple):
+    """Numbers of parameters."""
+
+    trainable: int
+    total: int
+
+
+def inject_prompts(
+    model: Model,
+    length: int = 50,
+    *,
+    deep: bool = True,
+    layers: Sequence[int] | None = None,
+    location: str = "prepend",
+    sharing: str = "none",
+    init: str | Tensor | Sequence[Tensor] = "xavier",
+    dropout: float | None = None,
+    project: int | None = None,
+    pooling: str = "default",
+    train_prompts: bool = True,
+    form: str = "auto",
+    num_classes: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Model:
+    """Put learnable prompts into a vision transformer, in place, and freeze the rest.
+
+    The same object comes back: class, `forward` signature and the backbone's `state_dict` keys are
+    unchanged. Prompts and head train, nothing else does. All new state lives in `model.prompts`.
+    Everything is checked first; a failed call leaves the model as it was.
+
+    Args:
+        model: A timm or transformers vision transformer, or a model that holds one.
+        length: Prompts per entry, the paper's p.
+        deep: True: own prompts in front of every entry block, dropped behind it (VPT-deep).
+            False: carried up to the next entry or the end of the encoder (VPT-shallow).
+        layers: Strictly ascending block indices in front of which prompts enter. None: all blocks
+            if `deep`, the first one if not.
+        location: "prepend".
+        sharing: "none"; "inter" (one set for all layers); "intra" (one vector repeated);
+            "all" (one vector).
+        init: "xavier" (uniform, bound sqrt(6 / (3 ph pw + dim))), "normal" (std 0.02), "zeros", or
+            values: a tensor `(entries, length, dim)` or a list of `(length, dim)`.
+        dropout: Rate on prompts, one mask per sample. None: 0.1 if `deep`, 0.0 if not.
+        project: Width of the prompts in front of a learned projection that the layers share.
+        pooling: What the head receives: "default", "cls", "image", "prompt" or "global".
+        train_prompts: False keeps prompts fixed, so that only the head trains.
+        form: "auto"; "kv" (extra keys and values, for prompts that stay in one block); "token".
+        num_classes: None trains the head that the model has; n replaces it; 0 removes it.
+        generator: Seeds prompts and head.
+
+    Returns:
+        `model`.
+
+    Raises:
+        SpecError: A wrong option or pair of options.
+        AlreadyPromptedError: The model carries prompts.
+        UnsupportedArchitectureError: Prompts would not be exact in this model.
+
+    Example:
+        >>> import timm
+        >>> from peft_vpt import count_parameters, inject_prompts
+        >>> vit = timm.create_model("vit_tiny_patch16_224", depth=2)
+        >>> model = inject_prompts(vit, length=5, num_classes=10)
+        >>> model is vit, count_parameters(model).trainable
+        (True, 3850)
+
+    Source: Jia et al., "Visual Prompt Tuning", ECCV 2022.
+    """
+    values = None if isinstance(init, str) else init
+    if init == "tensor" and isinstance(init, str):
+        raise SpecError("inject_prompts(init='tensor'): give the tensor itself.")
+    spec = PromptSpec(
+        length=length,
+        deep=deep,
+        layers=None if layers is None else layers,  # type: ignore[arg-type]
+        location=location,
+        sharing=sharing,
+        init=init if isinstance(init, str) else "tensor",
+        dropout=dropout,
+        project=project,
+        pooling=pooling,
+        train_prompts=train_prompts,
+        form=form,
+    )
+    refuse_unfit(model)
+    return inject_spec(
+        model,
+        spec,
+        find_encoder(model),
+        values=values,
+        num_classes=num_classes,
+        generator=generator,
+    )
+
+
+def inject_spec(
+    model: Model,
+    spec: PromptSpec,
+    encoder: Encoder,
+    *,
+    values: Any = None,
+    num_classes: int | None = None,
+    generator: torch.Generator | None = None,
+) -> Model:
+    """Do the work of `inject_prompts` for a spec and an anatomy that are at hand."""
+    spec = spec.resolve(encoder.depth)
+    width = _check_head(model, encoder, spec, num_classes)
+    _check_blocks(encoder, spec)
+    if values is not None:
+        values = check_values(values, prompt_shapes(spec, encoder))
+    prompts = Prompts(spec, encoder, model)
+    _build_forms(prompts, model)
+    checked = [form for form in prompts.forms if isinstance(form, KeyValueForm)]
+    on_meta = any(p.is_meta for p in model.parameters())
+    if not on_meta:
+        self_check(model, encoder, _all_attentions(prompts, model))
+    _place(prompts, model)
+    if not on_meta:
+        kernel = first_conv_kernel(module_at(model, encoder.path))
+        initialise(prompts, kernel, values, generator)
+
+    # From here on the model changes, and nothing may fail.
+    prompts.undo["requires_grad"] = {n: p.requires_grad for n, p in model.named_parameters()}
+    prompts.undo["head"] = None
+    if num_classes is not None and encoder.head is not None:
+        prompts.undo["head"] = replace_head(
+            model, encoder.head, num_classes, width=width, generator=generator
+        )
+    _freeze(model, encoder)
+    model.prompts = prompts
+    _attach(prompts, model)
+    if on_meta:
+        for form in checked:
+            form.check_at_first_forward()
+    _ignore_frozen_on_save(model, prompts)
+    prompts.train(model.training)
+    return model
+
+
+def remove_prompts(model: Model) -> Model:
+    """Take prompts and task head out again; outputs, hooks, gradients flags are as before.
+
+    Raises:
+        NotPromptedError: The model carries no prompts.
+        VPTError: Another library has wrapped a `forward` since; take that wrapper off first.
+    """
+    host, prompts = _host_and_prompts(model, "remove_prompts")
+    outermost = {id(f.target): f for f in prompts.forms if isinstance(f, ForwardPatch)}
+    for form in outermost.values():
+        form.check_on_top()
+    for form in reversed(list(prompts.forms)):
+        form.detach()  # type: ignore[operator]
+    for handle in prompts.undo["handles"]:
+        handle.remove()
+    undo = prompts.undo
+    del host.prompts
+    if isinstance(undo["head"], FormerHead):
+        restore_head(host, undo["head"])
+    for name, parameter in host.named_parameters():
+        parameter.requires_grad_(undo["requires_grad"].get(name, parameter.requires_grad))
+    _restore_attribute(host, "_keys_to_ignore_on_save", undo["ignored"])
+    host.train(host.training)
+    return model
+
+
+def disable_prompts(model: nn.Module) -> AbstractContextManager[None]:
+    """Let the model run without prompts inside a `with` block; the task head stays.
+
+    The choice belongs to the current thread or task, so others may go on with prompts.
+
+    Raises:
+        NotPromptedError: The model carries no prompts.
+    """
+    return _host_and_prompts(model, "disable_prompts")[1].disable()
+
+
+def is_prompted(model: nn.Module) -> bool:
+    """Tell whether a model, or what a wrapper holds, carries prompts."""
+    return isinstance(getattr(unwrap(model), "prompts", None), Prompts)
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return what trains, in the order of `named_parameters`: the head's and `prompts.*`."""
+    return {name: p for name, p in unwrap(model).named_parameters() if p.requires_grad}
+
+
+def count_parameters(model: nn.Module) -> ParameterCount:
+    """Return the numbers of trainable and of all parameters, as `(trainable, total)`."""
+    parameters = list(unwrap(model).parameters())
+    return ParameterCount(
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        total=sum(p.numel() for p in parameters),
+    )
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside DDP, `torch.compile` and similar wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in _WRAPPERS:
+            inner = getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def prompts_of(model: nn.Module, call: str) -> Prompts:
+    """Return `model.prompts` of a model or of what a wrapper holds.
+
+    Raises:
+        NotPromptedError: There are none.
+    """
+    return _host_and_prompts(model, call)[1]
+
+
+def refuse_unfit(model: nn.Module) -> None:
+    """Raise for what can never be a host: a wrapper, a prompted or a parameter-less model."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedArchitectureError(
+            f"inject_prompts: needs a torch.nn.Module, got {type(model).__name__}."
+        )
+    name = type(model).__name__
+    wrapped = any(cls.__name__ in _WRAPPERS for cls in type(model).__mro__)
+    compiled = (
+        hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+    )
+    if wrapped or compiled or isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedArchitectureError(
+            f"inject_prompts: the model is wrapped or compiled already ({name}). "
+            "Inject into the bare model first, then wrap, shard or compile it."
+        )
+    inside = [path for path, module in model.named_modules() if isinstance(module, Prompts)]
+    if inside:
+        raise AlreadyPromptedError(
+            f"inject_prompts: {name} carries prompts already (at {inside[0]!r}). "
+            "Call remove_prompts(model) first."
+        )
+    if hasattr(model, "prompts"):
+        raise UnsupportedArchitectureError(
+            f"inject_prompts: {name} has an attribute `prompts` of its own, the name under which "
+            "prompts are registered. Pass the encoder inside it, or rename the attribute."
+        )
+    if next(model.parameters(), None) is None:
+        raise UnsupportedArchitectureError(
+            f"inject_prompts: {name} has no parameters, so there is nothing to prompt."
+        )
+
+
+def _host_and_prompts(model: nn.Module, call: str) -> tuple[nn.Module, Prompts]:
+    host = unwrap(model)
+    prompts = getattr(host, "prompts", None)
+    if not isinstance(prompts, Prompts):
+        raise NotPromptedError(
+            f"{call}: {type(host).__name__} carries no prompts. Call inject_prompts(model) first."
+        )
+    return host, prompts
+
+
+def _check_head(
+    model: nn.Module, encoder: Encoder, spec: PromptSpec, num_classes: int | None
+) -> int:
+    """Check `num_classes` and `pooling` against the model; return the new head's input width."""
+    head, call = encoder.head, f"inject_prompts(num_classes={num_classes!r})"
+    wrong = isinstance(num_classes, bool) or not isinstance(num_classes, int | None)
+    if wrong or (num_classes is not None and num_classes < 0):
+        raise SpecError(f"{call}: must be None or an integer >= 0.")
+    if head is None and num_classes is not None:
+        raise SpecError(
+            f"{call}: {type(model).__name__} has no classifier to replace, so num_classes can only "
+            "be None. Use the model's image classification class."
+        )
+    if spec.pooling == "default":
+        return 0 if head is None else head.width
+    call = f"inject_prompts(pooling={spec.pooling!r})"
+    if head is None or len(head.paths) > 1:
+        what = "no classifier" if head is None else "two classifiers (distillation)"
+        raise SpecError(
+            f"{call}: {type(model).__name__} has {what}, so pooling can only be default."
+        )
+    if spec.pooling == "cls" and not encoder.has_cls:
+        raise SpecError(f"{call}: the model has no CLS token; use 'image', 'prompt' or 'global'.")
+    if (
+        spec.pooling in ("prompt", "global")
+        and spec.spans(encoder.depth)[-1][1] < encoder.depth - 1
+    ):
+        raise SpecError(
+            f"{call}: no prompts are left behind the last block, since the last span ends with "
+            f"block {spec.spans(encoder.depth)[-1][1]}; let layers reach block {encoder.depth - 1}."
+        )
+    width = encoder.blocks[-1].width
+    present = getattr(module_at(model, head.paths[0]), "in_features", width)
+    if num_classes is None and present != width:
+        raise SpecError(
+            f"{call}: the model's head takes {present} features and this pooling gives {width}; "
+            "set num_classes to get a new head."
+        )
+    return width
+
+
+def _check_blocks(encoder: Encoder, spec: PromptSpec) -> None:
+    """Refuse form='kv' with dropout where a block has several attentions."""
+    several = [b for b in encoder.blocks if len(b.attentions) > 1]
+    if spec.form == "kv" and spec.dropout and several:
+        raise SpecError(
+            f"inject_prompts(form='kv', dropout={spec.dropout}): blocks of this model hold "
+            f"{len(several[0].attentions)} attentions that must share one dropout mask, "
+            "which the kv form cannot give; use form='auto' or dropout=0."
+        )
+
+
+def _build_forms(prompts: Prompts, model: nn.Module) -> None:
+    """Choose the form of every span and append its pieces to `prompts.forms`."""
+    spec, encoder = prompts.spec, prompts.encoder
+    spans = spec.spans(encoder.depth)
+    long = False
+    for span in spans:
+        reason = spec.token_reason(span, last=span is spans[-1])
+        if reason is None and spec.dropout and len(encoder.blocks[span[0]].attentions) > 1:
+            reason = "several attentions of a block share one dropout mask"
+        if reason is None:
+            prompts.forms.extend(_key_value_forms(prompts, model, span[0]))
+            continue
+        stays = span is spans[-1] and spec.pooling in ("prompt", "global")
+        long |= span[0] != span[1] or stays
+        prompts.forms.extend(
+            TokenForm(
+                prompts,
+                model,
+                encoder.blocks[i],
+                entry=span[0],
+                index=i,
+                leaves=i == span[1] and not stays,
+                reason=reason,
+            )
+            for i in range(span[0], span[1] + 1)
+        )
+    if spec.pooling != "default":
+        prompts.forms.append(Pooling(prompts, model, encoder))
+    if long:
+        prompts.forms.append(OutputCut(prompts, model, encoder))
+
+
+def _key_value_forms(prompts: Prompts, model: nn.Module, index: int) -> list[KeyValueForm]:
+    block = prompts.encoder.blocks[index]
+    return [KeyValueForm(prompts, model, block, a, index=index) for a in block.attentions]
+
+
+def _all_attentions(prompts: Prompts, model: nn.Module) -> list[KeyValueForm]:
+    """Return a form for every attention that prompts meet, in whatever form they meet it."""
+    met = {
+        i
+        for enter, leave in prompts.spec.spans(prompts.encoder.depth)
+        for i in range(enter, leave + 1)
+    }
+    return [form for index in sorted(met) for form in _key_value_forms(prompts, model, index)]
+
+
+def _place(prompts: Prompts, model: nn.Module) -> None:
+    """Move prompts to the device and dtype of the first floating parameter of the blocks."""
+    block = module_at(model, prompts.encoder.blocks[0].path)
+    like = next(p for p in block.parameters() if p.is_floating_point())
+    prompts.to(device=like.device, dtype=like.dtype)
+
+
+def _freeze(model: nn.Module, encoder: Encoder) -> None:
+    model.requires_grad_(False)
+    for path in encoder.head.paths if encoder.head is not None else ():
+        module_at(model, path).requires_grad_(True)
+
+
+def _attach(prompts: Prompts, model: nn.Module) -> None:
+    for form in prompts.forms:
+        if isinstance(form, OutputCut):
+            form.attach(model, prompts.encoder)
+        else:
+            form.attach()  # type: ignore[operator]
+    first = prompts.encoder.blocks[prompts.entries[0]].path
+    gate = module_at(model, prompts.encoder.gate or first)
+    prompts.undo["handles"] = [
+        model.register_forward_pre_hook(prompts.refuse_replica),
+        gate.register_forward_pre_hook(prompts.require_input_grad),
+    ]
+
+
+def _ignore_frozen_on_save(model: nn.Module, prompts: Prompts) -> None:
+    """Keep frozen weights out of transformers checkpoints, which then hold what trains."""
+    name = "_keys_to_ignore_on_save"
+    prompts.undo["ignored"] = vars(model).get(name, dataclasses.MISSING)
+    if any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__):
+        frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+        frozen -= {n for n in frozen if n.startswith("prompts.")}
+        buffers = {n for n, _ in model.named_buffers()}
+        setattr(model, name, set(getattr(model, name, None) or ()) | frozen | buffers)
+
+
+def _restore_attribute(model: nn.Module, name: str, value: object) -> None:
+    if value is dataclasses.MISSING:
+        vars(model).pop(name, None)
+    else:
+        setattr(model, name, value)
+
+
+__all__ = [
+    "ParameterCount",
+    "class_count",
+    "count_parameters",
+    "disable_prompts",
+    "inject_prompts",
+    "inject_spec",
+    "is_prompted",
+    "prompts_of",
+    "refuse_unfit",
+    "remove_prompts",
+    "trainable_parameters",
+    "unwrap",
+]

@@ -1,0 +1,270 @@
+"""`model.prompts`: the parameters, how they become tokens, training mode, and what is undone."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import skip_init
+
+from .backbones.anatomy import Encoder, module_at
+from .errors import SpecError, VPTError
+from .spec import PromptSpec, xavier_bound
+
+_DISABLED: ContextVar[frozenset[int]] = ContextVar("peft_vpt_disabled", default=frozenset())
+
+
+class Prompts(nn.Module):
+    """All state that injection adds to a model.
+
+    Parameters are named as in an adapter file: `<block>` `(length, dim)` per entry block, or
+    `shared.<stage>`; `project.<width>` where prompts are projected. `length` is 1 where one vector
+    is repeated.
+
+    Args:
+        spec: Resolved options.
+        encoder: Anatomy of the backbone.
+        host: The model, kept outside the module tree.
+
+    Source: Jia et al. 2022, sections 3.2, 4.3 and A.
+    """
+
+    shared: nn.ParameterDict | None
+    project: nn.ModuleDict | None
+
+    def __init__(self, spec: PromptSpec, encoder: Encoder, host: nn.Module) -> None:
+        super().__init__()
+        self.spec = spec
+        self.encoder = encoder
+        self.info: dict[str, Any] = {}
+        self.undo: dict[str, Any] = {}
+        self._host = (host,)
+        self.entries = [enter for enter, _ in spec.spans(encoder.depth)]
+        self.shared = nn.ParameterDict() if spec.sharing in ("inter", "all") else None
+        self.project = nn.ModuleDict() if spec.project else None
+        for name, shape in prompt_shapes(spec, encoder).items():
+            self._register(name, torch.empty(shape))
+        for width in sorted(set(encoder.widths.values())) if spec.project else ():
+            assert self.project is not None
+            assert spec.project is not None
+            self.project[str(width)] = skip_init(nn.Linear, spec.project, width)
+        self.forms = nn.ModuleList()
+
+    def _register(self, name: str, values: Tensor) -> None:
+        parameter = nn.Parameter(values, requires_grad=self.spec.train_prompts)
+        if self.shared is None:
+            self.register_parameter(name, parameter)
+        else:
+            self.shared[name.removeprefix("shared.")] = parameter
+
+    def stored(self, entry: int) -> nn.Parameter:
+        """Return the parameter behind an entry block: `(length or 1, dim or project)`."""
+        if self.shared is None:
+            return self.get_parameter(str(entry))
+        parameter: nn.Parameter = self.shared[str(self.encoder.blocks[entry].stage)]
+        return parameter
+
+    def sources(self, entry: int) -> list[Tensor]:
+        """Return every tensor that an entry's tokens are made from."""
+        project = [] if self.project is None else [*self._projection(entry).parameters()]
+        return [self.stored(entry), *project]
+
+    def tokens(self, entry: int, batch: int) -> Tensor:
+        """Return an entry's prompts, `(1, length, dim)`; `(batch, length, dim)` under dropout.
+
+        Order: projection, expansion to the batch, dropout with one mask per sample.
+
+        Source: Jia et al. 2022, section 3.2; dropout of Table 6.
+        """
+        tokens: Tensor = self.stored(entry)
+        if self.project is not None:
+            tokens = self._projection(entry)(tokens)
+        tokens = tokens.expand(self.spec.length, -1).unsqueeze(0)
+        if self.training and self.spec.dropout:
+            tokens = F.dropout(tokens.expand(batch, -1, -1), self.spec.dropout, training=True)
+        return tokens
+
+    def _projection(self, entry: int) -> nn.Module:
+        assert self.project is not None
+        return self.project[str(self.encoder.blocks[entry].width)]
+
+    def disabled(self) -> bool:
+        """Tell whether `disable_prompts` is in force here, in this thread or task."""
+        return id(self) in _DISABLED.get()
+
+    @contextmanager
+    def disable(self) -> Iterator[None]:
+        """Let the model run without prompts inside the `with` block."""
+        token = _DISABLED.set(_DISABLED.get() | {id(self)})
+        try:
+            yield
+        finally:
+            _DISABLED.reset(token)
+
+    def clear_cache(self) -> None:
+        """Forget cached keys and values; needed only after an edit through `.data`."""
+        for form in self.forms:
+            clear = getattr(form, "clear_cache", None)
+            if clear is not None:
+                clear()
+
+    def train(self, mode: bool = True) -> Prompts:
+        """Set the mode, and put every module of the host that trains nothing of its own into eval.
+
+        Runs last in the host's own `train()`, so a plain `model.train()` in any loop leaves the
+        frozen backbone without dropout and with fixed statistics. The host itself keeps the mode
+        it was given, and so does a layer that is checkpointing, or it would stop recomputing.
+        """
+        super().train(mode)
+        self.clear_cache()
+        if not mode:
+            return self
+        host = self._host[0]
+        own = {id(module) for module in (host, *self.modules(), *self._head_modules())}
+        for module in host.modules():
+            trains = any(p.requires_grad for p in module.parameters(recurse=False))
+            if id(module) not in own and not trains and not _is_checkpointing(module):
+                module.training = False
+        return self
+
+    def _head_modules(self) -> Iterator[nn.Module]:
+        for path in self.encoder.head.paths if self.encoder.head else ():
+            yield from module_at(self._host[0], path).modules()
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Prompts:
+        self.clear_cache()
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.clear_cache()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def refuse_replica(self, host: nn.Module, args: Any) -> None:
+        """Forward pre-hook of the host: raise in a `DataParallel` replica.
+
+        A replica's modules still point to the original's prompts, so gradients would be lost.
+        """
+        if getattr(host, "_is_replica", False):
+            raise VPTError(
+                "a prompted model cannot run under torch.nn.DataParallel: its replicas lose the "
+                "gradients of the prompts. Use DistributedDataParallel with torchrun."
+            )
+
+    def require_input_grad(
+        self, module: nn.Module, args: tuple[Any, ...]
+    ) -> tuple[Any, ...] | None:
+        """Forward pre-hook in front of the first prompted block, for reentrant checkpointing.
+
+        A reentrant checkpoint whose inputs need no gradient cuts the graph, and prompts inside it
+        would get no gradient and no error.
+        """
+        host = self._host[0]
+        if not torch.is_grad_enabled() or not self.reentrant(module_at(host, self.encoder.path)):
+            return None
+        hidden = args[0]
+        if hidden.requires_grad:
+            return None
+        return (hidden.detach().requires_grad_(), *args[1:])
+
+    def reentrant(self, encoder: nn.Module) -> bool:
+        """Tell whether the encoder's blocks run under reentrant gradient checkpointing."""
+        if self.encoder.library == "timm":
+            layers = sys.modules.get("timm.layers")
+            use = getattr(layers, "use_reentrant_ckpt", lambda: False)
+            return bool(getattr(encoder, "grad_checkpointing", False) and use())
+        block = module_at(self._host[0], self.encoder.blocks[self.entries[0]].path)
+        function = getattr(block, "_gradient_checkpointing_func", None)
+        if not getattr(block, "gradient_checkpointing", False) or function is None:
+            return False
+        return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+
+    def extra_repr(self) -> str:
+        """Say how many prompts enter where, and how many parameters that makes."""
+        spec, count = self.spec, sum(p.numel() for p in self.parameters())
+        kind = "deep" if spec.deep else "shallow"
+        return f"{kind}, length={spec.length}, entries={self.entries}, parameters={count:,}"
+
+
+def prompt_shapes(spec: PromptSpec, encoder: Encoder) -> dict[str, tuple[int, int]]:
+    """Return the shape `(length or 1, dim or project)` of every stored prompt by its name."""
+    length = 1 if spec.sharing in ("intra", "all") else spec.length
+    entries = [enter for enter, _ in spec.spans(encoder.depth)]
+    if spec.sharing in ("inter", "all"):
+        stages = sorted({encoder.blocks[entry].stage for entry in entries})
+        return {f"shared.{s}": (length, spec.project or encoder.widths[s]) for s in stages}
+    return {str(e): (length, spec.project or encoder.blocks[e].width) for e in entries}
+
+
+def _is_checkpointing(module: nn.Module) -> bool:
+    return bool(getattr(module, "gradient_checkpointing", False))
+
+
+@torch.no_grad()
+def initialise(
+    prompts: Prompts,
+    patch: tuple[int, int],
+    values: Tensor | list[Tensor] | None,
+    generator: torch.Generator | None,
+) -> None:
+    """Fill prompts and projection with their first values.
+
+    Draws are made on the generator's device (the CPU without one) in float32, so a seed gives the
+    same values on every device.
+
+    Args:
+        prompts: On any device.
+        patch: Kernel of the patch or stem convolution, for the xavier bound.
+        values: One tensor per stored prompt, or a stacked one, for init="tensor".
+        generator: Source of randomness; None: torch's global one.
+
+    Source: bound of Jia et al. 2022, section A.1; projection kaiming normal, fan out.
+    """
+    stored = [p for name, p in prompts.named_parameters() if not name.startswith("project.")]
+    device = generator.device if generator is not None else torch.device("cpu")
+    first_width = prompts.encoder.blocks[0].width
+    bound = xavier_bound(patch, prompts.spec.project or first_width)
+    for i, parameter in enumerate(stored):
+        drawn = torch.zeros(parameter.shape, dtype=torch.float32, device=device)
+        if values is not None:
+            drawn = values[i].float() if parameter.dtype != torch.float64 else values[i]
+        elif prompts.spec.init == "xavier":
+            drawn.uniform_(-bound, bound, generator=generator)
+        elif prompts.spec.init == "normal":
+            drawn.normal_(0.0, 0.02, generator=generator)
+        parameter.copy_(drawn)
+    for layer in prompts.project.values() if prompts.project is not None else ():
+        assert isinstance(layer, nn.Linear)
+        std = math.sqrt(2.0 / layer.weight.shape[0])
+        drawn = torch.empty(layer.weight.shape, device=device).normal_(0, std, generator=generator)
+        layer.weight.copy_(drawn)
+        layer.bias.zero_()
+
+
+def check_values(values: Tensor | list[Tensor], shapes: dict[str, tuple[int, int]]) -> list[Tensor]:
+    """Return initial values as one tensor per stored prompt.
+
+    Raises:
+        SpecError: Another number of tensors, a wrong shape or type, or a value that is not finite.
+    """
+    given = list(values)
+    fits = len(given) == len(shapes) and all(
+        isinstance(v, Tensor) and tuple(v.shape) == shape and v.is_floating_point()
+        for v, shape in zip(given, shapes.values(), strict=False)
+    )
+    if not fits:
+        got = [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in given]
+        raise SpecError(
+            f"inject_prompts(init=...): needs {len(shapes)} floating point tensors of the shapes "
+            f"{list(shapes.values())} (or one tensor that stacks them), got {got}."
+        )
+    if not all(bool(torch.isfinite(v).all()) for v in given):
+        raise SpecError("inject_prompts(init=...): holds values that are not finite.")
+    return given

@@ -1,0 +1,208 @@
+"""What prompts are: `PromptSpec`, the options of `inject_prompts` as a frozen value."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from .errors import SpecError
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "location": ("prepend", "add", "prepend-pixel", "concat-channel", "pad"),
+    "sharing": ("none", "inter", "intra", "all"),
+    "init": ("xavier", "normal", "zeros", "tensor"),
+    "pooling": ("default", "cls", "image", "prompt", "global"),
+    "form": ("auto", "kv", "token"),
+}
+_LOCATIONS_BUILT = ("prepend",)
+
+
+@dataclass(frozen=True)
+class PromptSpec:
+    """The options of a set of prompts; equal specs on equal backbones give equal shapes.
+
+    `None` stands for a default that depends on the model or on another field; `resolve` fills it
+    in. `model.prompts.spec` and an adapter file always hold the resolved spec.
+
+    Args:
+        length: Prompts per entry, the paper's p.
+        deep: True: prompts act on their entry block only. False: they flow on to the next entry,
+            or to the end of the encoder.
+        layers: Strictly ascending block indices in front of which prompts enter. None: all blocks
+            if `deep`, the first one if not.
+        location: Where prompts meet the input. Only "prepend" so far.
+        sharing: "none"; "inter" (one set for all layers of a stage); "intra" (one vector, repeated
+            `length` times); "all" (one vector per stage).
+        init: "xavier", "normal" or "zeros"; "tensor" where the values came from the caller.
+        dropout: Rate of the per-sample dropout on prompts. None: 0.1 if `deep`, 0.0 if not.
+        project: Width of the prompts in front of a learned shared projection, or None.
+        pooling: What the head receives: "default" (what the model does), "cls", "image", "prompt"
+            or "global" (all but prefix tokens).
+        train_prompts: False keeps the prompts fixed (a control).
+        form: "auto", "kv" or "token".
+
+    Source: Jia et al., ECCV 2022, sections 3.2 (shallow, deep), 4.3 and A (ablations).
+    """
+
+    length: int = 50
+    deep: bool = True
+    layers: tuple[int, ...] | None = None
+    location: str = "prepend"
+    sharing: str = "none"
+    init: str = "xavier"
+    dropout: float | None = None
+    project: int | None = None
+    pooling: str = "default"
+    train_prompts: bool = True
+    form: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Check every field for itself; pairs that need the model are checked by `resolve`."""
+        _set(self, "length", _count("length", self.length))
+        for name in ("deep", "train_prompts"):
+            if not isinstance(getattr(self, name), bool):
+                raise _wrong(name, getattr(self, name), "must be True or False")
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise _wrong(name, getattr(self, name), f"must be one of {', '.join(allowed)}")
+        if self.location not in _LOCATIONS_BUILT:
+            raise _wrong("location", self.location, "is not built yet; use location='prepend'")
+        if self.layers is not None:
+            _set(self, "layers", _ascending(self.layers))
+        if self.dropout is not None:
+            _set(self, "dropout", _rate(self.dropout))
+        if self.project is not None:
+            _set(self, "project", _count("project", self.project))
+
+    def resolve(self, depth: int) -> PromptSpec:
+        """Return the spec with every None that depends on the model filled in.
+
+        Args:
+            depth: Number of transformer blocks of the encoder.
+
+        Raises:
+            SpecError: A layer outside the model, or a pair of options that excludes itself.
+        """
+        layers = self.layers
+        if layers is None:
+            layers = tuple(range(depth)) if self.deep else (0,)
+        if layers[-1] >= depth:
+            raise _wrong(
+                "layers", layers, f"reach outside the model, whose blocks are 0 to {depth - 1}"
+            )
+        dropout = (0.1 if self.deep else 0.0) if self.dropout is None else self.dropout
+        spec = dataclasses.replace(self, layers=layers, dropout=dropout)
+        spec._check_form(depth)
+        return spec
+
+    def spans(self, depth: int) -> list[tuple[int, int]]:
+        """Return where prompts enter and leave: one `(enter, leave)` per entry, both inclusive.
+
+        Prompts enter the token sequence in front of block `enter` and leave it behind block
+        `leave`. This is the only place that reads `deep` and `layers`.
+        """
+        layers = self.resolve(depth).layers if self.layers is None else self.layers
+        assert layers is not None
+        if self.deep:
+            return [(layer, layer) for layer in layers]
+        ends = [layer - 1 for layer in layers[1:]] + [depth - 1]
+        return list(zip(layers, ends, strict=True))
+
+    def token_reason(self, span: tuple[int, int], last: bool) -> str | None:
+        """Return why a span needs real tokens, or None where extra keys and values are enough."""
+        if self.form == "token":
+            return "form='token'"
+        if span[0] != span[1]:
+            return "prompts are carried through several blocks"
+        if last and self.pooling in ("prompt", "global"):
+            return f"pooling='{self.pooling}' reads what the block computes for its prompts"
+        return None
+
+    def _check_form(self, depth: int) -> None:
+        if self.form != "kv":
+            return
+        spans = self.spans(depth)
+        for span in spans:
+            reason = self.token_reason(span, last=span is spans[-1])
+            if reason:
+                raise _wrong(
+                    "form",
+                    "kv",
+                    f"cannot serve blocks {span[0]} to {span[1]}: {reason}; use 'auto'",
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the spec as plain JSON values."""
+        values = dataclasses.asdict(self)
+        return values | {"layers": None if self.layers is None else list(self.layers)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PromptSpec:
+        """Build a spec from `to_dict` values.
+
+        Raises:
+            SpecError: An unknown or missing field, or a wrong value.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if not isinstance(values, Mapping) or set(values) != names:
+            given = sorted(values) if isinstance(values, Mapping) else type(values).__name__
+            raise SpecError(f"PromptSpec.from_dict: needs the fields {sorted(names)}, got {given}.")
+        return cls(**values)
+
+
+def _set(spec: PromptSpec, name: str, value: object) -> None:
+    object.__setattr__(spec, name, value)
+
+
+def _wrong(name: str, value: object, what: str) -> SpecError:
+    return SpecError(f"inject_prompts({name}={value!r}): {name} {what}.")
+
+
+def _count(name: str, value: object) -> int:
+    problem = _wrong(name, value, f"must be an integer >= 1, got {value!r}")
+    if isinstance(value, bool):
+        raise problem
+    try:
+        number = operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise problem from None
+    if number < 1:
+        raise problem
+    return number
+
+
+def _rate(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+        raise _wrong("dropout", value, "must be a number from 0 up to, not including, 1")
+    return float(value)
+
+
+def _ascending(layers: object) -> tuple[int, ...]:
+    problem = _wrong("layers", layers, "must be block indices, each >= 0, in strictly rising order")
+    if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise problem
+    try:
+        indices = tuple(operator.index(layer) for layer in layers)
+    except TypeError:
+        raise problem from None
+    rising = all(a < b for a, b in pairwise(indices))
+    if not indices or indices[0] < 0 or not rising:
+        raise problem
+    return indices
+
+
+def xavier_bound(patch: tuple[int, int], dim: int) -> float:
+    """Return the bound of the uniform initialisation, sqrt(6 / (3 ph pw + dim)).
+
+    Args:
+        patch: Kernel `(height, width)` in pixels of the patch or stem convolution.
+        dim: Width of the prompts.
+
+    Source: Jia et al. 2022, section A.1 (the initialisation of the patch projection).
+    """
+    return math.sqrt(6.0 / (3 * patch[0] * patch[1] + dim))

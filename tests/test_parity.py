@@ -1,0 +1,192 @@
+"""Exactness: every family, form and option against the naive loop of `reference.py`, in float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import reference
+import torch
+from torch import Tensor, nn
+from zoo import NAMES, build, image, logits
+
+from peft_vpt import PromptSpec, inject_prompts, trainable_parameters
+from peft_vpt.errors import SpecError
+
+LENGTH = 3
+DEPTH = 3
+# Same numbers in another order of summation: a few thousand roundings of 1e-16 each.
+TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
+SCHEDULES: list[dict[str, Any]] = [
+    {"deep": True},
+    {"deep": False},
+    {"deep": False, "layers": (0, 1, 2)},
+    {"deep": False, "layers": (0, 2)},
+    {"deep": True, "layers": (0, 1)},
+    {"deep": True, "layers": (2,)},
+    {"deep": False, "layers": (1,)},
+]
+SPANS = [
+    [(0, 0), (1, 1), (2, 2)],
+    [(0, 2)],
+    [(0, 0), (1, 1), (2, 2)],
+    [(0, 1), (2, 2)],
+    [(0, 0), (1, 1)],
+    [(2, 2)],
+    [(1, 2)],
+]
+
+
+def run(model: nn.Module, pixels: Tensor) -> Tensor:
+    if type(model).__name__ == "ViTMAEModel":
+        return logits(model(pixels, noise=reference.mae_noise(pixels)))
+    return logits(model(pixels))
+
+
+def expand(stored: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if weight is not None:
+        stored = stored @ weight.T + bias
+    return stored.expand(LENGTH, -1)
+
+
+def oracle(
+    bare: nn.Module,
+    model: nn.Module,
+    spans: list[tuple[int, int]],
+    spec: PromptSpec,
+    pixels: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Run the naive loop with leaf copies of the model's prompts and head."""
+    leaves = {
+        n: p.detach().clone().requires_grad_() for n, p in trainable_parameters(model).items()
+    }
+    bare.requires_grad_(False)
+    owners = {}
+    for name, leaf in leaves.items():
+        if not name.startswith("prompts."):
+            owner, _, last = name.rpartition(".")
+            module = bare.get_submodule(owner)
+            delattr(module, last)
+            setattr(module, last, leaf)
+            owners[name] = leaf
+    weight = leaves.get("prompts.project.32.weight")
+    bias = leaves.get("prompts.project.32.bias")
+    shared = spec.sharing in ("inter", "all")
+    prompts = {
+        enter: expand(leaves["prompts.shared.0" if shared else f"prompts.{enter}"], weight, bias)
+        for enter, _ in spans
+    }
+    out = reference.predict(
+        bare, pixels, prompts, spans, pooling=spec.pooling, dropout=spec.dropout or 0.0
+    )
+    return out, leaves
+
+
+def compare(
+    name: str,
+    spans: list[tuple[int, int]],
+    *,
+    training: bool = False,
+    tolerance: dict[str, float] = TOLERANCE,
+    attention: str | None = None,
+    **options: Any,
+) -> nn.Module:
+    """Inject, run, and compare logits and every gradient with the oracle."""
+    bare = build(name)
+    if attention is not None:
+        bare.set_attn_implementation(attention)
+    model = copy.deepcopy(bare)
+    pixels = image()
+    plain = run(model, pixels)
+    options = {"dropout": 0.0} | options
+    inject_prompts(model, LENGTH, generator=torch.Generator().manual_seed(1), **options)
+    model.train(training)
+    torch.manual_seed(5)
+    ours = run(model, pixels)
+    torch.manual_seed(5)
+    theirs, leaves = oracle(bare, model, spans, model.prompts.spec, pixels)
+    torch.testing.assert_close(ours, theirs, **tolerance)
+    assert (ours - plain).abs().max() > 1e-4 * plain.abs().max(), "prompts have no effect"
+    weights = torch.linspace(0.5, 1.5, ours.numel(), dtype=ours.dtype).reshape(ours.shape)
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    for parameter_name, parameter in trainable_parameters(model).items():
+        grad = parameter.grad
+        assert grad is not None, parameter_name
+        assert grad.abs().max() > 0, parameter_name
+        scale = float(grad.abs().max())
+        torch.testing.assert_close(
+            grad,
+            leaves[parameter_name].grad,
+            rtol=tolerance["rtol"],
+            atol=tolerance["rtol"] * scale,
+            msg=lambda text, n=parameter_name: f"{n}: {text}",
+        )
+    return model
+
+
+@pytest.mark.parametrize("form", ["auto", "token"])
+@pytest.mark.parametrize(("schedule", "spans"), list(zip(SCHEDULES, SPANS, strict=True)), ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_every_family_and_schedule(
+    name: str, schedule: dict[str, Any], spans: list[tuple[int, int]], form: str
+) -> None:
+    compare(name, spans, form=form, **schedule)
+
+
+@pytest.mark.parametrize("project", [None, 7])
+@pytest.mark.parametrize("sharing", ["none", "inter", "intra", "all"])
+@pytest.mark.parametrize("form", ["kv", "token"])
+@pytest.mark.parametrize("name", ["timm/cls", "timm/map", "transformers/dinov2"])
+def test_sharing_and_projection(name: str, form: str, sharing: str, project: int | None) -> None:
+    compare(name, SPANS[0], form=form, sharing=sharing, project=project)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "image", "prompt", "global"])
+@pytest.mark.parametrize(
+    ("schedule", "spans"), list(zip(SCHEDULES[:4], SPANS[:4], strict=True)), ids=str
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_pooling(
+    name: str, schedule: dict[str, Any], spans: list[tuple[int, int]], pooling: str
+) -> None:
+    if any(part in name for part in ("distilled", "model")):
+        pytest.skip("no single classifier: refused, see test_bad_input.py")
+    without_cls = name in ("timm/gap", "timm/gap-norm-before", "timm/map", "transformers/siglip")
+    wide = "dinov2" in name
+    if without_cls and pooling == "cls":
+        with pytest.raises(SpecError, match="no CLS token"):
+            compare(name, spans, pooling=pooling, **schedule)
+    elif wide:
+        with pytest.raises(SpecError, match="set num_classes"):
+            compare(name, spans, pooling=pooling, **schedule)
+    else:
+        compare(name, spans, pooling=pooling, **schedule)
+
+
+@pytest.mark.parametrize("form", ["auto", "token"])
+@pytest.mark.parametrize(
+    ("schedule", "spans"), list(zip(SCHEDULES[:4], SPANS[:4], strict=True)), ids=str
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_dropout_with_the_same_masks(
+    name: str, schedule: dict[str, Any], spans: list[tuple[int, int]], form: str
+) -> None:
+    compare(name, spans, training=True, dropout=0.4, form=form, **schedule)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("transformers/")])
+def test_eager_attention(name: str) -> None:
+    # The softmax of transformers' eager attention is float32 inside.
+    compare(name, SPANS[0], attention="eager", tolerance={"rtol": 1e-5, "atol": 1e-5})
+
+
+@pytest.mark.parametrize(
+    "name", ["timm/cls", "timm/qk-norm", "timm/parallel-scaling", "timm/parallel-things"]
+)
+def test_unfused_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = pytest.importorskip("timm.layers.config")
+    monkeypatch.setattr(config, "_USE_FUSED_ATTN", 0)
+    model = compare(name, SPANS[0])
+    assert not any(m.fused_attn for m in model.modules() if hasattr(m, "fused_attn"))
