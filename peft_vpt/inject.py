@@ -19,7 +19,7 @@ from .errors import (
     SpecError,
     UnsupportedArchitectureError,
 )
-from .forms.attach import ForwardPatch
+from .forms.attach import Form, ForwardPatch
 from .forms.kv import KeyValueForm
 from .forms.pooling import Pooling
 from .forms.selfcheck import self_check
@@ -181,8 +181,8 @@ def remove_prompts(model: Model) -> Model:
     outermost = {id(f.target): f for f in prompts.forms if isinstance(f, ForwardPatch)}
     for form in outermost.values():
         form.check_on_top()
-    for form in reversed(list(prompts.forms)):
-        form.detach()  # type: ignore[operator]
+    for part in reversed(_parts(prompts)):
+        part.detach()
     for handle in prompts.undo["handles"]:
         handle.remove()
     undo = prompts.undo
@@ -388,6 +388,10 @@ def _all_attentions(prompts: Prompts, model: nn.Module) -> list[KeyValueForm]:
     return [form for index in sorted(met) for form in _key_value_forms(prompts, model, index)]
 
 
+def _parts(prompts: Prompts) -> list[Form]:
+    return [form for form in prompts.forms if isinstance(form, Form)]
+
+
 def _place(prompts: Prompts, model: nn.Module) -> None:
     """Move prompts to the device and dtype of the first floating parameter of the blocks."""
     block = module_at(model, prompts.encoder.blocks[0].path)
@@ -402,11 +406,8 @@ def _freeze(model: nn.Module, encoder: Encoder) -> None:
 
 
 def _attach(prompts: Prompts, model: nn.Module) -> None:
-    for form in prompts.forms:
-        if isinstance(form, OutputCut):
-            form.attach(model, prompts.encoder)
-        else:
-            form.attach()  # type: ignore[operator]
+    for part in _parts(prompts):
+        part.attach()
     first = prompts.encoder.blocks[prompts.entries[0]].path
     gate = module_at(model, prompts.encoder.gate or first)
     prompts.undo["handles"] = [

@@ -21,6 +21,15 @@ from .spec import PromptSpec, xavier_bound
 _DISABLED: ContextVar[frozenset[int]] = ContextVar("peft_vpt_disabled", default=frozenset())
 
 
+class SharedPrompts(nn.Module):
+    """One parameter per stage, for prompts that the layers of a stage share."""
+
+    def forward(self, stage: int) -> Tensor:
+        """Return the parameter of a stage: `(length or 1, dim or project)`."""
+        parameter: Tensor = getattr(self, str(stage))
+        return parameter
+
+
 class Prompts(nn.Module):
     """All state that injection adds to a model.
 
@@ -36,7 +45,7 @@ class Prompts(nn.Module):
     Source: Jia et al. 2022, sections 3.2, 4.3 and A.
     """
 
-    shared: nn.ParameterDict | None
+    shared: SharedPrompts | None
     project: nn.ModuleDict | None
 
     def __init__(self, spec: PromptSpec, encoder: Encoder, host: nn.Module) -> None:
@@ -47,14 +56,16 @@ class Prompts(nn.Module):
         self.undo: dict[str, Any] = {}
         self._host = (host,)
         self.entries = [enter for enter, _ in spec.spans(encoder.depth)]
-        self.shared = nn.ParameterDict() if spec.sharing in ("inter", "all") else None
+        self.shared = SharedPrompts() if spec.sharing in ("inter", "all") else None
         self.project = nn.ModuleDict() if spec.project else None
         for name, shape in prompt_shapes(spec, encoder).items():
             self._register(name, torch.empty(shape))
         for width in sorted(set(encoder.widths.values())) if spec.project else ():
             assert self.project is not None
             assert spec.project is not None
-            self.project[str(width)] = skip_init(nn.Linear, spec.project, width)
+            self.project[str(width)] = skip_init(  # type: ignore[no-untyped-call]
+                nn.Linear, spec.project, width
+            )
         self.forms = nn.ModuleList()
 
     def _register(self, name: str, values: Tensor) -> None:
@@ -62,13 +73,14 @@ class Prompts(nn.Module):
         if self.shared is None:
             self.register_parameter(name, parameter)
         else:
-            self.shared[name.removeprefix("shared.")] = parameter
+            self.shared.register_parameter(name.removeprefix("shared."), parameter)
 
-    def stored(self, entry: int) -> nn.Parameter:
+    def stored(self, entry: int) -> Tensor:
         """Return the parameter behind an entry block: `(length or 1, dim or project)`."""
-        if self.shared is None:
-            return self.get_parameter(str(entry))
-        parameter: nn.Parameter = self.shared[str(self.encoder.blocks[entry].stage)]
+        if self.shared is not None:
+            shared: Tensor = self.shared(self.encoder.blocks[entry].stage)
+            return shared
+        parameter: Tensor = getattr(self, str(entry))
         return parameter
 
     def sources(self, entry: int) -> list[Tensor]:
@@ -76,14 +88,19 @@ class Prompts(nn.Module):
         project = [] if self.project is None else [*self._projection(entry).parameters()]
         return [self.stored(entry), *project]
 
-    def tokens(self, entry: int, batch: int) -> Tensor:
+    def forward(self, entry: int, batch: int) -> Tensor:
         """Return an entry's prompts, `(1, length, dim)`; `(batch, length, dim)` under dropout.
+
+        A call of the module, so that whatever offloads or shards its parameters brings them.
 
         Order: projection, expansion to the batch, dropout with one mask per sample.
 
         Source: Jia et al. 2022, section 3.2; dropout of Table 6.
         """
-        tokens: Tensor = self.stored(entry)
+        tokens = self.stored(entry)
+        if not torch.is_grad_enabled():
+            # A view of a parameter says requires_grad even now, which trips module trackers.
+            tokens = tokens.detach()
         if self.project is not None:
             tokens = self._projection(entry)(tokens)
         tokens = tokens.expand(self.spec.length, -1).unsqueeze(0)

@@ -90,7 +90,8 @@ def _linear(
 ) -> nn.Linear:
     device = generator.device if generator is not None else torch.device("cpu")
     weight = torch.empty(classes, width, device=device).normal_(0.0, 0.02, generator=generator)
-    layer: nn.Linear = skip_init(nn.Linear, width, classes, device=like.device, dtype=like.dtype)
+    make: Any = skip_init
+    layer: nn.Linear = make(nn.Linear, width, classes, device=like.device, dtype=like.dtype)
     with torch.no_grad():
         if not layer.weight.is_meta:
             layer.weight.copy_(weight)

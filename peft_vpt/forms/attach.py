@@ -10,7 +10,22 @@ from torch import nn
 from ..errors import VPTError
 
 
-class ForwardPatch(nn.Module):
+class Form(nn.Module):
+    """A child of `model.prompts` that attaches to modules of the host and comes off again."""
+
+    def attach(self) -> None:
+        """Attach; nothing may fail here."""
+        raise NotImplementedError
+
+    def detach(self) -> None:
+        """Leave no trace."""
+        raise NotImplementedError
+
+    def clear_cache(self) -> None:
+        """Forget what was computed from the prompts; most forms keep nothing."""
+
+
+class ForwardPatch(Form):
     """Base of the forms: a child of `model.prompts` that stands in front of a module's `forward`.
 
     The bound method that is put on the instance belongs to a registered module, so a deepcopy or

@@ -89,10 +89,10 @@ class KeyValueForm(ForwardPatch):
         """
         prompts = self._links[0]
         if not self._may_cache():
-            return self._project(prompts.tokens(self.index, hidden.shape[0]), hidden.device)
+            return self._project(prompts(self.index, hidden.shape[0]), hidden.device)
         key = self._cache_key(hidden)
         if self._cache is None or not _same(self._cache[0], key):
-            pair = self._project(prompts.tokens(self.index, hidden.shape[0]), hidden.device)
+            pair = self._project(prompts(self.index, hidden.shape[0]), hidden.device)
             self._cache = (key, pair)
         return self._cache[1]
 

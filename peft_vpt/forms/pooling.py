@@ -96,6 +96,3 @@ class Pooling(ForwardPatch):
         kept = _TOKENS.get()
         _TOKENS.set(None)
         return kept[1] if kept and kept[0] == id(self) else None
-
-    def clear_cache(self) -> None:
-        """Do nothing."""

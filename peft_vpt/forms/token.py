@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.anatomy import Block, Encoder, module_at
-from .attach import ForwardPatch
+from .attach import Form, ForwardPatch
 from .softmax import causal_mask, pad_mask
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class TokenForm(ForwardPatch):
         hidden = args[0] if name is None else kwargs.pop(name)
         own = hidden.shape[1]
         if self.index == self.entry:
-            tokens = prompts.tokens(self.entry, hidden.shape[0]).to(hidden)
+            tokens = prompts(self.entry, hidden.shape[0]).to(hidden)
             hidden = torch.cat([hidden, tokens.expand(hidden.shape[0], -1, -1)], dim=1)
         else:
             own -= prompts.spec.length
@@ -66,9 +66,6 @@ class TokenForm(ForwardPatch):
         kwargs = _pad_masks(kwargs, own, prompts.spec.length, hidden.device)
         out = self.original(hidden, *rest, **kwargs)
         return _first(out, lambda x: x[:, :own]) if self.leaves else out
-
-    def clear_cache(self) -> None:
-        """Do nothing: tokens are never cached."""
 
 
 def _first(out: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -95,7 +92,7 @@ def _pad_masks(
     return kwargs
 
 
-class OutputCut(nn.Module):
+class OutputCut(Form):
     """Give recorded states the bare model's shapes where prompts are carried through blocks.
 
     transformers models record every block's output (and attention map); timm's
@@ -106,12 +103,14 @@ class OutputCut(nn.Module):
     def __init__(self, prompts: Prompts, host: nn.Module, encoder: Encoder) -> None:
         super().__init__()
         self._links: tuple[Prompts, Any] = (prompts, module_at(host, encoder.path))
+        self._host = (host,)
         self._prefix = encoder.prefix_tokens
         self._handles: list[Any] = []
         self._patched = False
 
-    def attach(self, host: nn.Module, encoder: Encoder) -> None:
+    def attach(self) -> None:
         """Hook the transformers models around the blocks, or patch timm's collector."""
+        encoder, host = self._links[0].encoder, self._host[0]
         if encoder.library == "timm":
             setattr(self._links[1], _COLLECTOR, self.intermediates)
             self._patched = True
