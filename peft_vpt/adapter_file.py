@@ -33,6 +33,7 @@ _DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
+_PREFIXES = ("prompts.", "head.", "head_dist.")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _FIELDS: dict[str, type | tuple[type, ...]] = {
     "spec": dict,
@@ -139,6 +140,9 @@ def read_adapter(path: Path) -> Adapter:
             raise AdapterError(
                 f"{where}: tensor {name} is of type {tensor.dtype}, not floating point."
             )
+    stray = sorted(name for name in tensors if not name.startswith(_PREFIXES))
+    if stray:
+        raise AdapterError(f"{where}: tensors missing: none; not expected: {stray}.")
     if metadata["checksum"] != checksum(tensors, metadata):
         raise AdapterError(f"{where}: the checksum does not fit; the file was damaged or edited.")
     _check_finite(tensors, where)

@@ -19,7 +19,7 @@ from .backbones import find_encoder
 from .backbones.anatomy import Encoder, module_at
 from .backbones.heads import FormerHead, class_count, set_labels
 from .backbones.identity import default_preprocessing, describe_backbone, label_names
-from .errors import AdapterError, AdapterMismatchError
+from .errors import AdapterError, AdapterMismatchError, SpecError
 from .fingerprint import fingerprint, largest_difference
 from .inject import inject_spec, is_prompted, prompts_of, refuse_unfit, remove_prompts, unwrap
 from .prompts import Prompts, prompt_shapes
@@ -151,7 +151,10 @@ def _check(adapter: Adapter, host: nn.Module, encoder: Encoder, strict: bool | s
                 f"{where}: made for {_title(made_for)} with {name} {made_for[name]}, "
                 f"this model is {_title(own)} with {name} {own[name]}."
             )
-    spec = adapter.spec.resolve(encoder.depth)
+    try:
+        spec = adapter.spec.resolve(encoder.depth)
+    except SpecError as error:
+        raise AdapterError(f"{where}: its prompt options are wrong: {error}") from error
     expected: dict[str, tuple[int, ...]] = {
         f"prompts.{name}": shape for name, shape in prompt_shapes(spec, encoder).items()
     }
@@ -171,6 +174,7 @@ def _check_head(
 ) -> None:
     head = adapter.metadata["head"]
     if head is None:
+        adapter.expect({}, prefix="head")
         return
     hint = "strict='prompts' loads the prompts alone."
     reads = None if encoder.head is None else encoder.reads(spec.pooling)

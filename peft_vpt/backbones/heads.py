@@ -24,7 +24,8 @@ class FormerHead:
 
 def class_count(host: nn.Module, head: Head) -> int:
     """Return the number of classes of the head that the model has (0 where it is an identity)."""
-    return int(getattr(module_at(host, head.paths[0]), "out_features", 0))
+    layers = [m for m in module_at(host, head.paths[0]).modules() if hasattr(m, "out_features")]
+    return int(layers[-1].out_features) if layers else 0
 
 
 def replace_head(
