@@ -21,7 +21,8 @@ from .backbones.heads import FormerHead, class_count, set_labels
 from .backbones.identity import default_preprocessing, describe_backbone, label_names
 from .errors import AdapterError, AdapterMismatchError, SpecError
 from .fingerprint import fingerprint, largest_difference
-from .inject import inject_spec, is_prompted, prompts_of, refuse_unfit, remove_prompts, unwrap
+from .hosts import host_and_prompts, refuse_unfit, unwrap
+from .inject import inject_spec, is_prompted, remove_prompts
 from .prompts import Prompts, prompt_shapes
 from .spec import PromptSpec
 
@@ -58,7 +59,7 @@ def save_task_adapter(
         NotPromptedError: The model carries no prompts.
         AdapterError: A value is not finite or not JSON, or the file cannot be written.
     """
-    prompts, host = prompts_of(model, "save_task_adapter"), unwrap(model)
+    host, prompts = host_and_prompts(model, "save_task_adapter")
     info = prompts.info
     names = (
         list(labels)
@@ -131,7 +132,7 @@ def load_task_adapter(
     )
     adapter, host = read_adapter(path), unwrap(model)
     if is_prompted(host):
-        encoder = prompts_of(host, "load_task_adapter").encoder
+        encoder = host_and_prompts(host, "load_task_adapter")[1].encoder
     else:
         refuse_unfit(host)
         encoder = find_encoder(host)
@@ -246,7 +247,7 @@ def _install(
                 kept, classes = _head_tensors(host, encoder), class_count(host, own_head)
             remove_prompts(host)
         inject_spec(host, spec, encoder, num_classes=classes)
-    prompts = prompts_of(host, "load_task_adapter")
+    prompts = host_and_prompts(host, "load_task_adapter")[1]
     source = adapter.tensors | kept
     with torch.no_grad():
         for name, parameter in prompts.named_parameters():
@@ -266,7 +267,7 @@ def _has_structure(
     host: nn.Module, spec: PromptSpec, encoder: Encoder, classes: int | None
 ) -> bool:
     """Tell whether a model already carries such prompts and a task head of that size."""
-    if not is_prompted(host) or prompts_of(host, "load_task_adapter").spec != spec:
+    if not is_prompted(host) or host_and_prompts(host, "load_task_adapter")[1].spec != spec:
         return False
     if classes is None or encoder.head is None:
         return True
@@ -274,7 +275,7 @@ def _has_structure(
 
 
 def _has_task_head(host: nn.Module) -> bool:
-    return isinstance(prompts_of(host, "load_task_adapter").undo["head"], FormerHead)
+    return isinstance(host_and_prompts(host, "load_task_adapter")[1].undo["head"], FormerHead)
 
 
 def _describe_head(

@@ -12,23 +12,17 @@ from torch import Tensor, nn
 
 from .backbones import find_encoder
 from .backbones.anatomy import Encoder, first_conv_kernel, module_at
-from .backbones.heads import FormerHead, class_count, replace_head, restore_head
-from .errors import (
-    AlreadyPromptedError,
-    NotPromptedError,
-    SpecError,
-    UnsupportedArchitectureError,
-)
+from .backbones.heads import FormerHead, replace_head, restore_head
+from .errors import SpecError
 from .forms.attach import Form, ForwardPatch
+from .forms.choose import build_forms, every_attention
 from .forms.kv import KeyValueForm
-from .forms.pooling import Pooling
 from .forms.selfcheck import self_check
-from .forms.token import OutputCut, TokenForm
+from .hosts import check_blocks, check_head, host_and_prompts, refuse_unfit, unwrap
 from .prompts import Prompts, check_values, initialise, prompt_shapes
 from .spec import PromptSpec
 
 Model = TypeVar("Model", bound=nn.Module)
-_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
 class ParameterCount(NamedTuple):
@@ -137,16 +131,16 @@ def inject_spec(
 ) -> Model:
     """Do the work of `inject_prompts` for a spec and an anatomy that are at hand."""
     spec = spec.resolve(encoder.depth)
-    width = _check_head(model, encoder, spec, num_classes)
-    _check_blocks(encoder, spec)
+    width = check_head(model, encoder, spec, num_classes)
+    check_blocks(encoder, spec)
     if values is not None:
         values = check_values(values, prompt_shapes(spec, encoder))
     prompts = Prompts(spec, encoder, model)
-    _build_forms(prompts, model)
+    build_forms(prompts, model)
     checked = [form for form in prompts.forms if isinstance(form, KeyValueForm)]
     on_meta = any(p.is_meta for p in model.parameters())
     if not on_meta:
-        self_check(model, encoder, _all_attentions(prompts, model))
+        self_check(model, encoder, every_attention(prompts, model))
     _place(prompts, model)
     if not on_meta:
         kernel = first_conv_kernel(module_at(model, encoder.path))
@@ -177,7 +171,7 @@ def remove_prompts(model: Model) -> Model:
         NotPromptedError: The model carries no prompts.
         VPTError: Another library has wrapped a `forward` since; take that wrapper off first.
     """
-    host, prompts = _host_and_prompts(model, "remove_prompts")
+    host, prompts = host_and_prompts(model, "remove_prompts")
     outermost = {id(f.target): f for f in prompts.forms if isinstance(f, ForwardPatch)}
     for form in outermost.values():
         form.check_on_top()
@@ -204,7 +198,7 @@ def disable_prompts(model: nn.Module) -> AbstractContextManager[None]:
     Raises:
         NotPromptedError: The model carries no prompts.
     """
-    return _host_and_prompts(model, "disable_prompts")[1].disable()
+    return host_and_prompts(model, "disable_prompts")[1].disable()
 
 
 def is_prompted(model: nn.Module) -> bool:
@@ -224,168 +218,6 @@ def count_parameters(model: nn.Module) -> ParameterCount:
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
         total=sum(p.numel() for p in parameters),
     )
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DDP, `torch.compile` and similar wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in _WRAPPERS:
-            inner = getattr(model, "module", None)
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
-
-
-def prompts_of(model: nn.Module, call: str) -> Prompts:
-    """Return `model.prompts` of a model or of what a wrapper holds.
-
-    Raises:
-        NotPromptedError: There are none.
-    """
-    return _host_and_prompts(model, call)[1]
-
-
-def refuse_unfit(model: nn.Module) -> None:
-    """Raise for what can never be a host: a wrapper, a prompted or a parameter-less model."""
-    if not isinstance(model, nn.Module):
-        raise UnsupportedArchitectureError(
-            f"inject_prompts: needs a torch.nn.Module, got {type(model).__name__}."
-        )
-    name = type(model).__name__
-    wrapped = any(cls.__name__ in _WRAPPERS for cls in type(model).__mro__)
-    compiled = (
-        hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
-    )
-    if wrapped or compiled or isinstance(model, torch.jit.ScriptModule):
-        raise UnsupportedArchitectureError(
-            f"inject_prompts: the model is wrapped or compiled already ({name}). "
-            "Inject into the bare model first, then wrap, shard or compile it."
-        )
-    inside = [path for path, module in model.named_modules() if isinstance(module, Prompts)]
-    if inside:
-        raise AlreadyPromptedError(
-            f"inject_prompts: {name} carries prompts already (at {inside[0]!r}). "
-            "Call remove_prompts(model) first."
-        )
-    if hasattr(model, "prompts"):
-        raise UnsupportedArchitectureError(
-            f"inject_prompts: {name} has an attribute `prompts` of its own, the name under which "
-            "prompts are registered. Pass the encoder inside it, or rename the attribute."
-        )
-    if next(model.parameters(), None) is None:
-        raise UnsupportedArchitectureError(
-            f"inject_prompts: {name} has no parameters, so there is nothing to prompt."
-        )
-
-
-def _host_and_prompts(model: nn.Module, call: str) -> tuple[nn.Module, Prompts]:
-    host = unwrap(model)
-    prompts = getattr(host, "prompts", None)
-    if not isinstance(prompts, Prompts):
-        raise NotPromptedError(
-            f"{call}: {type(host).__name__} carries no prompts. Call inject_prompts(model) first."
-        )
-    return host, prompts
-
-
-def _check_head(
-    model: nn.Module, encoder: Encoder, spec: PromptSpec, num_classes: int | None
-) -> int:
-    """Check `num_classes` and `pooling` against the model; return the new head's input width."""
-    head, call = encoder.head, f"inject_prompts(num_classes={num_classes!r})"
-    wrong = isinstance(num_classes, bool) or not isinstance(num_classes, int | None)
-    if wrong or (num_classes is not None and num_classes < 0):
-        raise SpecError(f"{call}: must be None or an integer >= 0.")
-    if head is None and num_classes is not None:
-        raise SpecError(
-            f"{call}: {type(model).__name__} has no classifier to replace, so num_classes can only "
-            "be None. Use the model's image classification class."
-        )
-    if spec.pooling == "default":
-        return 0 if head is None else head.width
-    call = f"inject_prompts(pooling={spec.pooling!r})"
-    if head is None or len(head.paths) > 1:
-        what = "no classifier" if head is None else "two classifiers (distillation)"
-        raise SpecError(
-            f"{call}: {type(model).__name__} has {what}, so pooling can only be default."
-        )
-    if spec.pooling == "cls" and not encoder.has_cls:
-        raise SpecError(f"{call}: the model has no CLS token; use 'image', 'prompt' or 'global'.")
-    if (
-        spec.pooling in ("prompt", "global")
-        and spec.spans(encoder.depth)[-1][1] < encoder.depth - 1
-    ):
-        raise SpecError(
-            f"{call}: no prompts are left behind the last block, since the last span ends with "
-            f"block {spec.spans(encoder.depth)[-1][1]}; let layers reach block {encoder.depth - 1}."
-        )
-    width = encoder.blocks[-1].width
-    present = getattr(module_at(model, head.paths[0]), "in_features", width)
-    if num_classes is None and present != width:
-        raise SpecError(
-            f"{call}: the model's head takes {present} features and this pooling gives {width}; "
-            "set num_classes to get a new head."
-        )
-    return width
-
-
-def _check_blocks(encoder: Encoder, spec: PromptSpec) -> None:
-    """Refuse form='kv' with dropout where a block has several attentions."""
-    several = [b for b in encoder.blocks if len(b.attentions) > 1]
-    if spec.form == "kv" and spec.dropout and several:
-        raise SpecError(
-            f"inject_prompts(form='kv', dropout={spec.dropout}): blocks of this model hold "
-            f"{len(several[0].attentions)} attentions that must share one dropout mask, "
-            "which the kv form cannot give; use form='auto' or dropout=0."
-        )
-
-
-def _build_forms(prompts: Prompts, model: nn.Module) -> None:
-    """Choose the form of every span and append its pieces to `prompts.forms`."""
-    spec, encoder = prompts.spec, prompts.encoder
-    spans = spec.spans(encoder.depth)
-    long = False
-    for span in spans:
-        reason = spec.token_reason(span, last=span is spans[-1])
-        if reason is None and spec.dropout and len(encoder.blocks[span[0]].attentions) > 1:
-            reason = "several attentions of a block share one dropout mask"
-        if reason is None:
-            prompts.forms.extend(_key_value_forms(prompts, model, span[0]))
-            continue
-        stays = span is spans[-1] and spec.pooling in ("prompt", "global")
-        long |= span[0] != span[1] or stays
-        prompts.forms.extend(
-            TokenForm(
-                prompts,
-                model,
-                encoder.blocks[i],
-                entry=span[0],
-                index=i,
-                leaves=i == span[1] and not stays,
-                reason=reason,
-            )
-            for i in range(span[0], span[1] + 1)
-        )
-    if spec.pooling != "default":
-        prompts.forms.append(Pooling(prompts, model, encoder))
-    if long:
-        prompts.forms.append(OutputCut(prompts, model, encoder))
-
-
-def _key_value_forms(prompts: Prompts, model: nn.Module, index: int) -> list[KeyValueForm]:
-    block = prompts.encoder.blocks[index]
-    return [KeyValueForm(prompts, model, block, a, index=index) for a in block.attentions]
-
-
-def _all_attentions(prompts: Prompts, model: nn.Module) -> list[KeyValueForm]:
-    """Return a form for every attention that prompts meet, in whatever form they meet it."""
-    met = {
-        i
-        for enter, leave in prompts.spec.spans(prompts.encoder.depth)
-        for i in range(enter, leave + 1)
-    }
-    return [form for index in sorted(met) for form in _key_value_forms(prompts, model, index)]
 
 
 def _parts(prompts: Prompts) -> list[Form]:
@@ -432,19 +264,3 @@ def _restore_attribute(model: nn.Module, name: str, value: object) -> None:
         vars(model).pop(name, None)
     else:
         setattr(model, name, value)
-
-
-__all__ = [
-    "ParameterCount",
-    "class_count",
-    "count_parameters",
-    "disable_prompts",
-    "inject_prompts",
-    "inject_spec",
-    "is_prompted",
-    "prompts_of",
-    "refuse_unfit",
-    "remove_prompts",
-    "trainable_parameters",
-    "unwrap",
-]

@@ -24,7 +24,9 @@ class FormerHead:
 
 def class_count(host: nn.Module, head: Head) -> int:
     """Return the number of classes of the head that the model has (0 where it is an identity)."""
-    layers = [m for m in module_at(host, head.paths[0]).modules() if hasattr(m, "out_features")]
+    layers: list[Any] = [
+        m for m in module_at(host, head.paths[0]).modules() if hasattr(m, "out_features")
+    ]
     return int(layers[-1].out_features) if layers else 0
 
 

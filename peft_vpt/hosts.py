@@ -1,0 +1,129 @@
+"""Hosts: looking through wrappers, finding prompts, and refusing what can never carry them."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .backbones.anatomy import Encoder, module_at
+from .errors import (
+    AlreadyPromptedError,
+    NotPromptedError,
+    SpecError,
+    UnsupportedArchitectureError,
+)
+from .prompts import Prompts
+from .spec import PromptSpec
+
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside DDP, `torch.compile` and similar wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and type(model).__name__ in _WRAPPERS:
+            inner = getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def host_and_prompts(model: nn.Module, call: str) -> tuple[nn.Module, Prompts]:
+    """Return what carries the prompts, and the prompts.
+
+    Raises:
+        NotPromptedError: There are none.
+    """
+    host = unwrap(model)
+    prompts = getattr(host, "prompts", None)
+    if not isinstance(prompts, Prompts):
+        raise NotPromptedError(
+            f"{call}: {type(host).__name__} carries no prompts. Call inject_prompts(model) first."
+        )
+    return host, prompts
+
+
+def refuse_unfit(model: nn.Module) -> None:
+    """Raise for what can never be a host: a wrapper, a prompted or a parameter-less model."""
+    if not isinstance(model, nn.Module):
+        raise UnsupportedArchitectureError(
+            f"inject_prompts: needs a torch.nn.Module, got {type(model).__name__}."
+        )
+    name = type(model).__name__
+    wrapped = any(cls.__name__ in _WRAPPERS for cls in type(model).__mro__)
+    compiled = (
+        hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+    )
+    if wrapped or compiled or isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedArchitectureError(
+            f"inject_prompts: the model is wrapped or compiled already ({name}). "
+            "Inject into the bare model first, then wrap, shard or compile it."
+        )
+    inside = [path for path, module in model.named_modules() if isinstance(module, Prompts)]
+    if inside:
+        raise AlreadyPromptedError(
+            f"inject_prompts: {name} carries prompts already (at {inside[0]!r}). "
+            "Call remove_prompts(model) first."
+        )
+    if hasattr(model, "prompts"):
+        raise UnsupportedArchitectureError(
+            f"inject_prompts: {name} has an attribute `prompts` of its own, the name under which "
+            "prompts are registered. Pass the encoder inside it, or rename the attribute."
+        )
+    if next(model.parameters(), None) is None:
+        raise UnsupportedArchitectureError(
+            f"inject_prompts: {name} has no parameters, so there is nothing to prompt."
+        )
+
+
+def check_head(
+    model: nn.Module, encoder: Encoder, spec: PromptSpec, num_classes: int | None
+) -> int:
+    """Check `num_classes` and `pooling` against the model; return the new head's input width."""
+    head, call = encoder.head, f"inject_prompts(num_classes={num_classes!r})"
+    wrong = isinstance(num_classes, bool) or not isinstance(num_classes, int | None)
+    if wrong or (num_classes is not None and num_classes < 0):
+        raise SpecError(f"{call}: must be None or an integer >= 0.")
+    if head is None and num_classes is not None:
+        raise SpecError(
+            f"{call}: {type(model).__name__} has no classifier to replace, so num_classes can only "
+            "be None. Use the model's image classification class."
+        )
+    if spec.pooling == "default":
+        return 0 if head is None else head.width
+    call = f"inject_prompts(pooling={spec.pooling!r})"
+    if head is None or len(head.paths) > 1:
+        what = "no classifier" if head is None else "two classifiers (distillation)"
+        raise SpecError(
+            f"{call}: {type(model).__name__} has {what}, so pooling can only be default."
+        )
+    if spec.pooling == "cls" and not encoder.has_cls:
+        raise SpecError(f"{call}: the model has no CLS token; use 'image', 'prompt' or 'global'.")
+    if (
+        spec.pooling in ("prompt", "global")
+        and spec.spans(encoder.depth)[-1][1] < encoder.depth - 1
+    ):
+        raise SpecError(
+            f"{call}: no prompts are left behind the last block, since the last span ends with "
+            f"block {spec.spans(encoder.depth)[-1][1]}; let layers reach block {encoder.depth - 1}."
+        )
+    width = encoder.blocks[-1].width
+    present = getattr(module_at(model, head.paths[0]), "in_features", width)
+    if num_classes is None and present != width:
+        raise SpecError(
+            f"{call}: the model's head takes {present} features and this pooling gives {width}; "
+            "set num_classes to get a new head."
+        )
+    return width
+
+
+def check_blocks(encoder: Encoder, spec: PromptSpec) -> None:
+    """Refuse form='kv' with dropout where a block has several attentions."""
+    several = [b for b in encoder.blocks if len(b.attentions) > 1]
+    if spec.form == "kv" and spec.dropout and several:
+        raise SpecError(
+            f"inject_prompts(form='kv', dropout={spec.dropout}): blocks of this model hold "
+            f"{len(several[0].attentions)} attentions that must share one dropout mask, "
+            "which the kv form cannot give; use form='auto' or dropout=0."
+        )

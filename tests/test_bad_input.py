@@ -1,0 +1,309 @@
+"""Bad input: a clear message, tested as text, and the model as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from zoo import build, image, logits
+
+from peft_vpt import PromptSpec, VPTError, inject_prompts, is_prompted, remove_prompts
+from peft_vpt.errors import (
+    AlreadyPromptedError,
+    NotPromptedError,
+    SpecError,
+    UnsupportedArchitectureError,
+)
+
+NAN = float("nan")
+OPTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"length": 0}, "inject_prompts(length=0): length must be an integer >= 1, got 0."),
+    ({"length": -3}, "inject_prompts(length=-3): length must be an integer >= 1, got -3."),
+    ({"length": 2.5}, "inject_prompts(length=2.5): length must be an integer >= 1, got 2.5."),
+    ({"length": True}, "inject_prompts(length=True): length must be an integer >= 1"),
+    ({"length": "5"}, "inject_prompts(length='5'): length must be an integer >= 1"),
+    ({"deep": 1}, "inject_prompts(deep=1): deep must be True or False."),
+    ({"layers": (3,)}, "inject_prompts(layers=(3,)): layers reach outside the model"),
+    ({"layers": (0, 3)}, "whose blocks are 0 to 2"),
+    ({"layers": (-1,)}, "must be block indices, each >= 0, in strictly rising order"),
+    ({"layers": (1, 1)}, "inject_prompts(layers=(1, 1)): layers must be block indices"),
+    ({"layers": (2, 1)}, "in strictly rising order"),
+    ({"layers": ()}, "in strictly rising order"),
+    ({"layers": 1}, "inject_prompts(layers=1): layers must be block indices"),
+    ({"layers": "01"}, "inject_prompts(layers='01'): layers must be block indices"),
+    ({"layers": (0.5,)}, "in strictly rising order"),
+    ({"location": "middle"}, "location must be one of prepend, add"),
+    ({"location": "pad"}, "inject_prompts(location='pad'): location is not built yet"),
+    ({"sharing": "some"}, "sharing must be one of none, inter, intra, all"),
+    ({"sharing": None}, "sharing must be one of none"),
+    ({"init": "best"}, "init must be one of xavier, normal, zeros, tensor"),
+    ({"init": "tensor"}, "inject_prompts(init='tensor'): give the tensor itself."),
+    ({"init": torch.ones(3, 50, 31)}, "needs 3 floating point tensors of the shapes [(50, 32)"),
+    ({"init": torch.ones(2, 50, 32)}, "needs 3 floating point tensors"),
+    ({"init": torch.ones(3, 50, 32, dtype=torch.int64)}, "needs 3 floating point tensors"),
+    ({"init": [torch.ones(50, 32), None, 3]}, "got [(50, 32), 'NoneType', 'int']"),
+    ({"init": torch.full((3, 50, 32), NAN)}, "holds values that are not finite"),
+    ({"dropout": 1.0}, "dropout must be a number from 0 up to, not including, 1"),
+    ({"dropout": -0.1}, "dropout must be a number from 0"),
+    ({"dropout": NAN}, "dropout must be a number from 0"),
+    ({"dropout": "0.1"}, "dropout must be a number from 0"),
+    ({"project": 0}, "inject_prompts(project=0): project must be an integer >= 1"),
+    ({"pooling": "max"}, "pooling must be one of default, cls, image, prompt, global"),
+    ({"train_prompts": None}, "train_prompts must be True or False"),
+    ({"form": "fast"}, "form must be one of auto, kv, token"),
+    ({"form": "kv", "deep": False}, "cannot serve blocks 0 to 2: prompts are carried"),
+    ({"form": "kv", "pooling": "prompt"}, "pooling='prompt' reads what the block computes"),
+    ({"pooling": "prompt", "layers": (0,)}, "no prompts are left behind the last block"),
+    ({"num_classes": -1}, "inject_prompts(num_classes=-1): must be None or an integer >= 0."),
+    ({"num_classes": 2.0}, "must be None or an integer >= 0."),
+    ({"num_classes": True}, "must be None or an integer >= 0."),
+]
+
+
+def state(model: nn.Module) -> dict[str, Any]:
+    parts: dict[str, Any] = {}
+    for name, module in model.named_modules():
+        hooks = (dict(module._forward_hooks), dict(module._forward_pre_hooks))
+        parts[name] = (id(module), hooks, set(vars(module)), module.training)
+    parts |= {f"p:{n}": (id(p), p.requires_grad, p._version) for n, p in model.named_parameters()}
+    return parts
+
+
+def refused(model: nn.Module, error: type[Exception], message: str, **options: Any) -> None:
+    """Check the error, its text, and that nothing changed."""
+    before = state(model) if isinstance(model, nn.Module) else None
+    with pytest.raises(error) as caught:
+        inject_prompts(model, **options)
+    assert isinstance(caught.value, VPTError)
+    assert isinstance(caught.value, ValueError)
+    assert message in str(caught.value)
+    if before is not None:
+        assert state(model) == before
+
+
+@pytest.mark.parametrize(("options", "message"), OPTIONS, ids=[str(o) for o, _ in OPTIONS])
+def test_options(options: dict[str, Any], message: str) -> None:
+    model = build("timm/cls")
+    before = model(image())
+    refused(model, SpecError, message, **options)
+    assert torch.equal(model(image()), before)
+
+
+def test_kv_form_with_dropout_and_several_attentions() -> None:
+    refused(
+        build("timm/parallel-things"),
+        SpecError,
+        "must share one dropout mask",
+        form="kv",
+        dropout=0.1,
+    )
+    model = inject_prompts(build("timm/parallel-things"), dropout=0.1)
+    assert "several attentions of a block share one dropout mask" in repr(model.prompts)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("timm/gap", {"pooling": "cls"}, "the model has no CLS token"),
+        ("timm/distilled", {"pooling": "image"}, "two classifiers (distillation)"),
+        ("transformers/vit-model", {"num_classes": 3}, "ViTModel has no classifier to replace"),
+        ("transformers/vit-model", {"num_classes": 0}, "ViTModel has no classifier to replace"),
+        ("transformers/vit-model", {"pooling": "image"}, "has no classifier"),
+        ("transformers/dinov2", {"pooling": "cls"}, "takes 64 features and this pooling gives 32"),
+    ],
+)
+def test_options_that_need_the_model(name: str, options: dict[str, Any], message: str) -> None:
+    refused(build(name), SpecError, message, **options)
+
+
+def test_convnets_mixers_and_text_models() -> None:
+    timm = pytest.importorskip("timm")
+    for name in ("resnet10t", "mixer_s32_224", "convnext_atto"):
+        model = timm.create_model(name)
+        refused(
+            model,
+            UnsupportedArchitectureError,
+            "found no vision transformer that is known in timm.",
+        )
+
+
+def test_text_models() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=11,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        intermediate_size=8,
+    )
+    model = transformers.BertModel(config)
+    refused(model, UnsupportedArchitectureError, "found no vision transformer that is known")
+
+
+def test_other_vision_transformers_until_the_zoo() -> None:
+    timm = pytest.importorskip("timm")
+    swin = timm.models.swin_transformer.SwinTransformer(
+        img_size=32, window_size=4, embed_dim=8, depths=(1,), num_heads=(1,)
+    )
+    refused(swin, UnsupportedArchitectureError, "found no vision transformer that is known")
+    from timm.models.vision_transformer import DiffParallelScalingBlock
+    from zoo import BASE
+
+    diff = timm.models.vision_transformer.VisionTransformer(**BASE, attn_layer="diff")
+    refused(diff, UnsupportedArchitectureError, "block 0 (blocks.0)")
+    diff = timm.models.vision_transformer.VisionTransformer(
+        **BASE, block_fn=DiffParallelScalingBlock
+    )
+    refused(diff, UnsupportedArchitectureError, "blocks")
+
+
+def test_beit_with_relative_position_bias() -> None:
+    for option in ("use_relative_position_bias", "use_shared_relative_position_bias"):
+        model = build("transformers/beit", **{option: True})
+        refused(
+            model, UnsupportedArchitectureError, "with a relative position bias is not supported"
+        )
+
+
+def test_torchvision_is_told_apart_from_timm() -> None:
+    torchvision = pytest.importorskip("torchvision")
+    model = torchvision.models.VisionTransformer(32, 8, 1, 1, 8, 8)
+    refused(model, UnsupportedArchitectureError, "found no vision transformer that is known")
+
+
+def test_a_block_that_changes_its_keys_is_caught_by_the_self_check() -> None:
+    from timm.layers import Attention
+
+    class Sharper(Attention):
+        def forward(self, x: torch.Tensor, attn_mask: Any = None, is_causal: bool = False) -> Any:
+            b, n, _ = x.shape
+            qkv = self.qkv(x).reshape(b, n, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+            q, k, v = qkv.unbind(0)
+            x = nn.functional.scaled_dot_product_attention(q, 1.1 * k, v)
+            return self.proj(x.transpose(1, 2).reshape(b, n, -1))
+
+    class Silent(Attention):
+        def forward(self, x: torch.Tensor, attn_mask: Any = None, is_causal: bool = False) -> Any:
+            return self.proj(x)
+
+    model = build("timm/cls")
+    model.blocks[2].attn.__class__ = Sharper
+    refused(model, UnsupportedArchitectureError, "the keys that norm and projections give are not")
+    model.blocks[2].attn.__class__ = Silent
+    refused(model, UnsupportedArchitectureError, "met 0 softmaxes")
+
+
+def test_the_guard_raises_where_a_later_forward_meets_no_softmax() -> None:
+    model = inject_prompts(build("transformers/vit"), 2)
+    model(image())
+    from transformers import AttentionInterface
+
+    def nothing(module: Any, q: Any, k: Any, v: Any, mask: Any, **kwargs: Any) -> Any:
+        return v.transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register("nothing", nothing)
+    model.vit.layers[1].attention.config._attn_implementation = "nothing"
+    with pytest.raises(
+        UnsupportedArchitectureError, match="no softmax was met inside ViTAttention"
+    ):
+        model(image())
+
+
+def test_prompted_wrapped_compiled_scripted_and_empty_models() -> None:
+    model = inject_prompts(build("timm/cls"), 2)
+    refused(model, AlreadyPromptedError, "carries prompts already (at 'prompts')")
+    outer = nn.Module()
+    outer.vit = model
+    refused(outer, AlreadyPromptedError, "carries prompts already (at 'vit.prompts')")
+    bare = build("timm/cls")
+    refused(nn.DataParallel(bare), UnsupportedArchitectureError, "wrapped or compiled already")
+    refused(torch.compile(bare, backend="eager"), UnsupportedArchitectureError, "compiled already")
+    bare.compile(backend="eager")
+    refused(bare, UnsupportedArchitectureError, "wrapped or compiled already")
+    script = torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2))
+    refused(script, UnsupportedArchitectureError, "wrapped or compiled already")
+    refused(nn.Identity(), UnsupportedArchitectureError, "has no parameters")
+    refused("resnet", UnsupportedArchitectureError, "needs a torch.nn.Module, got str")  # type: ignore[arg-type]
+
+
+def test_distributed_wrapper() -> None:
+    import torch.distributed as dist
+
+    store = dist.HashStore()
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(build("timm/cls"))
+        refused(wrapped, UnsupportedArchitectureError, "Inject into the bare model first")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_an_attribute_called_prompts() -> None:
+    model = build("timm/cls")
+    model.prompts = ["a photo of a"]
+    refused(model, UnsupportedArchitectureError, "has an attribute `prompts` of its own")
+
+
+def test_several_encoders() -> None:
+    outer = nn.Module()
+    outer.left, outer.right = build("timm/cls"), build("timm/gap")
+    refused(
+        outer,
+        UnsupportedArchitectureError,
+        "holds several encoders: 'left', 'right'. Pass the one to prompt, "
+        "inject_prompts(model.left) or inject_prompts(model.right)",
+    )
+
+
+@pytest.mark.parametrize("kind", ["CLIP", "Siglip"])
+def test_a_two_tower_model_and_its_vision_tower(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
+    vision = sizes | {"image_size": 32, "patch_size": 8}
+    config = getattr(transformers, f"{kind}Config")(
+        text_config=sizes | {"vocab_size": 99}, vision_config=vision, projection_dim=8
+    )
+    model = getattr(transformers, f"{kind}Model")(config).eval()
+    refused(
+        model, UnsupportedArchitectureError, "holds several encoders: 'text_model', 'vision_model'"
+    )
+    pixels = image(dtype=torch.float32)
+    before = logits(model.vision_model(pixels))
+    inject_prompts(model.vision_model, 3)
+    assert model.text_model.encoder.layers[0].mlp.fc1.weight.requires_grad
+    assert not torch.equal(logits(model.vision_model(pixels)), before)
+    remove_prompts(model.vision_model)
+    assert torch.equal(logits(model.vision_model(pixels)), before)
+
+
+def test_verbs_on_bare_models() -> None:
+    model = build("timm/cls")
+    assert not is_prompted(model)
+    for verb in ("remove_prompts", "disable_prompts"):
+        import peft_vpt
+
+        with pytest.raises(
+            NotPromptedError, match=rf"{verb}: VisionTransformer carries no prompts"
+        ):
+            getattr(peft_vpt, verb)(model)
+
+
+def test_spec_values() -> None:
+    spec = PromptSpec(length=4, layers=[0, 2], deep=False)  # type: ignore[arg-type]
+    assert spec.layers == (0, 2)
+    assert spec.spans(12) == [(0, 1), (2, 11)]
+    assert PromptSpec().spans(3) == [(0, 0), (1, 1), (2, 2)]
+    assert PromptSpec(deep=False).spans(3) == [(0, 2)]
+    assert PromptSpec(layers=range(9, 12)).spans(12) == [(9, 9), (10, 10), (11, 11)]  # type: ignore[arg-type]
+    assert PromptSpec(deep=False).resolve(3).dropout == 0.0
+    assert PromptSpec().resolve(3).dropout == 0.1
+    assert PromptSpec.from_dict(spec.to_dict()) == spec
+    with pytest.raises(SpecError, match="needs the fields"):
+        PromptSpec.from_dict({"length": 3})
