@@ -137,7 +137,18 @@ def test_bfloat16_and_autocast(name: str, options: dict[str, Any]) -> None:
     torch.testing.assert_close(plain, reference, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "options"), SOME)
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("timm/cls", {}),
+        ("timm/map", {"deep": False}),
+        ("timm/cls", {"pooling": "global"}),
+        ("timm/parallel-things", {}),
+        ("transformers/vit", {}),
+        ("transformers/vit", {"pooling": "image"}),
+        ("transformers/clip", {"deep": False}),
+    ],
+)
 def test_compile_fullgraph(name: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     model = prompted(name, options, torch.float32)
