@@ -249,18 +249,37 @@ def _install(
         inject_spec(host, spec, encoder, num_classes=classes)
     prompts = host_and_prompts(host, "load_task_adapter")[1]
     source = adapter.tensors | kept
-    with torch.no_grad():
-        for name, parameter in prompts.named_parameters():
-            parameter.copy_(source[f"prompts.{name}"])
-        if with_head or kept:
-            for name, tensor in _head_tensors(host, encoder).items():
-                tensor.copy_(source[name])
+    targets: dict[str, Tensor] = {f"prompts.{n}": p for n, p in prompts.named_parameters()}
+    if with_head or kept:
+        targets |= _head_tensors(host, encoder)
+    _copy(host, encoder, {name: (target, source[name]) for name, target in targets.items()})
     prompts.clear_cache()
     metadata = adapter.metadata
     prompts.info = {name: metadata[name] for name in ("task", "preprocessing", "metrics")}
     prompts.info["labels"] = head["labels"] if with_head else None
     if prompts.info["labels"]:
         _name_labels(host, encoder, prompts.info["labels"])
+
+
+@torch.no_grad()
+def _copy(host: nn.Module, encoder: Encoder, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
+    """Copy values into parameters; into ones on `meta`, which hold nothing, put the values."""
+    meta = {}
+    for name, (target, value) in pairs.items():
+        if target.is_meta:
+            meta[_host_name(encoder, name)] = value.to(target.dtype)
+        else:
+            target.copy_(value)
+    if meta:
+        host.load_state_dict(meta, strict=False, assign=True)
+
+
+def _host_name(encoder: Encoder, name: str) -> str:
+    """Turn a tensor's name in the file into its name in the host."""
+    kind, _, rest = name.partition(".")
+    if encoder.head is None or kind not in _HEAD_NAMES:
+        return name
+    return f"{encoder.head.paths[_HEAD_NAMES.index(kind)]}.{rest.removeprefix('module.')}"
 
 
 def _has_structure(

@@ -357,6 +357,24 @@ def test_another_backbone_of_the_same_shape(tmp_path: Path) -> None:
     assert torch.equal(other.prompts.stored(0), source.prompts.stored(0))
 
 
+def test_a_meta_backbone_is_refused_or_gets_the_values_unverified(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    from timm.models.vision_transformer import VisionTransformer
+    from zoo import BASE
+
+    source = trained("timm/cls")
+    save_task_adapter(source, tmp_path)
+    model = VisionTransformer(**BASE, device="meta")
+    with pytest.raises(AdapterMismatchError, match="meta device"):
+        load_task_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match="meta device"):
+        load_task_adapter(model, tmp_path, strict=False)
+    backbone = {n: t for n, t in build("timm/cls").state_dict().items() if "head" not in n}
+    model.load_state_dict(backbone, strict=False, assign=True)
+    assert set(trainable_parameters(model)) == set(trainable_parameters(source))
+    torch.testing.assert_close(out(model.double().eval()), out(source), rtol=1e-5, atol=1e-5)
+
+
 def swap_query_and_key(model: nn.Module) -> None:
     weight = model.blocks[1].attn.qkv.weight
     query, key, value = weight.detach().clone().chunk(3)

@@ -174,6 +174,7 @@ def test_torchvision_is_told_apart_from_timm() -> None:
 
 
 def test_a_block_that_changes_its_keys_is_caught_by_the_self_check() -> None:
+    pytest.importorskip("timm")
     from timm.layers import Attention
 
     class Sharper(Attention):
