@@ -48,7 +48,7 @@ def _block(host: nn.Module, encoder: Encoder, index: int) -> list[float]:
     rows = [0.0, 0.0, 0.0]
     for attention in encoder.blocks[index].attentions:
         weights = attention.projection.rows(module_at(block, attention.path))
-        rows = [total + _moments([w])[1] for total, w in zip(rows, weights, strict=True)]
+        rows = [total + _sum(_rounded(w).square_()) for total, w in zip(rows, weights, strict=True)]
     return numbers + rows
 
 
@@ -56,11 +56,20 @@ def _moments(tensors: list[Tensor]) -> list[float]:
     """Return the sums of |w|, w^2 and w^4."""
     totals = [0.0, 0.0, 0.0]
     for tensor in tensors:
-        squares = tensor.detach().to(torch.bfloat16).to(torch.float64).square_()
-        totals[0] += float(squares.sqrt().sum())
-        totals[1] += float(squares.sum())
-        totals[2] += float(squares.square().sum())
+        values = _rounded(tensor)
+        totals[0] += _sum(values.abs_())
+        totals[1] += _sum(values.square_())
+        totals[2] += _sum(values.square_())
     return totals
+
+
+def _rounded(tensor: Tensor) -> Tensor:
+    # In float32 a bf16 number and its square are exact, its fourth power good to 1e-7.
+    return tensor.detach().to(torch.bfloat16).to(torch.float32)
+
+
+def _sum(values: Tensor) -> float:
+    return float(values.sum(dtype=torch.float64))
 
 
 def largest_difference(saved: Fingerprint, own: Fingerprint) -> tuple[float, float]:

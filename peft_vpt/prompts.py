@@ -125,6 +125,11 @@ class Prompts(nn.Module):
         finally:
             _DISABLED.reset(token)
 
+    def sharded(self) -> bool:
+        """Tell whether FSDP brings and takes the host's weights, unseen by version counters."""
+        parts = (self._host[0], module_at(self._host[0], self.encoder.blocks[0].path))
+        return any(cls.__name__ == "FSDPModule" for part in parts for cls in type(part).__mro__)
+
     def clear_cache(self) -> None:
         """Forget cached keys and values; needed only after an edit through `.data`."""
         for form in self.forms:

@@ -2,7 +2,7 @@
 
 Needs the folder of measurements, named by the environment variable ``PEFT_VPT_DATA`` or found as
 ``../shared/data`` beside the repository; every test is skipped where it is absent. About eight
-minutes on one busy core.
+minutes of one core.
 """
 
 from __future__ import annotations

@@ -122,7 +122,7 @@ class KeyValueForm(ForwardPatch):
         prompts = self._links[0]
         if torch.is_grad_enabled() or prompts.training or torch.compiler.is_compiling():
             return False
-        if torch._C._are_functorch_transforms_active():
+        if torch._C._are_functorch_transforms_active() or prompts.sharded():
             return False
         return all(is_plain(module) for module in self._modules_met())
 
