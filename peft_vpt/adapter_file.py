@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-import tempfile
+import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,19 +97,30 @@ def resolve_path(source: str | Path, **hub: Any) -> Path:
     Raises:
         AdapterError: There is no such file, or the source is neither a path nor a Hub id.
     """
-    text, path = str(source), Path(source).expanduser()
-    local = path.exists() or text.startswith((".", "/", "~")) or text.endswith(".safetensors")
-    if not (local or isinstance(source, Path)) and _HUB_ID.fullmatch(text):
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(text, FILE_NAME, **hub))
-    file = path / FILE_NAME if path.is_dir() else path
-    if not file.is_file():
+    text = str(source)
+    if not isinstance(source, str | Path):
+        raise AdapterError(f"load_task_adapter: source must be a path or a Hub id, got {source!r}.")
+    try:
+        path = Path(source).expanduser()
+        local = path.exists() or text.startswith((".", "/", "~")) or text.endswith(".safetensors")
+        if not (local or isinstance(source, Path)) and _HUB_ID.fullmatch(text):
+            return _download(text, hub)
+        file = path / FILE_NAME if path.is_dir() else path
+        found = file.is_file()
+    except (RuntimeError, ValueError, OSError) as error:
+        raise AdapterError(f"load_task_adapter: {text!r}: cannot be looked up: {error}") from error
+    if not found:
         raise AdapterError(
             f"load_task_adapter: {text!r}: no such adapter; give a folder that holds {FILE_NAME}, "
             "the file itself, or a Hub id 'owner/name'."
         )
     return file
+
+
+def _download(hub_id: str, options: dict[str, Any]) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(hub_id, FILE_NAME, **options))
 
 
 def read_adapter(path: Path) -> Adapter:
@@ -132,8 +143,10 @@ def read_adapter(path: Path) -> Adapter:
         )
     try:
         metadata = json.loads(raw[METADATA_KEY])
+        if canonical(metadata) != raw[METADATA_KEY]:
+            raise ValueError("it is not in canonical form")
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{where}: its metadata is not JSON: {error}") from error
+        raise AdapterError(f"{where}: its metadata is not canonical JSON: {error}") from error
     spec = _check_metadata(metadata, where)
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
@@ -156,8 +169,8 @@ def write_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         AdapterError: Values are not finite, metadata is not JSON, or the folder cannot be written.
     """
     where = f"save_task_adapter: {path}"
+    _check_finite(tensors, where)
     cpu = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
-    _check_finite(cpu, where)
     full = {"format_version": FORMAT_VERSION, **metadata}
     try:
         # Through JSON once, so that the checksum is over what a reader will parse.
@@ -174,7 +187,7 @@ def write_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _replace(path, data)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise AdapterError(f"{where}: cannot be written: {error}") from error
     return path
 
@@ -197,16 +210,16 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
 
 
 def _replace(path: Path, data: bytes) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        # A plain open, so that the file gets the permissions that the user's umask gives.
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
+        os.replace(temporary, path)
     except BaseException:
-        Path(name).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
     if hasattr(os, "O_DIRECTORY"):
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -214,12 +227,6 @@ def _replace(path: Path, data: bytes) -> None:
             os.fsync(folder)
         finally:
             os.close(folder)
-
-
-def _umask() -> int:
-    current = os.umask(0o022)
-    os.umask(current)
-    return current
 
 
 def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
@@ -274,7 +281,7 @@ def _check_fingerprint(values: Mapping[str, Any], where: str) -> None:
     rows = values.get("blocks")
     lists = [*rows, values.get("norm")] if isinstance(rows, list) else [None]
     numbers = all(
-        isinstance(row, list) and all(isinstance(x, float | int) and math.isfinite(x) for x in row)
+        isinstance(row, list) and all(isinstance(x, float) and math.isfinite(x) for x in row)
         for row in lists
     )
     if not numbers or not isinstance(values.get("dtype"), str):

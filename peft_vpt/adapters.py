@@ -5,7 +5,6 @@ The file itself, its names, metadata and checksum, is `adapter_file`'s business.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,19 +14,19 @@ from torch import Tensor, nn
 
 from . import __version__
 from .adapter_file import FILE_NAME, Adapter, read_adapter, resolve_path, write_adapter
+from .adapter_match import HEAD_NAMES, check_fit, head_tensors, new_classes
 from .backbones import find_encoder
 from .backbones.anatomy import Encoder, module_at
 from .backbones.heads import FormerHead, class_count, set_labels
 from .backbones.identity import default_preprocessing, describe_backbone, label_names
-from .errors import AdapterError, AdapterMismatchError, SpecError
-from .fingerprint import fingerprint, largest_difference
+from .errors import AdapterError
+from .fingerprint import fingerprint
 from .hosts import host_and_prompts, refuse_unfit, unwrap
-from .inject import inject_spec, is_prompted, remove_prompts
-from .prompts import Prompts, prompt_shapes
+from .inject import freeze, inject_spec, is_prompted, remove_prompts
+from .prompts import Prompts
 from .spec import PromptSpec
 
 Model = TypeVar("Model", bound=nn.Module)
-_HEAD_NAMES = ("head", "head_dist")
 
 
 def save_task_adapter(
@@ -61,6 +60,8 @@ def save_task_adapter(
     """
     host, prompts = host_and_prompts(model, "save_task_adapter")
     info = prompts.info
+    if isinstance(labels, str):
+        raise AdapterError(f"save_task_adapter(labels={labels!r}): give a list of names.")
     names = (
         list(labels)
         if labels is not None
@@ -78,11 +79,14 @@ def save_task_adapter(
         "metrics": metrics if metrics is not None else info.get("metrics"),
         "library_version": __version__,
     }
-    target = Path(path).expanduser()
+    try:
+        target = Path(path).expanduser()
+    except (RuntimeError, TypeError) as error:
+        raise AdapterError(f"save_task_adapter: {path!r}: not a path: {error}") from error
     if target.suffix != ".safetensors":
         target = target / FILE_NAME
     tensors = {f"prompts.{name}": p for name, p in prompts.named_parameters()}
-    return write_adapter(target, tensors | _head_tensors(host, prompts.encoder), metadata)
+    return write_adapter(target, tensors | head_tensors(host, prompts.encoder), metadata)
 
 
 def load_task_adapter(
@@ -119,7 +123,7 @@ def load_task_adapter(
         AdapterMismatchError: It was made for another backbone or another kind of head.
         UnsupportedArchitectureError: The model cannot take prompts.
     """
-    if strict not in (True, False, "prompts"):
+    if not isinstance(strict, bool) and strict != "prompts":
         raise AdapterError(
             f"load_task_adapter(strict={strict!r}): must be True, False or 'prompts'."
         )
@@ -136,129 +140,42 @@ def load_task_adapter(
     else:
         refuse_unfit(host)
         encoder = find_encoder(host)
-    spec = _check(adapter, host, encoder, strict)
     with_head = strict != "prompts" and adapter.metadata["head"] is not None
+    spec = check_fit(adapter, host, encoder, strict, with_head=with_head)
     _install(host, adapter, spec, encoder, with_head=with_head)
     return model
-
-
-def _check(adapter: Adapter, host: nn.Module, encoder: Encoder, strict: bool | str) -> PromptSpec:
-    """Compare an adapter with a model; return its spec, or raise before anything changes."""
-    made_for, where = adapter.metadata["backbone"], f"load_task_adapter: {adapter.path}"
-    own = describe_backbone(host, encoder)
-    for name in ("depth", "dims"):
-        if made_for[name] != own[name]:
-            raise AdapterMismatchError(
-                f"{where}: made for {_title(made_for)} with {name} {made_for[name]}, "
-                f"this model is {_title(own)} with {name} {own[name]}."
-            )
-    try:
-        spec = adapter.spec.resolve(encoder.depth)
-    except SpecError as error:
-        raise AdapterError(f"{where}: its prompt options are wrong: {error}") from error
-    expected: dict[str, tuple[int, ...]] = {
-        f"prompts.{name}": shape for name, shape in prompt_shapes(spec, encoder).items()
-    }
-    if spec.project:
-        for width in set(encoder.widths.values()):
-            expected[f"prompts.project.{width}.weight"] = (width, spec.project)
-            expected[f"prompts.project.{width}.bias"] = (width,)
-    adapter.expect(expected, prefix="prompts.")
-    if strict != "prompts":
-        _check_head(adapter, host, encoder, spec, where)
-    _check_fingerprint(adapter, host, encoder, own, strict=strict is not False)
-    return spec
-
-
-def _check_head(
-    adapter: Adapter, host: nn.Module, encoder: Encoder, spec: PromptSpec, where: str
-) -> None:
-    head = adapter.metadata["head"]
-    if head is None:
-        adapter.expect({}, prefix="head")
-        return
-    hint = "strict='prompts' loads the prompts alone."
-    reads = None if encoder.head is None else encoder.reads(spec.pooling)
-    if reads != head["reads"]:
-        has = "has no classifier" if reads is None else f"has a head that reads {reads!r}"
-        raise AdapterMismatchError(
-            f"{where}: its head reads {head['reads']!r}, this model {has}; {hint}"
-        )
-    assert encoder.head is not None
-    width = encoder.head.width if spec.pooling == "default" else encoder.blocks[-1].width
-    if head["in_features"] != width:
-        raise AdapterMismatchError(
-            f"{where}: its head takes {head['in_features']} features, this model gives "
-            f"{width}; {hint}"
-        )
-    if head.get("class") is not None:
-        own = module_at(host, encoder.head.paths[0])
-        if type(own).__name__ != head["class"]:
-            raise AdapterMismatchError(
-                f"{where}: its head is a {head['class']}, which only the same class can take, "
-                f"this model's is a {type(own).__name__}; {hint}"
-            )
-        own_tensors = _head_tensors(host, encoder)
-        adapter.expect({n: tuple(t.shape) for n, t in own_tensors.items()}, prefix="head")
-        return
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in _HEAD_NAMES[: len(encoder.head.paths)]:
-        shapes |= {f"{name}.weight": (head["classes"], width), f"{name}.bias": (head["classes"],)}
-    adapter.expect(shapes, prefix="head")
-
-
-def _check_fingerprint(
-    adapter: Adapter, host: nn.Module, encoder: Encoder, own: dict[str, Any], *, strict: bool
-) -> None:
-    made_for = adapter.metadata["backbone"]
-    weights, saved = fingerprint(host, encoder), made_for["fingerprint"]
-    if weights is None or saved is None:
-        side = (
-            "this model's weights are on the meta device"
-            if weights is None
-            else "the file has none"
-        )
-        problem = f"the backbone's weights cannot be compared, since {side}"
-    else:
-        difference, allowed = largest_difference(saved, weights)
-        if difference <= allowed:
-            return
-        problem = (
-            f"it was made for the weights of {_title(made_for)}, and this {_title(own)} has others "
-            f"(fingerprints differ by {difference:.1e}, allowed {allowed:.0e})"
-        )
-    message = f"load_task_adapter: {adapter.path}: {problem}."
-    if strict:
-        raise AdapterMismatchError(message + " strict=False loads it all the same.")
-    warnings.warn(message, stacklevel=4)
 
 
 def _install(
     host: nn.Module, adapter: Adapter, spec: PromptSpec, encoder: Encoder, *, with_head: bool
 ) -> None:
     """Bring the model to the adapter's structure and copy its tensors; all is checked by now."""
-    head = adapter.metadata["head"]
-    classes = head["classes"] if with_head and head.get("class") is None else None
+    head = adapter.metadata["head"] if with_head else None
+    classes = new_classes(adapter, with_head=with_head)
+    bias = head is None or head.get("bias", True)
     kept: dict[str, Tensor] = {}
-    if not _has_structure(host, spec, encoder, classes):
+    names = head["labels"] if head is not None else None
+    if not _has_structure(host, spec, encoder, classes, bias):
         if is_prompted(host):
-            own_head = encoder.head if _has_task_head(host) else None
-            if classes is None and own_head is not None:
-                kept, classes = _head_tensors(host, encoder), class_count(host, own_head)
+            if classes is None and encoder.head is not None and _has_task_head(host):
+                kept, classes = head_tensors(host, encoder), class_count(host, encoder.head)
+                names, bias = label_names(host, encoder), "head.bias" in kept
             remove_prompts(host)
-        inject_spec(host, spec, encoder, num_classes=classes)
+        # Every value is overwritten below, so the global random state is left alone.
+        generator = torch.Generator().manual_seed(0)
+        inject_spec(host, spec, encoder, num_classes=classes, head_bias=bias, generator=generator)
     prompts = host_and_prompts(host, "load_task_adapter")[1]
     source = adapter.tensors | kept
     targets: dict[str, Tensor] = {f"prompts.{n}": p for n, p in prompts.named_parameters()}
     if with_head or kept:
-        targets |= _head_tensors(host, encoder)
+        targets |= head_tensors(host, encoder)
     _copy(host, encoder, {name: (target, source[name]) for name, target in targets.items()})
+    freeze(host, encoder)
     prompts.clear_cache()
-    metadata = adapter.metadata
-    prompts.info = {name: metadata[name] for name in ("task", "preprocessing", "metrics")}
-    prompts.info["labels"] = head["labels"] if with_head else None
-    if prompts.info["labels"]:
-        _name_labels(host, encoder, prompts.info["labels"])
+    prompts.info = {n: adapter.metadata[n] for n in ("task", "preprocessing", "metrics")}
+    prompts.info["labels"] = names
+    if (with_head or kept) and _has_task_head(host):
+        _name_labels(host, encoder, names)
 
 
 @torch.no_grad()
@@ -277,20 +194,22 @@ def _copy(host: nn.Module, encoder: Encoder, pairs: dict[str, tuple[Tensor, Tens
 def _host_name(encoder: Encoder, name: str) -> str:
     """Turn a tensor's name in the file into its name in the host."""
     kind, _, rest = name.partition(".")
-    if encoder.head is None or kind not in _HEAD_NAMES:
+    if encoder.head is None or kind not in HEAD_NAMES:
         return name
-    return f"{encoder.head.paths[_HEAD_NAMES.index(kind)]}.{rest.removeprefix('module.')}"
+    return f"{encoder.head.paths[HEAD_NAMES.index(kind)]}.{rest.removeprefix('module.')}"
 
 
 def _has_structure(
-    host: nn.Module, spec: PromptSpec, encoder: Encoder, classes: int | None
+    host: nn.Module, spec: PromptSpec, encoder: Encoder, classes: int | None, bias: bool
 ) -> bool:
     """Tell whether a model already carries such prompts and a task head of that size."""
     if not is_prompted(host) or host_and_prompts(host, "load_task_adapter")[1].spec != spec:
         return False
     if classes is None or encoder.head is None:
         return True
-    return _has_task_head(host) and class_count(host, encoder.head) == classes
+    head: Any = module_at(host, encoder.head.paths[0])
+    same = class_count(host, encoder.head) == classes and (head.bias is not None) == bias
+    return _has_task_head(host) and same
 
 
 def _has_task_head(host: nn.Module) -> bool:
@@ -301,7 +220,7 @@ def _describe_head(
     host: nn.Module, prompts: Prompts, labels: list[str] | None
 ) -> dict[str, Any] | None:
     head = prompts.encoder.head
-    if head is None or not _head_tensors(host, prompts.encoder):
+    if head is None or not head_tensors(host, prompts.encoder):
         return None
     module = module_at(host, head.paths[0])
     classes = class_count(host, head)
@@ -309,34 +228,25 @@ def _describe_head(
         raise AdapterError(
             f"save_task_adapter(labels=...): {len(labels)} names for a head of {classes} classes."
         )
-    plain = isinstance(module, nn.Linear)
+    extra: dict[str, Any] = {}
+    if not isinstance(module, nn.Linear):
+        extra["class"] = type(module).__name__
+    elif module.bias is None:
+        extra["bias"] = False
     return {
         "classes": classes,
         "labels": labels,
         "in_features": int(getattr(module, "in_features", head.width)),
         "reads": prompts.encoder.reads(prompts.spec.pooling),
-    } | ({} if plain else {"class": type(module).__name__})
+        **extra,
+    }
 
 
-def _head_tensors(host: nn.Module, encoder: Encoder) -> dict[str, Tensor]:
-    """Return the head's parameters under their names in the file."""
-    tensors: dict[str, Tensor] = {}
-    for path, name in zip(encoder.head.paths if encoder.head else (), _HEAD_NAMES, strict=False):
-        module = module_at(host, path)
-        prefix = name if isinstance(module, nn.Linear) else f"{name}.module"
-        state = module.state_dict(keep_vars=True)
-        tensors |= {f"{prefix}.{key}": t for key, t in state.items() if t.is_floating_point()}
-    return tensors
-
-
-def _name_labels(host: nn.Module, encoder: Encoder, labels: list[str]) -> None:
+def _name_labels(host: nn.Module, encoder: Encoder, labels: list[str] | None) -> None:
+    """Write label names, or numbers where there are none, into a transformers config."""
     assert encoder.head is not None
     owner = module_at(host, encoder.head.paths[0].rpartition(".")[0])
     config = vars(owner).get("config")
     if config is not None and hasattr(config, "id2label"):
-        set_labels(config, labels)
-
-
-def _title(backbone: Mapping[str, Any]) -> str:
-    name = backbone["hub_id"] or backbone["architecture"]
-    return f"{backbone['library']} {name}"
+        count = class_count(host, encoder.head)
+        set_labels(config, labels or [f"LABEL_{i}" for i in range(count)])

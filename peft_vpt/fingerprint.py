@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbones.anatomy import Encoder, module_at
+from .backbones.anatomy import Encoder, join, module_at
 
 Fingerprint = dict[str, Any]
 _TOLERANCE = 1e-6
@@ -17,7 +17,9 @@ _TOLERANCE_FP16 = 5e-3
 
 @torch.no_grad()
 def fingerprint(host: nn.Module, encoder: Encoder) -> Fingerprint | None:
-    """Return sums over the weights that prompts depend on, or None where weights are on `meta`.
+    """Return sums over the weights that prompts depend on, or None where they cannot be read.
+
+    That is where weights are on `meta`, or a wrapped projection does not show its `weight`.
 
     Per block, nine float64 numbers over parameters rounded to bf16: sums of |w|, w^2 and w^4 over
     vectors, the same over matrices, and sums of w^2 over the rows of queries, keys and values.
@@ -29,6 +31,11 @@ def fingerprint(host: nn.Module, encoder: Encoder) -> Fingerprint | None:
     """
     if any(p.is_meta for p in module_at(host, encoder.path).parameters()):
         return None
+    for block in encoder.blocks:
+        for attention in block.attentions:
+            layers = attention.projection.modules(module_at(host, join(block.path, attention.path)))
+            if not hasattr(layers[0], "weight"):
+                return None
     first = next(module_at(host, encoder.blocks[0].path).parameters())
     norm = (
         () if encoder.norm_weights is None else module_at(host, encoder.norm_weights).parameters()

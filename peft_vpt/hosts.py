@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Integral
+
 import torch
 from torch import nn
 
@@ -61,6 +63,7 @@ def refuse_unfit(model: nn.Module) -> None:
             "Inject into the bare model first, then wrap, shard or compile it."
         )
     inside = [path for path, module in model.named_modules() if isinstance(module, Prompts)]
+    inside += [path for path, module in model.named_modules() if _serves_prompts(module)]
     if inside:
         raise AlreadyPromptedError(
             f"inject_prompts: {name} carries prompts already (at {inside[0]!r}). "
@@ -77,12 +80,18 @@ def refuse_unfit(model: nn.Module) -> None:
         )
 
 
+def _serves_prompts(module: nn.Module) -> bool:
+    """Tell whether a module meets prompts of its own host, or of a larger model around it."""
+    owner = getattr(vars(module).get("forward"), "__self__", None)
+    return hasattr(owner, "is_prompt_form")
+
+
 def check_head(
     model: nn.Module, encoder: Encoder, spec: PromptSpec, num_classes: int | None
 ) -> int:
     """Check `num_classes` and `pooling` against the model; return the new head's input width."""
     head, call = encoder.head, f"inject_prompts(num_classes={num_classes!r})"
-    wrong = isinstance(num_classes, bool) or not isinstance(num_classes, int | None)
+    wrong = isinstance(num_classes, bool) or not isinstance(num_classes, Integral | None)
     if wrong or (num_classes is not None and num_classes < 0):
         raise SpecError(f"{call}: must be None or an integer >= 0.")
     if head is None and num_classes is not None:

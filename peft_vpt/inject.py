@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .backbones import find_encoder
-from .backbones.anatomy import Encoder, first_conv_kernel, module_at
-from .backbones.heads import FormerHead, replace_head, restore_head
+from .backbones.anatomy import Encoder, first_conv_kernel, is_kind, module_at
+from .backbones.heads import FormerHead, host_dtype, replace_head, restore_head
 from .errors import SpecError
 from .forms.attach import Form, ForwardPatch
 from .forms.choose import build_forms, every_attention
@@ -99,7 +99,7 @@ def inject_prompts(
     spec = PromptSpec(
         length=length,
         deep=deep,
-        layers=None if layers is None else layers,  # type: ignore[arg-type]
+        layers=layers,  # type: ignore[arg-type]
         location=location,
         sharing=sharing,
         init=init if isinstance(init, str) else "tensor",
@@ -109,6 +109,13 @@ def inject_prompts(
         train_prompts=train_prompts,
         form=form,
     )
+    if not isinstance(init, str | Tensor | list | tuple):
+        raise SpecError(
+            f"inject_prompts(init={init!r}): must be a name, a tensor (entries, length, dim) or a "
+            "list of tensors (length, dim)."
+        )
+    if not isinstance(generator, torch.Generator | None):
+        raise SpecError(f"inject_prompts(generator={generator!r}): must be a torch.Generator.")
     refuse_unfit(model)
     return inject_spec(
         model,
@@ -127,45 +134,68 @@ def inject_spec(
     *,
     values: Any = None,
     num_classes: int | None = None,
+    head_bias: bool = True,
     generator: torch.Generator | None = None,
 ) -> Model:
     """Do the work of `inject_prompts` for a spec and an anatomy that are at hand."""
-    spec = spec.resolve(encoder.depth)
-    width = check_head(model, encoder, spec, num_classes)
-    check_blocks(encoder, spec)
+    prompts, width = prepare(model, spec, encoder, num_classes=num_classes)
+    device = _device(model, prompts)
     if values is not None:
-        values = check_values(values, prompt_shapes(spec, encoder))
-    prompts = Prompts(spec, encoder, model)
-    build_forms(prompts, model)
-    checked = [form for form in prompts.forms if isinstance(form, KeyValueForm)]
-    on_meta = any(p.is_meta for p in model.parameters())
-    if not on_meta:
-        self_check(model, encoder, every_attention(prompts, model))
-    _place(prompts, model)
-    if not on_meta:
+        values = check_values(values, prompt_shapes(prompts.spec, encoder))
+        if device.type == "meta":
+            raise SpecError(
+                "inject_prompts(init=...): the model is on the meta device, where values are lost; "
+                "materialise it first."
+            )
+    prompts.to(device=device, dtype=host_dtype(module_at(model, encoder.blocks[0].path)))
+    if device.type != "meta":
         kernel = first_conv_kernel(module_at(model, encoder.path))
         initialise(prompts, kernel, values, generator)
 
     # From here on the model changes, and nothing may fail.
-    prompts.undo["requires_grad"] = {n: p.requires_grad for n, p in model.named_parameters()}
-    prompts.undo["head"] = None
+    _remember(prompts, model)
     if num_classes is not None and encoder.head is not None:
         prompts.undo["head"] = replace_head(
-            model, encoder.head, num_classes, width=width, generator=generator
+            model,
+            encoder.head,
+            int(num_classes),
+            width=width,
+            device=device,
+            generator=generator,
+            bias=head_bias,
         )
-    _freeze(model, encoder)
+    freeze(model, encoder)
     model.prompts = prompts
     _attach(prompts, model)
-    if on_meta:
-        for form in checked:
-            form.check_at_first_forward()
     _ignore_frozen_on_save(model, prompts)
     prompts.train(model.training)
     return model
 
 
+def prepare(
+    model: nn.Module, spec: PromptSpec, encoder: Encoder, *, num_classes: int | None
+) -> tuple[Prompts, int]:
+    """Do every check that injection makes, self-check included, and build the prompts.
+
+    The model is left alone.
+
+    Returns:
+        Unattached prompts, and the number of features of a new head.
+    """
+    spec = spec.resolve(encoder.depth)
+    width = check_head(model, encoder, spec, num_classes)
+    check_blocks(encoder, spec)
+    prompts = Prompts(spec, encoder, model)
+    build_forms(prompts, model)
+    if not _on_meta(model):
+        self_check(model, encoder, every_attention(prompts, model))
+    return prompts, width
+
+
 def remove_prompts(model: Model) -> Model:
-    """Take prompts and task head out again; outputs, hooks, gradients flags are as before.
+    """Take prompts and task head out again: outputs, hooks, flags, head are as before injection.
+
+    A head that was trained in place gets its former values back.
 
     Raises:
         NotPromptedError: The model carries no prompts.
@@ -181,12 +211,13 @@ def remove_prompts(model: Model) -> Model:
         handle.remove()
     undo = prompts.undo
     del host.prompts
-    if isinstance(undo["head"], FormerHead):
-        restore_head(host, undo["head"])
+    _restore_head(host, prompts)
     for name, parameter in host.named_parameters():
         parameter.requires_grad_(undo["requires_grad"].get(name, parameter.requires_grad))
     _restore_attribute(host, "_keys_to_ignore_on_save", undo["ignored"])
     host.train(host.training)
+    for name, module in host.named_modules():
+        module.training ^= undo["training"].get(name, False)
     return model
 
 
@@ -224,27 +255,66 @@ def _parts(prompts: Prompts) -> list[Form]:
     return [form for form in prompts.forms if isinstance(form, Form)]
 
 
-def _place(prompts: Prompts, model: nn.Module) -> None:
-    """Move prompts to the device and dtype of the first floating parameter of the blocks."""
+def _on_meta(model: nn.Module) -> bool:
+    return any(p.is_meta for p in model.parameters())
+
+
+def _device(model: nn.Module, prompts: Prompts) -> torch.device:
+    """Return where prompts go: with the first block, or where its offloaded weights will run."""
     block = module_at(model, prompts.encoder.blocks[0].path)
-    like = next(p for p in block.parameters() if p.is_floating_point())
-    prompts.to(device=like.device, dtype=like.dtype)
+    device = next(p for p in block.parameters() if p.is_floating_point()).device
+    hooks = [getattr(module, "_hf_hook", None) for module in block.modules()]
+    targets = [getattr(hook, "execution_device", None) for hook in hooks]
+    target = next((t for t in targets if t is not None), device)
+    return torch.device(target) if device.type == "meta" else device
 
 
-def _freeze(model: nn.Module, encoder: Encoder) -> None:
+def freeze(model: nn.Module, encoder: Encoder) -> None:
+    """Let nothing train but head and, if the spec says so, prompts."""
     model.requires_grad_(False)
     for path in encoder.head.paths if encoder.head is not None else ():
         module_at(model, path).requires_grad_(True)
+    prompts = getattr(model, "prompts", None)
+    if isinstance(prompts, Prompts):
+        prompts.requires_grad_(prompts.spec.train_prompts)
+
+
+def _remember(prompts: Prompts, model: nn.Module) -> None:
+    """Note what `remove_prompts` puts back."""
+    head = prompts.encoder.head
+    states = {p: module_at(model, p).state_dict() for p in (head.paths if head else ())}
+    prompts.undo |= {
+        "requires_grad": {n: p.requires_grad for n, p in model.named_parameters()},
+        "training": {n: m.training != model.training for n, m in model.named_modules()},
+        "head": None,
+        "head_state": {p: {n: t.clone() for n, t in s.items()} for p, s in states.items()},
+    }
+
+
+def _restore_head(host: nn.Module, prompts: Prompts) -> None:
+    """Put the former head back, or the former values into a head that trained in place."""
+    undo, head = prompts.undo, prompts.encoder.head
+    if isinstance(undo["head"], FormerHead):
+        restore_head(host, undo["head"])
+        return
+    for path in head.paths if head else ():
+        module = module_at(host, path)
+        if undo["head_state"][path].keys() == module.state_dict().keys():
+            module.load_state_dict(undo["head_state"][path])
+        for parameter in module.parameters():
+            parameter.grad = None
 
 
 def _attach(prompts: Prompts, model: nn.Module) -> None:
     for part in _parts(prompts):
         part.attach()
+        if isinstance(part, KeyValueForm) and _on_meta(model):
+            part.check_at_first_forward()
     first = prompts.encoder.blocks[prompts.entries[0]].path
     gate = module_at(model, prompts.encoder.gate or first)
     prompts.undo["handles"] = [
-        model.register_forward_pre_hook(prompts.refuse_replica),
-        gate.register_forward_pre_hook(prompts.require_input_grad),
+        model.register_forward_pre_hook(prompts.check_forward),
+        gate.register_forward_pre_hook(prompts.require_input_grad, with_kwargs=True),
     ]
 
 
@@ -252,7 +322,7 @@ def _ignore_frozen_on_save(model: nn.Module, prompts: Prompts) -> None:
     """Keep frozen weights out of transformers checkpoints, which then hold what trains."""
     name = "_keys_to_ignore_on_save"
     prompts.undo["ignored"] = vars(model).get(name, dataclasses.MISSING)
-    if any(cls.__name__ == "PreTrainedModel" for cls in type(model).__mro__):
+    if is_kind(model, "PreTrainedModel", "transformers"):
         frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
         frozen -= {n for n in frozen if n.startswith("prompts.")}
         buffers = {n for n, _ in model.named_buffers()}

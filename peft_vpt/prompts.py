@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
-from .backbones.anatomy import Encoder, module_at
+from .backbones.anatomy import Encoder, first_argument, is_kind, module_at
+from .backbones.checkpointing import is_checkpointing, is_reentrant, keeps_training_flag
 from .errors import SpecError, VPTError
 from .spec import PromptSpec, xavier_bound
 
@@ -128,7 +128,8 @@ class Prompts(nn.Module):
     def sharded(self) -> bool:
         """Tell whether FSDP brings and takes the host's weights, unseen by version counters."""
         parts = (self._host[0], module_at(self._host[0], self.encoder.blocks[0].path))
-        return any(cls.__name__ == "FSDPModule" for part in parts for cls in type(part).__mro__)
+        names = ("FSDPModule", "FullyShardedDataParallel")
+        return any(is_kind(part, name) for part in parts for name in names)
 
     def clear_cache(self) -> None:
         """Forget cached keys and values; needed only after an edit through `.data`."""
@@ -152,7 +153,7 @@ class Prompts(nn.Module):
         own = {id(module) for module in (host, *self.modules(), *self._head_modules())}
         for module in host.modules():
             trains = any(p.requires_grad for p in module.parameters(recurse=False))
-            if id(module) not in own and not trains and not _is_checkpointing(module):
+            if id(module) not in own and not trains and not keeps_training_flag(module):
                 module.training = False
         return self
 
@@ -169,44 +170,52 @@ class Prompts(nn.Module):
         self.clear_cache()
         super()._load_from_state_dict(*args, **kwargs)
 
-    def refuse_replica(self, host: nn.Module, args: Any) -> None:
-        """Forward pre-hook of the host: raise in a `DataParallel` replica.
+    def check_forward(self, host: nn.Module, args: Any) -> None:
+        """Forward pre-hook of the host: raise where prompts would silently go wrong.
 
-        A replica's modules still point to the original's prompts, so gradients would be lost.
+        Raises:
+            VPTError: In a `DataParallel` replica, whose modules still point to the original's
+                prompts, so that gradients would be lost; or where prompts are disabled and a
+                recomputation in backward might find them enabled.
         """
         if getattr(host, "_is_replica", False):
             raise VPTError(
                 "a prompted model cannot run under torch.nn.DataParallel: its replicas lose the "
                 "gradients of the prompts. Use DistributedDataParallel with torchrun."
             )
+        self._keep_checkpointing(host)
+        checkpointing = is_checkpointing(host, self.encoder, self.entries[0])
+        if checkpointing and torch.is_grad_enabled() and self.disabled():
+            raise VPTError(
+                "disable_prompts: gradient checkpointing recomputes blocks in backward, where "
+                "prompts may be enabled again. Run the bare backbone under torch.no_grad(), or "
+                "without checkpointing."
+            )
+
+    def _keep_checkpointing(self, host: nn.Module) -> None:
+        """Let layers whose checkpointing was enabled after `train()` recompute."""
+        for block in self.encoder.blocks if host.training else ():
+            module = module_at(host, block.path)
+            if keeps_training_flag(module) and not module.training:
+                module.training = True
 
     def require_input_grad(
-        self, module: nn.Module, args: tuple[Any, ...]
-    ) -> tuple[Any, ...] | None:
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Forward pre-hook in front of the first prompted block, for reentrant checkpointing.
 
         A reentrant checkpoint whose inputs need no gradient cuts the graph, and prompts inside it
         would get no gradient and no error.
         """
-        host = self._host[0]
-        if not torch.is_grad_enabled() or not self.reentrant(module_at(host, self.encoder.path)):
+        hidden = first_argument(args, kwargs)
+        if not torch.is_grad_enabled() or hidden.requires_grad:
             return None
-        hidden = args[0]
-        if hidden.requires_grad:
+        if not is_reentrant(self._host[0], self.encoder, self.entries[0]):
             return None
-        return (hidden.detach().requires_grad_(), *args[1:])
-
-    def reentrant(self, encoder: nn.Module) -> bool:
-        """Tell whether the encoder's blocks run under reentrant gradient checkpointing."""
-        if self.encoder.library == "timm":
-            layers = sys.modules.get("timm.layers")
-            use = getattr(layers, "use_reentrant_ckpt", lambda: False)
-            return bool(getattr(encoder, "grad_checkpointing", False) and use())
-        block = module_at(self._host[0], self.encoder.blocks[self.entries[0]].path)
-        function = getattr(block, "_gradient_checkpointing_func", None)
-        if not getattr(block, "gradient_checkpointing", False) or function is None:
-            return False
-        return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
+        hidden = hidden.detach().requires_grad_()
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, kwargs | {next(iter(kwargs)): hidden}
 
     def extra_repr(self) -> str:
         """Say how many prompts enter where, and how many parameters that makes."""
@@ -223,10 +232,6 @@ def prompt_shapes(spec: PromptSpec, encoder: Encoder) -> dict[str, tuple[int, in
         stages = sorted({encoder.blocks[entry].stage for entry in entries})
         return {f"shared.{s}": (length, spec.project or encoder.widths[s]) for s in stages}
     return {str(e): (length, spec.project or encoder.blocks[e].width) for e in entries}
-
-
-def _is_checkpointing(module: nn.Module) -> bool:
-    return bool(getattr(module, "gradient_checkpointing", False))
 
 
 @torch.no_grad()
@@ -276,7 +281,7 @@ def check_values(values: Tensor | list[Tensor], shapes: dict[str, tuple[int, int
     Raises:
         SpecError: Another number of tensors, a wrong shape or type, or a value that is not finite.
     """
-    given = list(values)
+    given = [values] if isinstance(values, Tensor) and not values.dim() else list(values)
     fits = len(given) == len(shapes) and all(
         isinstance(v, Tensor) and tuple(v.shape) == shape and v.is_floating_point()
         for v, shape in zip(given, shapes.values(), strict=False)

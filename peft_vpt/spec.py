@@ -8,6 +8,7 @@ import operator
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 from .errors import SpecError
@@ -177,14 +178,18 @@ def _count(name: str, value: object) -> int:
 
 
 def _rate(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else -1.0
+    if not 0 <= number < 1:
         raise _wrong("dropout", value, "must be a number from 0 up to, not including, 1")
-    return float(value)
+    return number
 
 
 def _ascending(layers: object) -> tuple[int, ...]:
     problem = _wrong("layers", layers, "must be block indices, each >= 0, in strictly rising order")
     if isinstance(layers, str) or not isinstance(layers, Iterable):
+        raise problem
+    layers = tuple(layers)
+    if any(isinstance(layer, bool) for layer in layers):
         raise problem
     try:
         indices = tuple(operator.index(layer) for layer in layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -310,7 +311,7 @@ def test_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="not a peft_vpt task adapter"):
         load_task_adapter(model, bad)
     save_file({"x": torch.ones(1)}, bad, metadata={"peft_vpt": "{" * 100_000})
-    with pytest.raises(AdapterError, match="not JSON"):
+    with pytest.raises(AdapterError, match="not canonical JSON"):
         load_task_adapter(model, bad)
     generator = torch.Generator().manual_seed(0)
     for position in torch.randint(len(data), (200,), generator=generator).tolist():
@@ -497,3 +498,94 @@ def test_local_files_touch_no_socket(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(socket, "socket", refuse)
     save_task_adapter(trained("timm/cls"), tmp_path)
     load_task_adapter(build("timm/cls"), tmp_path)
+
+
+def test_a_load_that_does_not_fit_leaves_the_prompts_that_were_there(tmp_path: Path) -> None:
+    save_task_adapter(trained("timm/cls", pooling="image"), tmp_path)
+    for name in ("transformers/vit-model", "timm/distilled"):
+        model = build(name)
+        with pytest.raises(AdapterError):
+            load_task_adapter(model, tmp_path)
+        assert not is_prompted(model)
+    host = trained("timm/gap-with-cls", 4, deep=False)
+    before = out(host)
+    with pytest.raises(AdapterMismatchError):
+        load_task_adapter(host, tmp_path)
+    assert torch.equal(out(host), before)
+    load_task_adapter(host, tmp_path, strict="prompts")
+    assert host.prompts.spec.pooling == "default"
+
+
+def test_what_a_pooled_head_reads_tells_the_norm(tmp_path: Path) -> None:
+    save_task_adapter(trained("timm/no-final-norm", pooling="cls"), tmp_path)
+    with pytest.raises(AdapterMismatchError, match="its head reads 'cls:no-norm'"):
+        load_task_adapter(build("timm/cls"), tmp_path)
+
+
+def test_loading_sets_what_trains_and_the_labels_again(tmp_path: Path) -> None:
+    first, second = (trained("transformers/vit", 2) for _ in range(2))
+    save_task_adapter(first, tmp_path / "a", labels=["cat", "dog"])
+    save_task_adapter(second, tmp_path / "b")
+    model = build("transformers/vit")
+    load_task_adapter(model, tmp_path / "a")
+    names = list(trainable_parameters(model))
+    assert model.config.id2label == {0: "cat", 1: "dog"}
+    model.requires_grad_(True)
+    load_task_adapter(model, tmp_path / "b")
+    assert list(trainable_parameters(model)) == names
+    assert model.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
+    load_task_adapter(model, tmp_path / "a")
+    save_task_adapter(trained("transformers/vit", 3, deep=False), tmp_path / "c")
+    load_task_adapter(model, tmp_path / "c", strict="prompts")
+    assert model.config.id2label == {0: "cat", 1: "dog"}
+    state = torch.random.get_rng_state()
+    load_task_adapter(build("transformers/vit"), tmp_path / "c")
+    build("transformers/vit")
+    load_task_adapter(model, tmp_path / "c")
+    after = torch.random.get_rng_state()
+    build("transformers/vit")
+    assert torch.equal(after, torch.random.get_rng_state())
+    assert state.shape == after.shape
+
+
+def test_a_head_without_bias(tmp_path: Path) -> None:
+    def model() -> nn.Module:
+        vit = build("timm/cls")
+        vit.head = nn.Linear(32, 3, bias=False).double()
+        return vit
+
+    source = inject_prompts(model(), 2)
+    save_task_adapter(source, tmp_path)
+    host = load_task_adapter(build("timm/cls"), tmp_path)
+    assert host.head.bias is None
+    assert torch.equal(out(host), out(source))
+    assert torch.equal(out(remove_prompts(host)), out(build("timm/cls")))
+
+
+def test_metadata_that_is_not_canonical(tmp_path: Path) -> None:
+    path = save_task_adapter(trained("timm/cls"), tmp_path, metrics={"accuracy": 0.5})
+    tensors = load_file(path)
+    with safe_open(path, framework="pt") as file:
+        text = file.metadata()["peft_vpt"]
+    edits = (" " + text, text.replace("0.5", "NaN"), text.replace("0.5", "1e999"), "[]", '"x"')
+    edits += (text.replace('"task":null', '"task":null,"task":null'), text.replace("0.5", "0.50"))
+    edits += (re.sub(r'"norm":\[[^,]*', f'"norm":[{10**400}', text),)
+    bad = tmp_path / "bad.safetensors"
+    for edit in edits:
+        assert edit != text
+        save_file(tensors, bad, metadata={"peft_vpt": edit})
+        with pytest.raises(AdapterError, match=re.escape(str(bad))):
+            load_task_adapter(build("timm/cls"), bad)
+
+
+def test_sources_and_targets_that_are_no_paths(tmp_path: Path) -> None:
+    for source in (None, 3, b"x", "~no-such-user-here/x", "x" * 300, "a\0b"):
+        with pytest.raises(AdapterError):
+            load_task_adapter(build("timm/cls"), source)
+    for target in ("~no-such-user-here/x", "a\0b"):
+        with pytest.raises(AdapterError):
+            save_task_adapter(trained("timm/cls"), target)
+    with pytest.raises(AdapterError, match="must be True, False or 'prompts'"):
+        load_task_adapter(build("timm/cls"), tmp_path, strict=0)
+    with pytest.raises(AdapterError, match="give a list of names"):
+        save_task_adapter(trained("timm/cls"), tmp_path, labels="abcd")

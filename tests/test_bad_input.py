@@ -45,6 +45,11 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"init": torch.ones(3, 50, 32, dtype=torch.int64)}, "needs 3 floating point tensors"),
     ({"init": [torch.ones(50, 32), None, 3]}, "got [(50, 32), 'NoneType', 'int']"),
     ({"init": torch.full((3, 50, 32), NAN)}, "holds values that are not finite"),
+    ({"init": None}, "inject_prompts(init=None): must be a name, a tensor"),
+    ({"init": 5}, "inject_prompts(init=5): must be a name, a tensor"),
+    ({"init": torch.tensor(1.0)}, "needs 3 floating point tensors"),
+    ({"generator": 5}, "inject_prompts(generator=5): must be a torch.Generator."),
+    ({"layers": (True,)}, "in strictly rising order"),
     ({"dropout": 1.0}, "dropout must be a number from 0 up to, not including, 1"),
     ({"dropout": -0.1}, "dropout must be a number from 0"),
     ({"dropout": NAN}, "dropout must be a number from 0"),
@@ -218,6 +223,7 @@ def test_prompted_wrapped_compiled_scripted_and_empty_models() -> None:
     outer = nn.Module()
     outer.vit = model
     refused(outer, AlreadyPromptedError, "carries prompts already (at 'vit.prompts')")
+    refused(model.blocks, AlreadyPromptedError, "carries prompts already (at '0.attn')")
     bare = build("timm/cls")
     refused(nn.DataParallel(bare), UnsupportedArchitectureError, "wrapped or compiled already")
     refused(torch.compile(bare, backend="eager"), UnsupportedArchitectureError, "compiled already")

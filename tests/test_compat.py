@@ -330,3 +330,37 @@ def test_cuda() -> None:
     model.cuda()
     out = model(image(dtype=torch.float32).cuda())
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_enabled_after_train_recomputes(*, reentrant: bool) -> None:
+    model = prompted("transformers/vit", {}).train()
+    expected = gradients(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with counted_forwards(model.vit.layers[2].mlp) as calls:
+        got = gradients(model)
+    assert len(calls) == 2
+    for n, grad in expected.items():
+        torch.testing.assert_close(got[n], grad, rtol=1e-9, atol=1e-12, msg=n)
+
+
+def test_disabling_under_checkpointing_with_gradients_is_refused() -> None:
+    from peft_vpt import disable_prompts
+
+    model = prompted("timm/cls", {})
+    model.set_grad_checkpointing()
+    with disable_prompts(model):
+        with pytest.raises(ValueError, match=r"disable_prompts: .* under torch\.no_grad"):
+            model(image())
+        with torch.no_grad():
+            assert torch.isfinite(model(image())).all()
+
+
+def test_injection_into_an_offloaded_model() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = build("timm/cls", torch.float32)
+    expected = prompted("timm/cls", {}, torch.float32)(image(dtype=torch.float32))
+    accelerate.cpu_offload(model, execution_device="cpu")
+    inject_prompts(model, 3, generator=torch.Generator().manual_seed(0), dropout=0)
+    with torch.no_grad():
+        torch.testing.assert_close(model(image(dtype=torch.float32)), expected)

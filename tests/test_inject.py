@@ -513,3 +513,164 @@ def test_a_meta_model_is_checked_at_its_first_forward() -> None:
             parameter.normal_(0, 0.1)
     model.eval()(image(dtype=torch.float32))
     assert all(form._pending is None for form in model.prompts.forms)
+
+
+def test_the_cache_sees_fused_optimizers_which_do_not_count_versions() -> None:
+    model = inject_prompts(build("timm/cls", torch.float32), 2)
+    optimizer = torch.optim.AdamW(trainable_parameters(model).values(), lr=0.5, fused=True)
+    pixels = image(dtype=torch.float32)
+    with torch.no_grad():
+        model(pixels)
+    model(pixels).square().sum().backward()
+    optimizer.step()
+    with torch.no_grad():
+        cached = model(pixels)
+        model.prompts.clear_cache()
+        assert torch.equal(cached, model(pixels))
+
+
+def test_threads_with_and_without_autocast_share_a_model() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    model = inject_prompts(build("timm/cls", torch.float32), 2)
+    pixels = image(dtype=torch.float32)
+
+    @torch.no_grad()
+    def run(half: bool) -> list[torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            return [model(pixels) for _ in range(50)]
+
+    expected = {half: run(half)[0] for half in (False, True)}
+    with ThreadPoolExecutor(4) as pool:
+        for half, outs in zip([False, True] * 2, pool.map(run, [False, True] * 2), strict=True):
+            assert all(torch.equal(out, expected[half]) for out in outs)
+
+
+@pytest.mark.parametrize("options", [{"deep": False}, {"form": "token"}])
+@pytest.mark.parametrize("as_tuple", [False, True])
+@pytest.mark.parametrize("kind", ["Beit", "Dinov2", "Dinov2WithRegisters"])
+def test_backbones_keep_their_feature_maps(
+    kind: str, options: dict[str, Any], *, as_tuple: bool
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    from zoo import VIT
+
+    values = VIT | {"out_features": ["stage1", "stage3"], "reshape_hidden_states": True}
+    bare = getattr(transformers, f"{kind}Backbone")(
+        getattr(transformers, f"{kind}Config")(**values, attn_implementation="eager")
+    ).eval()
+    model = inject_prompts(copy.deepcopy(bare), 3, **options)
+
+    def shapes(module: nn.Module) -> Any:
+        out = module(
+            image(dtype=torch.float32),
+            output_hidden_states=True,
+            output_attentions=True,
+            return_dict=not as_tuple,
+        )
+        groups = out if as_tuple else out.to_tuple()
+        return [[tuple(x.shape) for x in group] for group in groups]
+
+    maps, states, attentions = shapes(model)
+    assert [maps, states] == shapes(bare)[:2]
+    tokens = states[0][1]
+    assert attentions == [(2, 2, tokens, tokens + 3)] * 3
+
+
+@pytest.mark.parametrize("as_tuple", [False, True])
+def test_attention_maps_of_the_token_form(*, as_tuple: bool) -> None:
+    bare = build("transformers/vit-model")
+    bare.set_attn_implementation("eager")
+    for options in ({"form": "token"}, {"deep": False}):
+        model = inject_prompts(copy.deepcopy(bare), 3, **options)
+        out = model(image(), output_attentions=True, return_dict=not as_tuple)
+        maps = out[-1] if as_tuple else out.attentions
+        assert [tuple(m.shape) for m in maps] == [(2, 2, 17, 20)] * 3
+
+
+def test_selected_hidden_states() -> None:
+    model = inject_prompts(build("transformers/vit"), 3, deep=False)
+    states = model(image(), output_hidden_states=[1]).hidden_states
+    assert [s is None or tuple(s.shape) for s in states] == [True, (2, 17, 32), True, True]
+
+
+def test_pooling_keeps_nothing_beyond_the_forward_and_refuses_a_lone_head() -> None:
+    import gc
+    import weakref
+
+    model = inject_prompts(build("timm/cls"), 3, pooling="image", num_classes=4)
+    kept: list[Any] = []
+    model.norm.register_forward_hook(lambda m, a, out: kept.append(weakref.ref(out)))
+    model(image())
+    features = model.forward_features(image())
+    with pytest.raises(ValueError, match="outside the model's own forward"):
+        model.forward_head(features)
+    del features
+    gc.collect()
+    assert all(ref() is None for ref in kept)
+
+
+def test_pooling_survives_a_new_classifier() -> None:
+    import reference
+
+    bare = build("timm/cls")
+    model = inject_prompts(copy.deepcopy(bare), 3, pooling="image", dropout=0)
+    model.reset_classifier(7)
+    model.head.double()
+    bare.head = model.head
+    prompts = {i: model.prompts.stored(i) for i in range(3)}
+    expected = reference.predict(
+        bare, image(), prompts, [(i, i) for i in range(3)], pooling="image"
+    )
+    torch.testing.assert_close(model(image()), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("pooling", ["prompt", "global"])
+def test_normed_intermediates_under_prompt_pooling(pooling: str) -> None:
+    bare = build("timm/cls")
+    model = inject_prompts(copy.deepcopy(bare), 3, pooling=pooling)
+    for options in ({"n": [0], "norm": True}, {"n": [2], "norm": True}, {"n": 3}):
+        ours = model.get_intermediate_layers(image(), **options)
+        theirs = bare.get_intermediate_layers(image(), **options)
+        assert [x.shape for x in ours] == [x.shape for x in theirs]
+
+
+def test_removal_restores_training_flags_and_a_head_trained_in_place() -> None:
+    model = build("timm/cls").train()
+    model.blocks[0].eval()
+    flags = {n: m.training for n, m in model.named_modules()}
+    expected = build("timm/cls")(image())
+    inject_prompts(model, 2)
+    model(image()).sum().backward()
+    torch.optim.SGD(model.parameters(), lr=1.0).step()
+    remove_prompts(model)
+    assert {n: m.training for n, m in model.named_modules()} == flags
+    assert torch.equal(model.eval()(image()), expected)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_former_head_follows_the_dtype() -> None:
+    model = inject_prompts(build("timm/cls", torch.float32), 2, num_classes=4)
+    model.double()
+    assert remove_prompts(model)(image()).shape == (2, CLASSES)
+
+
+def test_a_wrapped_forward_is_called_for_projections_written_as_matmuls() -> None:
+    class MatmulLora(nn.Module):
+        def __init__(self, base: nn.Linear) -> None:
+            super().__init__()
+            self.base = base
+            self.down = nn.Parameter(torch.randn(32, 2).double())
+            self.up = nn.Parameter(torch.randn(2, 96).double())
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.base(x) + x @ self.down @ self.up
+
+    model = build("timm/cls")
+    model.blocks[0].attn.qkv = MatmulLora(model.blocks[0].attn.qkv)
+    out = {}
+    for form in ("kv", "token"):
+        generator = torch.Generator().manual_seed(0)
+        out[form] = inject_prompts(model, 2, form=form, generator=generator, dropout=0)(image())
+        remove_prompts(model)
+    torch.testing.assert_close(out["kv"], out["token"], rtol=1e-9, atol=1e-12)

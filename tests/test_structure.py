@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "peft_vpt"
 # From the top down; a file may import from its own layer and from those below.
 LAYERS = (
-    ("adapters", "adapter_file", "fingerprint"),
+    ("adapters", "adapter_match", "adapter_file", "fingerprint"),
     ("inject",),
     ("forms",),
     ("hosts",),

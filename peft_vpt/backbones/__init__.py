@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import UnsupportedArchitectureError
 from . import timm_vit, transformers_vit
-from .anatomy import Encoder
+from .anatomy import Encoder, is_kind
 
 FAMILIES: tuple[ModuleType, ...] = (timm_vit, transformers_vit)
 _KNOWN = (
@@ -75,7 +75,7 @@ def _other_encoders(host: nn.Module, known: list[str]) -> list[str]:
 
     others: list[str] = []
     for path, module in host.named_modules():
-        is_model = any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)
+        is_model = is_kind(module, "PreTrainedModel", "transformers")
         nested = any(path.startswith(f"{other}.") for other in others)
         if is_model and not related(path) and not nested:
             others.append(path)

@@ -26,11 +26,16 @@ def join(*parts: str) -> str:
     return ".".join(part for part in parts if part)
 
 
-def hosts_mro(module: nn.Module, name: str, package: str) -> bool:
+def is_kind(module: nn.Module, name: str, package: str = "") -> bool:
     """Tell whether a class called `name` from `package` is in the module's class hierarchy."""
     return any(
         cls.__name__ == name and cls.__module__.startswith(package) for cls in type(module).__mro__
     )
+
+
+def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what a block or attention is called with first: its hidden states."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 class Projection(Protocol):
@@ -213,12 +218,13 @@ class Encoder:
     def reads(self, pooling: str) -> str:
         """Return what the head is fed under a pooling: `head.reads` of the adapter format."""
         default = "" if self.head is None else self.head.reads
-        if pooling in ("default", "cls"):
-            return default if pooling == "default" else "cls"
-        name = {"image": "mean"}.get(pooling, f"{pooling}-mean")
-        if self.norm_after_pool is not None:
-            return f"{name}:norm-after"
-        return f"{name}:no-norm" if default.endswith(":no-norm") else name
+        if pooling == "default":
+            return default
+        name = {"cls": "cls", "image": "mean"}.get(pooling, f"{pooling}-mean")
+        if default.endswith(":no-norm"):
+            return f"{name}:no-norm"
+        # For a single token it makes no difference on which side of the pooling the norm stands.
+        return f"{name}:norm-after" if self.norm_after_pool and pooling != "cls" else name
 
     @property
     def depth(self) -> int:

@@ -17,6 +17,7 @@ from .anatomy import Head, module_at
 class FormerHead:
     """What a model had before its head was replaced; kept outside the module tree."""
 
+    dtype: torch.dtype
     modules: dict[str, nn.Module] = field(default_factory=dict)
     attributes: dict[str, Any] = field(default_factory=dict)
     config: Any = None
@@ -31,7 +32,14 @@ def class_count(host: nn.Module, head: Head) -> int:
 
 
 def replace_head(
-    host: nn.Module, head: Head, classes: int, *, width: int, generator: torch.Generator | None
+    host: nn.Module,
+    head: Head,
+    classes: int,
+    *,
+    width: int,
+    device: torch.device,
+    generator: torch.Generator | None,
+    bias: bool = True,
 ) -> FormerHead:
     """Put a new linear head of `classes` outputs into the model; 0 puts an identity there.
 
@@ -43,18 +51,20 @@ def replace_head(
         head: Where its head is.
         classes: Number of outputs.
         width: Number of input features.
+        device: Where the new head goes.
+        bias: Whether the new head has a bias.
         generator: Source of randomness; None: torch's global one.
 
     Returns:
         What `restore_head` needs.
     """
-    like = next(p for p in host.parameters() if p.is_floating_point())
-    former = FormerHead()
+    dtype = host_dtype(host)
+    former = FormerHead(dtype)
     for path in head.paths:
         old = module_at(host, path)
         former.modules[path] = old
-        at = next((p for p in old.parameters()), like)
-        new = _linear(width, classes, at, generator) if classes else nn.Identity()
+        at = next((p.dtype for p in old.parameters()), dtype)
+        new = _linear(width, classes, bias, device, at, generator) if classes else nn.Identity()
         _set_module(host, path, new.train(host.training))
     owner: Any = _owner(host, head.paths[0])
     for name in ("num_classes", "num_labels"):
@@ -72,14 +82,24 @@ def replace_head(
 
 def restore_head(host: nn.Module, former: FormerHead) -> None:
     """Undo `replace_head`; the former head follows the model's device and dtype."""
-    like = next(p for p in host.parameters() if p.is_floating_point())
+    like, dtype = _first_floating(host), host_dtype(host)
+    owner: Any = _owner(host, next(iter(former.modules)))
     for path, module in former.modules.items():
-        _set_module(host, path, module.to(like.device))
-        owner = _owner(host, path)
-        for name, value in former.attributes.items():
-            setattr(owner, name, value)
-        if former.config is not None:
-            owner.config = former.config
+        module.to(like.device)
+        _set_module(host, path, module if dtype == former.dtype else module.to(dtype))
+    for name, value in former.attributes.items():
+        setattr(owner, name, value)
+    if former.config is not None:
+        owner.config = former.config
+
+
+def host_dtype(host: nn.Module) -> torch.dtype:
+    """Return the dtype of a model's first floating parameter."""
+    return _first_floating(host).dtype
+
+
+def _first_floating(host: nn.Module) -> nn.Parameter:
+    return next(p for p in host.parameters() if p.is_floating_point())
 
 
 def set_labels(config: Any, labels: list[str]) -> None:
@@ -89,16 +109,22 @@ def set_labels(config: Any, labels: list[str]) -> None:
 
 
 def _linear(
-    width: int, classes: int, like: torch.Tensor, generator: torch.Generator | None
+    width: int,
+    classes: int,
+    bias: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    generator: torch.Generator | None,
 ) -> nn.Linear:
-    device = generator.device if generator is not None else torch.device("cpu")
-    weight = torch.empty(classes, width, device=device).normal_(0.0, 0.02, generator=generator)
+    source = generator.device if generator is not None else torch.device("cpu")
+    weight = torch.empty(classes, width, device=source).normal_(0.0, 0.02, generator=generator)
     make: Any = skip_init
-    layer: nn.Linear = make(nn.Linear, width, classes, device=like.device, dtype=like.dtype)
+    layer: nn.Linear = make(nn.Linear, width, classes, bias, device=device, dtype=dtype)
     with torch.no_grad():
         if not layer.weight.is_meta:
             layer.weight.copy_(weight)
-            layer.bias.zero_()
+            if bias:
+                layer.bias.zero_()
     return layer
 
 

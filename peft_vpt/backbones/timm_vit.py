@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedArchitectureError
-from .anatomy import Attention, Block, Encoder, Fused, Head, hosts_mro, join
+from .anatomy import Attention, Block, Encoder, Fused, Head, is_kind, join
 
 PACKAGE = "timm.models."
 CLASS = "VisionTransformer"
@@ -15,7 +15,7 @@ CLASS = "VisionTransformer"
 
 def matches(module: nn.Module) -> bool:
     """Tell whether a module is one of timm's vision transformers (torchvision's is another)."""
-    return hosts_mro(module, CLASS, PACKAGE)
+    return is_kind(module, CLASS, PACKAGE)
 
 
 def describe(host: nn.Module, path: str, model: Any) -> Encoder:
@@ -44,9 +44,9 @@ def describe(host: nn.Module, path: str, model: Any) -> Encoder:
 
 def _attentions(block: Any) -> tuple[Attention, ...]:
     kind = type(block).__name__
-    if hosts_mro(block, "ParallelScalingBlock", PACKAGE):
+    if is_kind(block, "ParallelScalingBlock", PACKAGE):
         return (Attention("", "in_norm", Fused("in_proj")),)
-    if hosts_mro(block, "ParallelThingsBlock", PACKAGE):
+    if is_kind(block, "ParallelThingsBlock", PACKAGE):
         return tuple(
             Attention(f"attns.{i}.attn", f"attns.{i}.norm", Fused())
             for i in range(len(block.attns))
@@ -57,7 +57,7 @@ def _attentions(block: Any) -> tuple[Attention, ...]:
             "so the keys and values of prompts cannot be computed. "
             "Use a model whose blocks hold timm.layers.Attention."
         )
-    post_norm = hosts_mro(block, "ResPostBlock", PACKAGE)
+    post_norm = is_kind(block, "ResPostBlock", PACKAGE)
     return (Attention("attn", None if post_norm else "norm1", Fused()),)
 
 

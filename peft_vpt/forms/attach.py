@@ -13,6 +13,8 @@ from ..errors import VPTError
 class Form(nn.Module):
     """A child of `model.prompts` that attaches to modules of the host and comes off again."""
 
+    is_prompt_form = True
+
     def attach(self) -> None:
         """Attach; nothing may fail here."""
         raise NotImplementedError

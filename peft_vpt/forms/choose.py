@@ -7,6 +7,7 @@ from torch import nn
 from ..prompts import Prompts
 from .kv import KeyValueForm
 from .pooling import Pooling
+from .slot import Slot
 from .token import OutputCut, TokenForm
 
 
@@ -14,7 +15,8 @@ def build_forms(prompts: Prompts, model: nn.Module) -> None:
     """Choose the form of every span and append its pieces to `prompts.forms`."""
     spec, encoder = prompts.spec, prompts.encoder
     spans = spec.spans(encoder.depth)
-    long = False
+    own = Slot()
+    tokens = long = False
     for span in spans:
         reason = spec.token_reason(span, last=span is spans[-1])
         if reason is None and spec.dropout and len(encoder.blocks[span[0]].attentions) > 1:
@@ -22,6 +24,7 @@ def build_forms(prompts: Prompts, model: nn.Module) -> None:
         if reason is None:
             prompts.forms.extend(_key_value_forms(prompts, model, span[0]))
             continue
+        tokens = True
         stays = span is spans[-1] and spec.pooling in ("prompt", "global")
         long |= span[0] != span[1] or stays
         prompts.forms.extend(
@@ -33,13 +36,15 @@ def build_forms(prompts: Prompts, model: nn.Module) -> None:
                 index=i,
                 leaves=i == span[1] and not stays,
                 reason=reason,
+                own=own,
             )
             for i in range(span[0], span[1] + 1)
         )
     if spec.pooling != "default":
-        prompts.forms.append(Pooling(prompts, model, encoder))
-    if long:
-        prompts.forms.append(OutputCut(prompts, model, encoder))
+        prompts.forms.append(Pooling(prompts, model, encoder, own))
+    # Attention maps of transformers show prompts as queries even where they stay in one block.
+    if long or (tokens and encoder.library == "transformers"):
+        prompts.forms.append(OutputCut(prompts, model, encoder, own))
 
 
 def _key_value_forms(prompts: Prompts, model: nn.Module, index: int) -> list[KeyValueForm]:

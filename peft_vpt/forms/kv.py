@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from ..backbones.anatomy import Attention, Block, is_plain, module_at
+from ..backbones.anatomy import Attention, Block, first_argument, is_plain, module_at
 from ..errors import UnsupportedArchitectureError
 from .attach import ForwardPatch
 from .selfcheck import check_met
@@ -16,6 +17,18 @@ from .softmax import Met, SoftmaxOverride
 
 if TYPE_CHECKING:
     from ..prompts import Prompts
+
+
+_steps = 0
+
+
+def _count_step(*_: object) -> None:
+    global _steps
+    _steps += 1
+
+
+# A fused optimizer changes parameters without raising their version counters.
+register_optimizer_step_post_hook(_count_step)
 
 
 class KeyValueForm(ForwardPatch):
@@ -40,17 +53,25 @@ class KeyValueForm(ForwardPatch):
         self._pending: RemovableHandle | None = None
         self._input: Tensor | None = None
 
+    @property
+    def prompts(self) -> Prompts:
+        """The prompts that this form serves."""
+        return self._links[0]
+
+    @property
+    def block(self) -> nn.Module:
+        """The transformer block."""
+        return self._links[1]
+
     def extra_repr(self) -> str:
         """Name the block and the form."""
         return f"block {self.index}, form=kv"
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the attention's `forward`; arguments and result are its own."""
-        prompts = self._links[0]
-        if prompts.disabled():
+        if self.prompts.disabled():
             return self.original(*args, **kwargs)
-        hidden = args[0] if args else next(iter(kwargs.values()))
-        keys, values = self.keys_values(hidden)
+        keys, values = self.keys_values(first_argument(args, kwargs))
         met: list[Met] = []
         with SoftmaxOverride(keys, values, met):
             out = self.original(*args, **kwargs)
@@ -62,11 +83,10 @@ class KeyValueForm(ForwardPatch):
 
     def check_at_first_forward(self) -> None:
         """Self-check with the block's first real input, where no dummy forward can be run."""
-        block = self._links[1]
-        self._pending = block.register_forward_pre_hook(self._keep_input, with_kwargs=True)
+        self._pending = self.block.register_forward_pre_hook(self._keep_input, with_kwargs=True)
 
     def _keep_input(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._input = args[0] if args else next(iter(kwargs.values()))
+        self._input = first_argument(args, kwargs)
 
     def _check_now(self, met: Met) -> None:
         assert self._pending is not None
@@ -87,14 +107,14 @@ class KeyValueForm(ForwardPatch):
         Args:
             hidden: `(batch, tokens, dim)`, for batch size and device.
         """
-        prompts = self._links[0]
         if not self._may_cache():
-            return self._project(prompts(self.index, hidden.shape[0]), hidden.device)
-        key = self._cache_key(hidden)
-        if self._cache is None or not _same(self._cache[0], key):
-            pair = self._project(prompts(self.index, hidden.shape[0]), hidden.device)
-            self._cache = (key, pair)
-        return self._cache[1]
+            return self._project(self.prompts(self.index, hidden.shape[0]), hidden.device)
+        # Read once: another thread may fill the cache for its own key meanwhile.
+        key, cached = self._cache_key(hidden), self._cache
+        if cached is None or not _same(cached[0], key):
+            pair = self._project(self.prompts(self.index, hidden.shape[0]), hidden.device)
+            self._cache = cached = (key, pair)
+        return cached[1]
 
     def clear_cache(self) -> None:
         """Forget K_p and V_p."""
@@ -102,10 +122,9 @@ class KeyValueForm(ForwardPatch):
 
     def project(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Norm and project `(batch, tokens, dim)` as the block does in front of its softmax."""
-        block, target = self._links[1], self.target
         if self.attention.norm is not None:
-            hidden = module_at(block, self.attention.norm)(hidden)
-        return self.attention.projection.keys_values(target, hidden)
+            hidden = module_at(self.block, self.attention.norm)(hidden)
+        return self.attention.projection.keys_values(self.target, hidden)
 
     def _project(self, tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         return self.project(
@@ -113,26 +132,25 @@ class KeyValueForm(ForwardPatch):
         )
 
     def _modules_met(self) -> list[nn.Module]:
-        block, norm = self._links[1], self.attention.norm
+        norm = self.attention.norm
         layers = self.attention.projection.modules(self.target)
-        return ([module_at(block, norm)] if norm is not None else []) + layers
+        return ([module_at(self.block, norm)] if norm is not None else []) + layers
 
     def _may_cache(self) -> bool:
         """Only where nothing could change K_p without being seen in the key."""
-        prompts = self._links[0]
-        if torch.is_grad_enabled() or prompts.training or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or self.prompts.training or torch.compiler.is_compiling():
             return False
-        if torch._C._are_functorch_transforms_active() or prompts.sharded():
+        if torch._C._are_functorch_transforms_active() or self.prompts.sharded():
             return False
         return all(is_plain(module) for module in self._modules_met())
 
     def _cache_key(self, hidden: Tensor) -> tuple[Any, ...]:
         device = hidden.device.type
-        tensors = [*self._links[0].sources(self.index)]
+        tensors = self.prompts.sources(self.index)
         for module in self._modules_met():
             tensors += [*module.parameters(), *module.buffers()]
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        return (hidden.device, autocast, *(state for t in tensors for state in _state(t)))
+        return (_steps, hidden.device, autocast, *(state for t in tensors for state in _state(t)))
 
     def _missed(self, count: int) -> None:
         name = type(self.target).__name__

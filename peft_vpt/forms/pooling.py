@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from ..backbones.anatomy import Encoder, module_at
+from ..errors import VPTError
 from .attach import ForwardPatch
+from .slot import Slot
 
 if TYPE_CHECKING:
     from ..prompts import Prompts
-
-_TOKENS: ContextVar[tuple[int, Tensor] | None] = ContextVar("peft_vpt_final_tokens", default=None)
 
 
 class Pooling(ForwardPatch):
@@ -22,18 +20,20 @@ class Pooling(ForwardPatch):
 
     Stands in front of the final norm, so that prompts that the last span leaves in the sequence
     are normed with the rest and then cut off. Where a model norms no sequence (CLIP), it stands
-    in front of the last block instead.
+    in front of the last block instead. Tokens are kept from the host's forward to its head only.
     """
 
-    def __init__(self, prompts: Prompts, host: nn.Module, encoder: Encoder) -> None:
+    def __init__(self, prompts: Prompts, host: nn.Module, encoder: Encoder, own: Slot) -> None:
         last = encoder.blocks[-1].path
         super().__init__(module_at(host, encoder.final_norm or last))
         self._links = (prompts, host)
         self._prefix = encoder.prefix_tokens
         self._after = encoder.norm_after_pool
-        self._head = encoder.head.paths[0] if encoder.head else None
-        self._handle: Any = None
-        self._traced: Tensor | None = None
+        self._head = encoder.head.paths[0] if encoder.head else ""
+        self._handles: list[Any] = []
+        self._hooked: tuple[nn.Module, ...] = ()
+        self._own = own
+        self._kept = Slot()
         self.with_prompts = prompts.spec.pooling in ("prompt", "global")
 
     def extra_repr(self) -> str:
@@ -43,13 +43,33 @@ class Pooling(ForwardPatch):
     def attach(self) -> None:
         """Stand in front of the norm and of the head."""
         super().attach()
-        head = module_at(self._links[1], self._head or "")
-        self._handle = head.register_forward_pre_hook(self.pool)
+        host = self._links[1]
+        self._hooked = (module_at(host, self._head),)
+        self._handles = [
+            self._hooked[0].register_forward_pre_hook(self.pool),
+            host.register_forward_pre_hook(self.begin),
+            host.register_forward_hook(self.end),
+        ]
 
     def detach(self) -> None:
-        """Take both off."""
+        """Take all of it off."""
         super().detach()
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
+
+    def begin(self, host: nn.Module, args: Any) -> None:
+        """Forward pre-hook of the host: from here on tokens are kept."""
+        head = module_at(host, self._head)
+        if head is not self._hooked[0]:
+            # Somebody has put another head there, timm's reset_classifier say.
+            self._handles[0].remove()
+            self._handles[0] = head.register_forward_pre_hook(self.pool)
+            self._hooked = (head,)
+        self._kept.set([])
+
+    def end(self, host: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the host: nothing outlives the forward."""
+        self._kept.set(None)
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for the norm's (or last block's) `forward`."""
@@ -58,41 +78,35 @@ class Pooling(ForwardPatch):
         if prompts.disabled():
             return out
         tokens = out[0] if isinstance(out, tuple) else out
-        self._keep(tokens)
-        if not self.with_prompts:
+        kept = self._kept.get()
+        if kept is not None:
+            kept.append(tokens)
+        own = self._own.get() if self.with_prompts else None
+        if own is None or tokens.shape[1] != own + prompts.spec.length:
             return out
-        own = tokens[:, : tokens.shape[1] - prompts.spec.length]
-        return (own, *out[1:]) if isinstance(out, tuple) else own
+        return (tokens[:, :own], *out[1:]) if isinstance(out, tuple) else tokens[:, :own]
 
     def pool(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Forward pre-hook of the head: `(batch, features)` becomes the pooled tokens."""
         prompts, host = self._links
-        tokens = self._take()
-        if tokens is None or prompts.disabled():
+        if prompts.disabled():
             return None
-        own = tokens.shape[1] - (prompts.spec.length if self.with_prompts else 0)
-        parts = {
-            "cls": tokens[:, :1],
-            "image": tokens[:, self._prefix : own],
-            "prompt": tokens[:, own:],
-            "global": tokens[:, self._prefix :],
-        }
-        pooled = parts[prompts.spec.pooling].mean(dim=1)
+        kept = self._kept.get()
+        if not kept:
+            raise VPTError(
+                f"pooling={prompts.spec.pooling!r}: the head was called outside the model's own "
+                "forward, so there are no tokens to pool. Call the whole model, or pool yourself."
+            )
+        pooled = self._pooled(kept[-1]).mean(dim=1)
         if self._after is not None:
             pooled = module_at(host, self._after)(pooled)
         return (pooled, *args[1:])
 
-    def _keep(self, tokens: Tensor) -> None:
-        # A context variable keeps threads that share the model apart; dynamo cannot write one.
-        if torch.compiler.is_compiling():
-            self._traced = tokens
-        else:
-            _TOKENS.set((id(self), tokens))
-
-    def _take(self) -> Tensor | None:
-        if torch.compiler.is_compiling():
-            tokens, self._traced = self._traced, None
-            return tokens
-        kept = _TOKENS.get()
-        _TOKENS.set(None)
-        return kept[1] if kept and kept[0] == id(self) else None
+    def _pooled(self, tokens: Tensor) -> Tensor:
+        pooling = self._links[0].spec.pooling
+        own = tokens.shape[1] - (self._links[0].spec.length if self.with_prompts else 0)
+        if pooling == "cls":
+            return tokens[:, :1]
+        if pooling == "image":
+            return tokens[:, self._prefix : own]
+        return tokens[:, own:] if pooling == "prompt" else tokens[:, self._prefix :]

@@ -52,8 +52,9 @@ def self_check(host: nn.Module, encoder: Encoder, forms: Sequence[KeyValueForm])
             raise UnsupportedArchitectureError(
                 f"inject_prompts: block {form.index} ({form.path}) met {len(seen)} softmaxes in "
                 "its attention, where exactly one is needed for extra keys and values to be exact. "
-                "Set the attention to SDPA or eager (transformers: "
-                "model.set_attn_implementation('sdpa'))."
+                "Ordinary attention: set it to SDPA or eager (transformers: "
+                "model.set_attn_implementation('sdpa')). Differential or linear attention cannot "
+                "take prompts this way."
             )
         with _undisturbed(module):
             check_form(form, inputs[id(form)], seen[0])
@@ -81,7 +82,7 @@ def check_met(where: str, keys: Tensor, values: Tensor, met: Met) -> None:
 
 @contextmanager
 def _recording(form: KeyValueForm, inputs: dict[int, Tensor], met: list[Met]) -> Iterator[None]:
-    block, target = form._links[1], form.target
+    block, target = form.block, form.target
     before = {module: vars(module).get("forward") for module in {block, target}}
 
     def keep_input(*args: object, **kwargs: object) -> object:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-_MATMUL = {torch.matmul, torch.bmm, Tensor.matmul, Tensor.bmm, Tensor.__matmul__}
+_MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
 _SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax}
 _ADD = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
 _SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
@@ -62,7 +62,8 @@ class SoftmaxOverride(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self._fused(func, args, dict(kwargs))
         scores = self.met[-1] if self.met and self.met[-1].open else None
-        if func in _MATMUL and args[0].dim() > 2:
+        # Four dimensions: a projection written as a matmul (some LoRA) has three.
+        if func in _MATMUL and args[0].dim() > 3:
             ready = scores is not None and scores.normalised
             return self._second(func, *args) if ready else self._first(func, *args)
         if scores is not None and func in _SOFTMAX:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..backbones.anatomy import Block, Encoder, module_at
+from ..backbones.anatomy import Block, Encoder, is_kind, module_at
 from .attach import Form, ForwardPatch
+from .slot import Slot
 from .softmax import causal_mask, pad_mask
 
 if TYPE_CHECKING:
@@ -37,9 +38,11 @@ class TokenForm(ForwardPatch):
         index: int,
         leaves: bool,
         reason: str,
+        own: Slot,
     ) -> None:
         super().__init__(module_at(host, block.path))
         self._links = (prompts,)
+        self._own = own
         self.entry = entry
         self.index = index
         self.leaves = leaves
@@ -60,6 +63,7 @@ class TokenForm(ForwardPatch):
         if self.index == self.entry:
             tokens = prompts(self.entry, hidden.shape[0]).to(hidden)
             hidden = torch.cat([hidden, tokens.expand(hidden.shape[0], -1, -1)], dim=1)
+            self._own.set(own)
         else:
             own -= prompts.spec.length
         rest = [_pad(arg, own, prompts.spec.length) for arg in args[1:]]
@@ -93,58 +97,65 @@ def _pad_masks(
 
 
 class OutputCut(Form):
-    """Give recorded states the bare model's shapes where prompts are carried through blocks.
+    """Give recorded states the bare model's shapes where prompts are tokens.
 
-    transformers models record every block's output (and attention map); timm's
-    `forward_intermediates` collects them. Inside a long span these hold prompts, behind the
-    model's own tokens; here they are cut off.
+    transformers models record every block's output and attention map; timm's
+    `forward_intermediates` collects outputs. Inside a span these hold prompts, behind the model's
+    own tokens; here they are cut off.
     """
 
-    def __init__(self, prompts: Prompts, host: nn.Module, encoder: Encoder) -> None:
+    def __init__(self, prompts: Prompts, host: nn.Module, encoder: Encoder, own: Slot) -> None:
         super().__init__()
         self._links: tuple[Prompts, Any] = (prompts, module_at(host, encoder.path))
         self._host = (host,)
         self._prefix = encoder.prefix_tokens
-        self._handles: list[Any] = []
-        self._patched = False
+        self._own = own
+        self._handle: Any = None
 
     def attach(self) -> None:
-        """Hook the transformers models around the blocks, or patch timm's collector."""
+        """Hook the transformers model that records, or patch timm's collector."""
         encoder, host = self._links[0].encoder, self._host[0]
         if encoder.library == "timm":
             setattr(self._links[1], _COLLECTOR, self.intermediates)
-            self._patched = True
             return
         first = encoder.blocks[0].path.split(".")
         around = [module_at(host, ".".join(first[:end])) for end in range(len(first))]
-        self._handles = [
-            module.register_forward_hook(self.cut_recorded)
-            for module in around
-            if any(cls.__name__ == "PreTrainedModel" for cls in type(module).__mro__)
-        ]
+        models = [m for m in around if is_kind(m, "PreTrainedModel", "transformers")]
+        if models:
+            # The innermost one records; those around it pass on what it returns.
+            self._handle = models[-1].register_forward_hook(self.cut_recorded)
 
     def detach(self) -> None:
-        """Take the hooks and the patch off."""
-        for handle in self._handles:
-            handle.remove()
-        if self._patched:
-            delattr(self._links[1], _COLLECTOR)
+        """Take the hook or the patch off."""
+        if self._handle is not None:
+            self._handle.remove()
+        vars(self._links[1]).pop(_COLLECTOR, None)
 
     def cut_recorded(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook: cut `hidden_states` and `attentions` of a model output or tuple."""
-        recorded = _recorded(output)
-        counts = [x.shape[1] for x in recorded if x.dim() == 3]
-        counts += [x.shape[-2] for x in recorded if x.dim() == 4]
-        last = getattr(output, "last_hidden_state", None)
-        own = min([*counts, *([] if last is None else [last.shape[1]])], default=None)
+        own = self._own.get()
         if own is None or self._links[0].disabled():
             return output
         if isinstance(output, tuple):
-            return tuple(_cut_group(group, own) for group in output)
+            return tuple(self._cut_group(group, own) for group in output)
         for name in ("hidden_states", "attentions"):
             if output.get(name) is not None:
-                output[name] = _cut_group(output[name], own)
+                output[name] = self._cut_group(output[name], own)
         return output
+
+    def _cut_group(self, group: Any, own: int) -> Any:
+        """Cut the tokens of states and the queries of maps; other values pass."""
+        if not isinstance(group, tuple):
+            return group
+        return tuple(self._cut(x, own) if isinstance(x, Tensor) else x for x in group)
+
+    def _cut(self, recorded: Tensor, own: int) -> Tensor:
+        full = own + self._links[0].spec.length
+        if recorded.dim() == 3 and recorded.shape[1] == full:
+            return recorded[:, :own]
+        if recorded.dim() == 4 and recorded.shape[-2] == recorded.shape[-1] == full:
+            return recorded[..., :own, :]
+        return recorded
 
     def intermediates(self, *args: Any, **kwargs: Any) -> Any:
         """Stand in for timm's `forward_intermediates`, with the bare model's shapes."""
@@ -180,26 +191,3 @@ class OutputCut(Form):
         final, collected = (None, out) if options["intermediates_only"] else out
         collected = [(cut(x[0]), x[1]) if isinstance(x, tuple) else cut(x) for x in collected]
         return collected if final is None else (cut_final(final), collected)
-
-
-def _recorded(output: Any) -> list[Tensor]:
-    groups = (
-        output
-        if isinstance(output, tuple)
-        else (
-            [output.get("hidden_states"), output.get("attentions")]
-            if hasattr(output, "get")
-            else []
-        )
-    )
-    return [x for g in groups if isinstance(g, tuple) for x in g if isinstance(x, Tensor)]
-
-
-def _cut_group(group: Any, own: int) -> Any:
-    """Cut the queries of maps and the tokens of states; other values pass."""
-    if not isinstance(group, tuple):
-        return group
-    return tuple(
-        (x[..., :own, :] if x.dim() == 4 else x[:, :own]) if isinstance(x, Tensor) else x
-        for x in group
-    )

@@ -1,0 +1,156 @@
+"""Does a task adapter fit a model? Every check that a load makes before anything changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .adapter_file import Adapter
+from .backbones.anatomy import Encoder, module_at
+from .backbones.identity import describe_backbone
+from .errors import AdapterError, AdapterMismatchError, SpecError
+from .fingerprint import fingerprint, largest_difference
+from .hosts import host_and_prompts
+from .inject import is_prompted, prepare
+from .prompts import prompt_shapes
+from .spec import PromptSpec
+
+HEAD_NAMES = ("head", "head_dist")
+
+
+def check_fit(
+    adapter: Adapter, host: nn.Module, encoder: Encoder, strict: bool | str, *, with_head: bool
+) -> PromptSpec:
+    """Compare an adapter with a model; return its spec, or raise before anything changes."""
+    made_for, where = adapter.metadata["backbone"], f"load_task_adapter: {adapter.path}"
+    own = describe_backbone(host, encoder)
+    for name in ("depth", "dims"):
+        if made_for[name] != own[name]:
+            raise AdapterMismatchError(
+                f"{where}: made for {_title(made_for)} with {name} {made_for[name]}, "
+                f"this model is {_title(own)} with {name} {own[name]}."
+            )
+    spec = adapter.spec
+    if strict == "prompts":
+        own_pooling = (
+            host_and_prompts(host, where)[1].spec.pooling if is_prompted(host) else "default"
+        )
+        spec = dataclasses.replace(spec, pooling=own_pooling)
+    try:
+        spec = spec.resolve(encoder.depth)
+    except SpecError as error:
+        raise AdapterError(f"{where}: its prompt options are wrong: {error}") from error
+    expected: dict[str, tuple[int, ...]] = {
+        f"prompts.{name}": shape for name, shape in prompt_shapes(spec, encoder).items()
+    }
+    if spec.project:
+        for width in set(encoder.widths.values()):
+            expected[f"prompts.project.{width}.weight"] = (width, spec.project)
+            expected[f"prompts.project.{width}.bias"] = (width,)
+    adapter.expect(expected, prefix="prompts.")
+    if strict != "prompts":
+        _check_head(adapter, host, encoder, spec, where)
+    _check_fingerprint(adapter, host, encoder, own, strict=strict is not False)
+    if not is_prompted(host):
+        try:
+            prepare(host, spec, encoder, num_classes=new_classes(adapter, with_head=with_head))
+        except SpecError as error:
+            raise AdapterMismatchError(f"{where}: does not fit this model: {error}") from error
+    return spec
+
+
+def _check_head(
+    adapter: Adapter, host: nn.Module, encoder: Encoder, spec: PromptSpec, where: str
+) -> None:
+    head = adapter.metadata["head"]
+    if head is None:
+        adapter.expect({}, prefix="head")
+        return
+    hint = "strict='prompts' loads the prompts alone."
+    reads = None if encoder.head is None else encoder.reads(spec.pooling)
+    if reads != head["reads"]:
+        has = "has no classifier" if reads is None else f"has a head that reads {reads!r}"
+        raise AdapterMismatchError(
+            f"{where}: its head reads {head['reads']!r}, this model {has}; {hint}"
+        )
+    assert encoder.head is not None
+    width = encoder.head.width if spec.pooling == "default" else encoder.blocks[-1].width
+    if head["in_features"] != width:
+        raise AdapterMismatchError(
+            f"{where}: its head takes {head['in_features']} features, this model gives "
+            f"{width}; {hint}"
+        )
+    own = module_at(host, encoder.head.paths[0])
+    if head.get("class") not in (None, type(own).__name__):
+        raise AdapterMismatchError(
+            f"{where}: its head is a {head['class']}, which only the same class can take, "
+            f"this model's is a {type(own).__name__}; {hint}"
+        )
+    adapter.expect(_head_shapes(head, host, encoder, width), prefix="head")
+
+
+def _head_shapes(
+    head: Mapping[str, Any], host: nn.Module, encoder: Encoder, width: int
+) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of the head's tensors, by the file's metadata."""
+    assert encoder.head is not None
+    if head.get("class") is not None:
+        return {name: tuple(t.shape) for name, t in head_tensors(host, encoder).items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in HEAD_NAMES[: len(encoder.head.paths)]:
+        shapes[f"{name}.weight"] = (head["classes"], width)
+        if head.get("bias", True):
+            shapes[f"{name}.bias"] = (head["classes"],)
+    return shapes
+
+
+def _check_fingerprint(
+    adapter: Adapter, host: nn.Module, encoder: Encoder, own: dict[str, Any], *, strict: bool
+) -> None:
+    made_for = adapter.metadata["backbone"]
+    weights, saved = fingerprint(host, encoder), made_for["fingerprint"]
+    if weights is None or saved is None:
+        side = (
+            "this model's weights are on the meta device"
+            if weights is None
+            else "the file has none"
+        )
+        problem = f"the backbone's weights cannot be compared, since {side}"
+    else:
+        difference, allowed = largest_difference(saved, weights)
+        if difference <= allowed:
+            return
+        problem = (
+            f"it was made for the weights of {_title(made_for)}, and this {_title(own)} has others "
+            f"(fingerprints differ by {difference:.1e}, allowed {allowed:.0e})"
+        )
+    message = f"load_task_adapter: {adapter.path}: {problem}."
+    if strict:
+        raise AdapterMismatchError(message + " strict=False loads it all the same.")
+    warnings.warn(message, stacklevel=4)
+
+
+def new_classes(adapter: Adapter, *, with_head: bool) -> int | None:
+    """Return the size of the head to put in, or None where the model's own one is filled."""
+    head = adapter.metadata["head"]
+    return head["classes"] if with_head and head.get("class") is None else None
+
+
+def head_tensors(host: nn.Module, encoder: Encoder) -> dict[str, Tensor]:
+    """Return the head's parameters under their names in the file."""
+    tensors: dict[str, Tensor] = {}
+    for path, name in zip(encoder.head.paths if encoder.head else (), HEAD_NAMES, strict=False):
+        module = module_at(host, path)
+        prefix = name if isinstance(module, nn.Linear) else f"{name}.module"
+        state = module.state_dict(keep_vars=True)
+        tensors |= {f"{prefix}.{key}": t for key, t in state.items() if t.is_floating_point()}
+    return tensors
+
+
+def _title(backbone: Mapping[str, Any]) -> str:
+    name = backbone["hub_id"] or backbone["architecture"]
+    return f"{backbone['library']} {name}"
