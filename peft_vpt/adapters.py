@@ -157,9 +157,10 @@ def _install(
     names = head["labels"] if head is not None else None
     if not _has_structure(host, spec, encoder, classes, bias):
         if is_prompted(host):
-            if classes is None and encoder.head is not None and _has_task_head(host):
-                kept, classes = head_tensors(host, encoder), class_count(host, encoder.head)
+            if head is None and encoder.head is not None:
+                kept = {n: t.detach().clone() for n, t in head_tensors(host, encoder).items()}
                 names, bias = label_names(host, encoder), "head.bias" in kept
+                classes = class_count(host, encoder.head) if _has_task_head(host) else None
             remove_prompts(host)
         # Every value is overwritten below, so the global random state is left alone.
         generator = torch.Generator().manual_seed(0)

@@ -164,8 +164,8 @@ def inject_spec(
             generator=generator,
             bias=head_bias,
         )
-    freeze(model, encoder)
     model.prompts = prompts
+    freeze(model, encoder)
     _attach(prompts, model)
     _ignore_frozen_on_save(model, prompts)
     prompts.train(model.training)
@@ -274,9 +274,8 @@ def freeze(model: nn.Module, encoder: Encoder) -> None:
     model.requires_grad_(False)
     for path in encoder.head.paths if encoder.head is not None else ():
         module_at(model, path).requires_grad_(True)
-    prompts = getattr(model, "prompts", None)
-    if isinstance(prompts, Prompts):
-        prompts.requires_grad_(prompts.spec.train_prompts)
+    prompts = host_and_prompts(model, "freeze")[1]
+    prompts.requires_grad_(prompts.spec.train_prompts)
 
 
 def _remember(prompts: Prompts, model: nn.Module) -> None:
@@ -324,9 +323,11 @@ def _ignore_frozen_on_save(model: nn.Module, prompts: Prompts) -> None:
     prompts.undo["ignored"] = vars(model).get(name, dataclasses.MISSING)
     if is_kind(model, "PreTrainedModel", "transformers"):
         frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
-        frozen -= {n for n in frozen if n.startswith("prompts.")}
-        buffers = {n for n, _ in model.named_buffers()}
-        setattr(model, name, set(getattr(model, name, None) or ()) | frozen | buffers)
+        frozen |= {n for n, _ in model.named_buffers()}
+        head = prompts.encoder.head
+        task = ("prompts.", *(f"{path}." for path in (head.paths if head else ())))
+        frozen = {n for n in frozen if not n.startswith(task)}
+        setattr(model, name, set(getattr(model, name, None) or ()) | frozen)
 
 
 def _restore_attribute(model: nn.Module, name: str, value: object) -> None:

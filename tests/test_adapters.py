@@ -589,3 +589,17 @@ def test_sources_and_targets_that_are_no_paths(tmp_path: Path) -> None:
         load_task_adapter(build("timm/cls"), tmp_path, strict=0)
     with pytest.raises(AdapterError, match="give a list of names"):
         save_task_adapter(trained("timm/cls"), tmp_path, labels="abcd")
+
+
+def test_a_head_trained_in_place_stays_when_only_prompts_are_loaded(tmp_path: Path) -> None:
+    save_task_adapter(trained("timm/cls", 4), tmp_path)
+    model = trained("timm/cls", None, deep=False)
+    weight = model.head.weight.detach().clone()
+    load_task_adapter(model, tmp_path, strict="prompts")
+    assert torch.equal(model.head.weight, weight)
+    assert torch.equal(out(remove_prompts(model)), out(build("timm/cls")))
+
+
+def test_fixed_prompts_fix_their_projection() -> None:
+    model = inject_prompts(build("timm/cls"), 2, project=4, train_prompts=False)
+    assert list(trainable_parameters(model)) == ["head.weight", "head.bias"]
