@@ -152,5 +152,4 @@ def head_tensors(host: nn.Module, encoder: Encoder) -> dict[str, Tensor]:
 
 
 def _title(backbone: Mapping[str, Any]) -> str:
-    name = backbone["hub_id"] or backbone["architecture"]
-    return f"{backbone['library']} {name}"
+    return str(backbone["hub_id"] or f"{backbone['library']} {backbone['architecture']}")
