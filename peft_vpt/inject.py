@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, TypeVar
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .backbones import find_encoder
-from .backbones.anatomy import Encoder, first_conv_kernel, is_kind, module_at
-from .backbones.heads import FormerHead, host_dtype, replace_head, restore_head
+from .backbones.anatomy import Encoder, first_conv_kernel, module_at
+from .backbones.heads import host_dtype, replace_head
 from .errors import SpecError
 from .forms.attach import Form, ForwardPatch
 from .forms.choose import build_forms, every_attention
@@ -21,6 +20,7 @@ from .forms.selfcheck import self_check
 from .hosts import check_blocks, check_head, host_and_prompts, refuse_unfit, unwrap
 from .prompts import Prompts, check_values, initialise, prompt_shapes
 from .spec import PromptSpec
+from .undo import ignore_frozen_on_save, remember, restore
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -153,7 +153,7 @@ def inject_spec(
         initialise(prompts, kernel, values, generator)
 
     # From here on the model changes, and nothing may fail.
-    _remember(prompts, model)
+    remember(prompts, model)
     if num_classes is not None and encoder.head is not None:
         prompts.undo["head"] = replace_head(
             model,
@@ -167,7 +167,7 @@ def inject_spec(
     model.prompts = prompts
     freeze(model, encoder)
     _attach(prompts, model)
-    _ignore_frozen_on_save(model, prompts)
+    ignore_frozen_on_save(prompts, model)
     prompts.train(model.training)
     return model
 
@@ -209,15 +209,8 @@ def remove_prompts(model: Model) -> Model:
         part.detach()
     for handle in prompts.undo["handles"]:
         handle.remove()
-    undo = prompts.undo
     del host.prompts
-    _restore_head(host, prompts)
-    for name, parameter in host.named_parameters():
-        parameter.requires_grad_(undo["requires_grad"].get(name, parameter.requires_grad))
-    _restore_attribute(host, "_keys_to_ignore_on_save", undo["ignored"])
-    host.train(host.training)
-    for name, module in host.named_modules():
-        module.training ^= undo["training"].get(name, False)
+    restore(host, prompts)
     return model
 
 
@@ -278,32 +271,6 @@ def freeze(model: nn.Module, encoder: Encoder) -> None:
     prompts.requires_grad_(prompts.spec.train_prompts)
 
 
-def _remember(prompts: Prompts, model: nn.Module) -> None:
-    """Note what `remove_prompts` puts back."""
-    head = prompts.encoder.head
-    states = {p: module_at(model, p).state_dict() for p in (head.paths if head else ())}
-    prompts.undo |= {
-        "requires_grad": {n: p.requires_grad for n, p in model.named_parameters()},
-        "training": {n: m.training != model.training for n, m in model.named_modules()},
-        "head": None,
-        "head_state": {p: {n: t.clone() for n, t in s.items()} for p, s in states.items()},
-    }
-
-
-def _restore_head(host: nn.Module, prompts: Prompts) -> None:
-    """Put the former head back, or the former values into a head that trained in place."""
-    undo, head = prompts.undo, prompts.encoder.head
-    if isinstance(undo["head"], FormerHead):
-        restore_head(host, undo["head"])
-        return
-    for path in head.paths if head else ():
-        module = module_at(host, path)
-        if undo["head_state"][path].keys() == module.state_dict().keys():
-            module.load_state_dict(undo["head_state"][path])
-        for parameter in module.parameters():
-            parameter.grad = None
-
-
 def _attach(prompts: Prompts, model: nn.Module) -> None:
     for part in _parts(prompts):
         part.attach()
@@ -315,23 +282,3 @@ def _attach(prompts: Prompts, model: nn.Module) -> None:
         model.register_forward_pre_hook(prompts.check_forward),
         gate.register_forward_pre_hook(prompts.require_input_grad, with_kwargs=True),
     ]
-
-
-def _ignore_frozen_on_save(model: nn.Module, prompts: Prompts) -> None:
-    """Keep frozen weights out of transformers checkpoints, which then hold what trains."""
-    name = "_keys_to_ignore_on_save"
-    prompts.undo["ignored"] = vars(model).get(name, dataclasses.MISSING)
-    if is_kind(model, "PreTrainedModel", "transformers"):
-        frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
-        frozen |= {n for n, _ in model.named_buffers()}
-        head = prompts.encoder.head
-        task = ("prompts.", *(f"{path}." for path in (head.paths if head else ())))
-        frozen = {n for n in frozen if not n.startswith(task)}
-        setattr(model, name, set(getattr(model, name, None) or ()) | frozen)
-
-
-def _restore_attribute(model: nn.Module, name: str, value: object) -> None:
-    if value is dataclasses.MISSING:
-        vars(model).pop(name, None)
-    else:
-        setattr(model, name, value)

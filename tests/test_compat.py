@@ -59,6 +59,8 @@ def test_copies_are_equal_and_independent(name: str, options: dict[str, Any], ho
 
     bare = build(name)
     assert torch.equal(logits(remove_prompts(twin)(image())), logits(bare(image())))
+    for key in ("_keys_to_ignore_on_save", "forward", "prompts"):
+        assert (key in vars(twin)) == (key in vars(bare))
     assert is_prompted(model)
 
 

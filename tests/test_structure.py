@@ -21,6 +21,7 @@ PACKAGE = ROOT / "peft_vpt"
 LAYERS = (
     ("adapters", "adapter_match", "adapter_file", "fingerprint"),
     ("inject",),
+    ("undo",),
     ("forms",),
     ("hosts",),
     ("prompts",),

@@ -1,0 +1,65 @@
+"""What injection changes beside the forms, and how removal puts it back."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from .backbones.anatomy import is_kind, module_at
+from .backbones.heads import FormerHead, restore_head
+from .prompts import Prompts
+
+_IGNORED = "_keys_to_ignore_on_save"
+
+
+def remember(prompts: Prompts, model: nn.Module) -> None:
+    """Note what `remove_prompts` puts back."""
+    head = prompts.encoder.head
+    states = {p: module_at(model, p).state_dict() for p in (head.paths if head else ())}
+    prompts.undo |= {
+        "requires_grad": {n: p.requires_grad for n, p in model.named_parameters()},
+        "training": {n: m.training != model.training for n, m in model.named_modules()},
+        "head": None,
+        # A list, empty where the attribute is absent: it survives a deepcopy, a sentinel does not.
+        "ignored": [value for name, value in vars(model).items() if name == _IGNORED],
+        "head_state": {p: {n: t.clone() for n, t in s.items()} for p, s in states.items()},
+    }
+
+
+def restore(host: nn.Module, prompts: Prompts) -> None:
+    """Put head, gradient flags, training flags and checkpoint keys back."""
+    undo = prompts.undo
+    _restore_head(host, prompts)
+    for name, parameter in host.named_parameters():
+        parameter.requires_grad_(undo["requires_grad"].get(name, parameter.requires_grad))
+    vars(host).pop(_IGNORED, None)
+    for value in undo["ignored"]:
+        setattr(host, _IGNORED, value)
+    host.train(host.training)
+    for name, module in host.named_modules():
+        module.training ^= undo["training"].get(name, False)
+
+
+def _restore_head(host: nn.Module, prompts: Prompts) -> None:
+    """Put the former head back, or the former values into a head that trained in place."""
+    undo, head = prompts.undo, prompts.encoder.head
+    if isinstance(undo["head"], FormerHead):
+        restore_head(host, undo["head"])
+        return
+    for path in head.paths if head else ():
+        module = module_at(host, path)
+        if undo["head_state"][path].keys() == module.state_dict().keys():
+            module.load_state_dict(undo["head_state"][path])
+        for parameter in module.parameters():
+            parameter.grad = None
+
+
+def ignore_frozen_on_save(prompts: Prompts, model: nn.Module) -> None:
+    """Keep frozen weights out of transformers checkpoints, which then hold what trains."""
+    if not is_kind(model, "PreTrainedModel", "transformers"):
+        return
+    head = prompts.encoder.head
+    task = ("prompts.", *(f"{path}." for path in (head.paths if head else ())))
+    names = {n for n, p in model.named_parameters() if not p.requires_grad}
+    names |= {n for n, _ in model.named_buffers()}
+    frozen = {n for n in names if not n.startswith(task)}
+    setattr(model, _IGNORED, set(getattr(model, _IGNORED, None) or ()) | frozen)
