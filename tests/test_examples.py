@@ -16,7 +16,8 @@ import sklearn.datasets
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from timm.models.vision_transformer import VisionTransformer
+
+pytest.importorskip("timm")
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "examples" / "quickstart.py"
@@ -94,4 +95,6 @@ def test_asset_is_small_and_loads_strictly():
         arguments = json.loads(file.metadata()["model_args"])
     for name, value in arguments.items():
         assert f'"{name}": {value},' in source
+    from timm.models.vision_transformer import VisionTransformer
+
     VisionTransformer(**arguments).load_state_dict(load_file(ASSET), strict=True)
