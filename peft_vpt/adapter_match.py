@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,10 +13,17 @@ from torch import Tensor, nn
 from .adapter_file import Adapter
 from .backbones.anatomy import Encoder, module_at
 from .backbones.identity import describe_backbone
-from .errors import AdapterError, AdapterMismatchError, SpecError
+from .errors import (
+    AdapterError,
+    AdapterMismatchError,
+    SpecError,
+    UnsupportedArchitectureError,
+)
 from .fingerprint import fingerprint, largest_difference
-from .hosts import host_and_prompts
+from .forms.places import survey
+from .hosts import device_of, host_and_prompts
 from .inject import is_prompted, prepare
+from .pixels import PixelPlace
 from .prompts import prompt_shapes
 from .spec import PromptSpec
 
@@ -44,9 +52,12 @@ def check_fit(
         spec = spec.resolve(encoder.depth)
     except SpecError as error:
         raise AdapterError(f"{where}: its prompt options are wrong: {error}") from error
+    place = _place(host, encoder, spec, where)
     expected: dict[str, tuple[int, ...]] = {
-        f"prompts.{name}": shape for name, shape in prompt_shapes(spec, encoder).items()
+        f"prompts.{name}": shape for name, shape in prompt_shapes(spec, encoder, place).items()
     }
+    if place is not None:
+        _check_pixels(adapter, expected, where)
     if spec.project:
         for width in set(encoder.widths.values()):
             expected[f"prompts.project.{width}.weight"] = (width, spec.project)
@@ -61,6 +72,28 @@ def check_fit(
         except SpecError as error:
             raise AdapterMismatchError(f"{where}: does not fit this model: {error}") from error
     return spec
+
+
+def _place(host: nn.Module, encoder: Encoder, spec: PromptSpec, where: str) -> PixelPlace | None:
+    """Return where pixel prompts meet this model, after the checks of every location."""
+    prompted = is_prompted(host)
+    bare = host_and_prompts(host, where)[1].disable() if prompted else nullcontext()
+    try:
+        with bare:
+            return survey(host, encoder, spec, device_of(host, encoder))
+    except (SpecError, UnsupportedArchitectureError) as error:
+        raise AdapterMismatchError(f"{where}: does not fit this model: {error}") from error
+
+
+def _check_pixels(adapter: Adapter, expected: Mapping[str, tuple[int, ...]], where: str) -> None:
+    for name, shape in expected.items():
+        have = adapter.tensors.get(name)
+        if have is not None and tuple(have.shape) != shape:
+            raise AdapterMismatchError(
+                f"{where}: its tensor {name} has shape {tuple(have.shape)}, this model calls for "
+                f"{shape}: it was made for another image size or patch size. Build the model for "
+                "that size first."
+            )
 
 
 def _check_head(

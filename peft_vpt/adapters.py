@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from . import __version__
 from .adapter_file import FILE_NAME, Adapter, read_adapter, resolve_path, write_adapter
 from .adapter_match import HEAD_NAMES, check_fit, head_tensors, new_classes
-from .backbones import find_encoder
 from .backbones.anatomy import Encoder, module_at
-from .backbones.heads import FormerHead, class_count, set_labels
+from .backbones.heads import FormerHead, class_count, head_owner, set_labels
 from .backbones.identity import default_preprocessing, describe_backbone, label_names
+from .backbones.image_model import encoder_for
 from .errors import AdapterError
 from .fingerprint import fingerprint
 from .hosts import host_and_prompts, refuse_unfit, unwrap
@@ -74,7 +74,7 @@ def save_task_adapter(
         "head": _describe_head(host, prompts, names),
         "preprocessing": preprocessing
         or info.get("preprocessing")
-        or default_preprocessing(host, prompts.encoder),
+        or _preprocessing(host, prompts),
         "task": task if task is not None else info.get("task"),
         "metrics": metrics if metrics is not None else info.get("metrics"),
         "library_version": __version__,
@@ -139,7 +139,7 @@ def load_task_adapter(
         encoder = host_and_prompts(host, "load_task_adapter")[1].encoder
     else:
         refuse_unfit(host)
-        encoder = find_encoder(host)
+        encoder = encoder_for(host, adapter.spec.location)
     with_head = strict != "prompts" and adapter.metadata["head"] is not None
     spec = check_fit(adapter, host, encoder, strict, with_head=with_head)
     _install(host, adapter, spec, encoder, with_head=with_head)
@@ -217,6 +217,14 @@ def _has_task_head(host: nn.Module) -> bool:
     return isinstance(host_and_prompts(host, "load_task_adapter")[1].undo["head"], FormerHead)
 
 
+def _preprocessing(host: nn.Module, prompts: Prompts) -> dict[str, Any] | None:
+    """Return what the backbone says, with the size of the images that the prompts call for."""
+    found = default_preprocessing(host, prompts.encoder)
+    if found is None or prompts.spec.location != "pad" or prompts.place is None:
+        return found
+    return found | {"size": list(prompts.place.image[1:])}
+
+
 def _describe_head(
     host: nn.Module, prompts: Prompts, labels: list[str] | None
 ) -> dict[str, Any] | None:
@@ -246,7 +254,7 @@ def _describe_head(
 def _name_labels(host: nn.Module, encoder: Encoder, labels: list[str] | None) -> None:
     """Write label names, or numbers where there are none, into a transformers config."""
     assert encoder.head is not None
-    owner = module_at(host, encoder.head.paths[0].rpartition(".")[0])
+    owner = module_at(host, head_owner(host, encoder.head.paths[0]))
     config = vars(owner).get("config")
     if config is not None and hasattr(config, "id2label"):
         count = class_count(host, encoder.head)

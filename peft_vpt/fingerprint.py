@@ -23,7 +23,8 @@ def fingerprint(host: nn.Module, encoder: Encoder) -> Fingerprint | None:
 
     Per block, nine float64 numbers over parameters rounded to bf16: sums of |w|, w^2 and w^4 over
     vectors, the same over matrices, and sums of w^2 over the rows of queries, keys and values.
-    Then three numbers for the final norm. Embeddings and head are left out.
+    Then three numbers for the final norm. Embeddings and head are left out. An encoder whose
+    blocks are not known (a ConvNet) counts as one block of all its parameters but the head's.
 
     Args:
         host: The model, prompted or not.
@@ -34,15 +35,19 @@ def fingerprint(host: nn.Module, encoder: Encoder) -> Fingerprint | None:
     for block in encoder.blocks:
         for attention in block.attentions:
             layers = attention.projection.modules(module_at(host, join(block.path, attention.path)))
-            if not hasattr(layers[0], "weight"):
+            # Layers of the libraries hold one weight, if only further down (ConvNorm); a wrapper of
+            # somebody else may hold any.
+            own = type(layers[0]).__module__.startswith(("timm.", "transformers.", "torch."))
+            if not own and not hasattr(layers[0], "weight"):
                 return None
-    first = next(module_at(host, encoder.blocks[0].path).parameters())
+    first = next(module_at(host, encoder.start).parameters())
     norm = (
         () if encoder.norm_weights is None else module_at(host, encoder.norm_weights).parameters()
     )
     return {
         "dtype": str(first.dtype).removeprefix("torch."),
-        "blocks": [_block(host, encoder, index) for index in range(encoder.depth)],
+        "blocks": [_block(host, encoder, index) for index in range(encoder.depth)]
+        or [_whole(host, encoder)],
         "norm": _moments(list(norm)),
     }
 
@@ -57,6 +62,16 @@ def _block(host: nn.Module, encoder: Encoder, index: int) -> list[float]:
         weights = attention.projection.rows(module_at(block, attention.path))
         rows = [total + _sum(_rounded(w).square_()) for total, w in zip(rows, weights, strict=True)]
     return numbers + rows
+
+
+def _whole(host: nn.Module, encoder: Encoder) -> list[float]:
+    head = encoder.head.paths if encoder.head else ()
+    apart = tuple(f"{path}." for path in ("prompts", *head))
+    module = module_at(host, encoder.path)
+    named = [(join(encoder.path, name), p) for name, p in module.named_parameters()]
+    parameters = [p for name, p in named if not name.startswith(apart)]
+    numbers = _moments([p for p in parameters if p.dim() < 2])
+    return numbers + _moments([p for p in parameters if p.dim() >= 2]) + [0.0, 0.0, 0.0]
 
 
 def _moments(tensors: list[Tensor]) -> list[float]:

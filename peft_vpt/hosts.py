@@ -82,8 +82,8 @@ def refuse_unfit(model: nn.Module) -> None:
 
 def _serves_prompts(module: nn.Module) -> bool:
     """Tell whether a module meets prompts of its own host, or of a larger model around it."""
-    owner = getattr(vars(module).get("forward"), "__self__", None)
-    return hasattr(owner, "is_prompt_form")
+    owners = (getattr(value, "__self__", None) for value in vars(module).values())
+    return any(isinstance(o, nn.Module) and hasattr(o, "is_prompt_form") for o in owners)
 
 
 def check_head(
@@ -102,10 +102,16 @@ def check_head(
     if spec.pooling == "default":
         return 0 if head is None else head.width
     call = f"inject_prompts(pooling={spec.pooling!r})"
-    if head is None or len(head.paths) > 1:
+    if head is None or len(head.paths) > 1 or not encoder.blocks:
         what = "no classifier" if head is None else "two classifiers (distillation)"
+        what = what if encoder.blocks else "no tokens that are known"
         raise SpecError(
             f"{call}: {type(model).__name__} has {what}, so pooling can only be default."
+        )
+    if not encoder.known:
+        raise SpecError(
+            f"{call}: it is not known which tokens of {encoder.family} are image tokens; pooling "
+            "can only be default."
         )
     if spec.pooling == "cls" and not encoder.has_cls:
         raise SpecError(f"{call}: the model has no CLS token; use 'image', 'prompt' or 'global'.")
@@ -125,6 +131,16 @@ def check_head(
             "set num_classes to get a new head."
         )
     return width
+
+
+def device_of(model: nn.Module, encoder: Encoder) -> torch.device:
+    """Return where prompts go: with the first block, or where its offloaded weights will run."""
+    start = module_at(model, encoder.start)
+    device = next(p for p in start.parameters() if p.is_floating_point()).device
+    hooks = [getattr(module, "_hf_hook", None) for module in start.modules()]
+    targets = [getattr(hook, "execution_device", None) for hook in hooks]
+    target = next((t for t in targets if t is not None), device)
+    return torch.device(target) if device.type == "meta" else device
 
 
 def check_blocks(encoder: Encoder, spec: PromptSpec) -> None:

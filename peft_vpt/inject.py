@@ -9,15 +9,17 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .backbones import find_encoder
 from .backbones.anatomy import Encoder, first_conv_kernel, module_at
 from .backbones.heads import host_dtype, replace_head
+from .backbones.image_model import encoder_for
 from .errors import SpecError
 from .forms.attach import Form, ForwardPatch
+from .forms.carrycheck import check_carried
 from .forms.choose import build_forms, every_attention
 from .forms.kv import KeyValueForm
+from .forms.places import survey
 from .forms.selfcheck import self_check
-from .hosts import check_blocks, check_head, host_and_prompts, refuse_unfit, unwrap
+from .hosts import check_blocks, check_head, device_of, host_and_prompts, refuse_unfit, unwrap
 from .prompts import Prompts, check_values, initialise, prompt_shapes
 from .spec import PromptSpec
 from .undo import ignore_frozen_on_save, remember, restore
@@ -49,24 +51,29 @@ def inject_prompts(
     num_classes: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Model:
-    """Put learnable prompts into a vision transformer, in place, and freeze the rest.
+    """Put learnable prompts into a vision model, in place, and freeze the rest.
 
     The same object comes back: class, `forward` signature and the backbone's `state_dict` keys are
     unchanged. Prompts and head train, nothing else does. All new state lives in `model.prompts`.
     Everything is checked first; a failed call leaves the model as it was.
 
     Args:
-        model: A timm or transformers vision transformer, or a model that holds one.
+        model: A timm or transformers vision transformer, or a model that holds one; for
+            location="pad" any image model of theirs, ConvNets included.
         length: Prompts per entry, the paper's p.
         deep: True: own prompts in front of every entry block, dropped behind it (VPT-deep).
             False: carried up to the next entry or the end of the encoder (VPT-shallow).
         layers: Strictly ascending block indices in front of which prompts enter. None: all blocks
             if `deep`, the first one if not.
-        location: "prepend".
+        location: "prepend"; "add" (to the tokens of each entry block; length is 1 or the number of
+            tokens); pixels, which are shallow: "prepend-pixel" (patches through the frozen patch
+            projection), "concat-channel" (further channels with a convolution of their own), "pad"
+            (a border of `length` pixels; for any model that takes an image).
         sharing: "none"; "inter" (one set for all layers); "intra" (one vector repeated);
             "all" (one vector).
         init: "xavier" (uniform, bound sqrt(6 / (3 ph pw + dim))), "normal" (std 0.02), "zeros", or
-            values: a tensor `(entries, length, dim)` or a list of `(length, dim)`.
+            values: a tensor `(entries, length, dim)` or a list of `(length, dim)`. Pixels:
+            U(0, 1) normalised as the model's images, N(0, 1), zeros, a list of the tensors.
         dropout: Rate on prompts, one mask per sample. None: 0.1 if `deep`, 0.0 if not.
         project: Width of the prompts in front of a learned projection that the layers share.
         pooling: What the head receives: "default", "cls", "image", "prompt" or "global".
@@ -120,7 +127,7 @@ def inject_prompts(
     return inject_spec(
         model,
         spec,
-        find_encoder(model),
+        encoder_for(model, spec.location),
         values=values,
         num_classes=num_classes,
         generator=generator,
@@ -139,15 +146,17 @@ def inject_spec(
 ) -> Model:
     """Do the work of `inject_prompts` for a spec and an anatomy that are at hand."""
     prompts, width = prepare(model, spec, encoder, num_classes=num_classes)
-    device = _device(model, prompts)
+    device = device_of(model, encoder)
     if values is not None:
-        values = check_values(values, prompt_shapes(prompts.spec, encoder))
+        values = check_values(values, prompt_shapes(prompts.spec, encoder, prompts.place))
         if device.type == "meta":
             raise SpecError(
                 "inject_prompts(init=...): the model is on the meta device, where values are lost; "
                 "materialise it first."
             )
-    prompts.to(device=device, dtype=host_dtype(module_at(model, encoder.blocks[0].path)))
+    prompts.to(device=device, dtype=host_dtype(module_at(model, encoder.start)))
+    if prompts.checked or not encoder.known:
+        check_carried(prompts, model, encoder, every_attention(prompts, model))
     if device.type != "meta":
         kernel = first_conv_kernel(module_at(model, encoder.path))
         initialise(prompts, kernel, values, generator)
@@ -185,10 +194,12 @@ def prepare(
     spec = spec.resolve(encoder.depth)
     width = check_head(model, encoder, spec, num_classes)
     check_blocks(encoder, spec)
-    prompts = Prompts(spec, encoder, model)
+    prompts = Prompts(spec, encoder, model, survey(model, encoder, spec, device_of(model, encoder)))
     build_forms(prompts, model)
-    if not _on_meta(model):
-        self_check(model, encoder, every_attention(prompts, model))
+    if spec.location in ("prepend", "prepend-pixel"):
+        prompts.checked = not _on_meta(model) and self_check(
+            model, encoder, every_attention(prompts, model)
+        )
     return prompts, width
 
 
@@ -202,7 +213,8 @@ def remove_prompts(model: Model) -> Model:
         VPTError: Another library has wrapped a `forward` since; take that wrapper off first.
     """
     host, prompts = host_and_prompts(model, "remove_prompts")
-    outermost = {id(f.target): f for f in prompts.forms if isinstance(f, ForwardPatch)}
+    patches = [form for form in prompts.forms if isinstance(form, ForwardPatch)]
+    outermost = {(id(form.target), form.method): form for form in patches}
     for form in outermost.values():
         form.check_on_top()
     for part in reversed(_parts(prompts)):
@@ -252,16 +264,6 @@ def _on_meta(model: nn.Module) -> bool:
     return any(p.is_meta for p in model.parameters())
 
 
-def _device(model: nn.Module, prompts: Prompts) -> torch.device:
-    """Return where prompts go: with the first block, or where its offloaded weights will run."""
-    block = module_at(model, prompts.encoder.blocks[0].path)
-    device = next(p for p in block.parameters() if p.is_floating_point()).device
-    hooks = [getattr(module, "_hf_hook", None) for module in block.modules()]
-    targets = [getattr(hook, "execution_device", None) for hook in hooks]
-    target = next((t for t in targets if t is not None), device)
-    return torch.device(target) if device.type == "meta" else device
-
-
 def freeze(model: nn.Module, encoder: Encoder) -> None:
     """Let nothing train but head and, if the spec says so, prompts."""
     model.requires_grad_(False)
@@ -274,11 +276,12 @@ def freeze(model: nn.Module, encoder: Encoder) -> None:
 def _attach(prompts: Prompts, model: nn.Module) -> None:
     for part in _parts(prompts):
         part.attach()
-        if isinstance(part, KeyValueForm) and _on_meta(model):
+        if isinstance(part, KeyValueForm) and not prompts.checked:
             part.check_at_first_forward()
-    first = prompts.encoder.blocks[prompts.entries[0]].path
-    gate = module_at(model, prompts.encoder.gate or first)
-    prompts.undo["handles"] = [
-        model.register_forward_pre_hook(prompts.check_forward),
-        gate.register_forward_pre_hook(prompts.require_input_grad, with_kwargs=True),
-    ]
+    prompts.undo["handles"] = [model.register_forward_pre_hook(prompts.check_forward)]
+    if prompts.entries:
+        first = prompts.encoder.blocks[prompts.entries[0]].path
+        gate = module_at(model, prompts.encoder.gate or first)
+        prompts.undo["handles"].append(
+            gate.register_forward_pre_hook(prompts.require_input_grad, with_kwargs=True)
+        )

@@ -16,6 +16,7 @@ from torch.nn.utils import skip_init
 from .backbones.anatomy import Encoder, first_argument, is_kind, module_at
 from .backbones.checkpointing import is_checkpointing, is_reentrant, keeps_training_flag
 from .errors import SpecError, VPTError
+from .pixels import PixelPlace, PixelPrompts, initialise_pixels, pixel_shapes
 from .spec import PromptSpec, xavier_bound
 
 _DISABLED: ContextVar[frozenset[int]] = ContextVar("peft_vpt_disabled", default=frozenset())
@@ -34,31 +35,43 @@ class Prompts(nn.Module):
     """All state that injection adds to a model.
 
     Parameters are named as in an adapter file: `<block>` `(length, dim)` per entry block, or
-    `shared.<stage>`; `project.<width>` where prompts are projected. `length` is 1 where one vector
-    is repeated.
+    `shared.<stage>`; `project.<width>` where prompts are projected; `pixel.<name>` where they are
+    pixels. `length` is 1 where one vector is repeated.
 
     Args:
         spec: Resolved options.
         encoder: Anatomy of the backbone.
         host: The model, kept outside the module tree.
+        place: Where pixel prompts meet the model; None for other locations.
 
     Source: Jia et al. 2022, sections 3.2, 4.3 and A.
     """
 
     shared: SharedPrompts | None
     project: nn.ModuleDict | None
+    pixel: PixelPrompts | None
 
-    def __init__(self, spec: PromptSpec, encoder: Encoder, host: nn.Module) -> None:
+    def __init__(
+        self,
+        spec: PromptSpec,
+        encoder: Encoder,
+        host: nn.Module,
+        place: PixelPlace | None = None,
+    ) -> None:
         super().__init__()
         self.spec = spec
+        self.place = place
         self.encoder = encoder
         self.info: dict[str, Any] = {}
         self.undo: dict[str, Any] = {}
+        # Whether the self-check has been made, or waits for the first real forward.
+        self.checked = True
         self._host = (host,)
         self.entries = [enter for enter, _ in spec.spans(encoder.depth)]
         self.shared = SharedPrompts() if spec.sharing in ("inter", "all") else None
         self.project = nn.ModuleDict() if spec.project else None
-        for name, shape in prompt_shapes(spec, encoder).items():
+        self.pixel = PixelPrompts() if place is not None else None
+        for name, shape in prompt_shapes(spec, encoder, place).items():
             self._register(name, torch.empty(shape))
         for width in sorted(set(encoder.widths.values())) if spec.project else ():
             assert self.project is not None
@@ -69,11 +82,9 @@ class Prompts(nn.Module):
         self.forms = nn.ModuleList()
 
     def _register(self, name: str, values: Tensor) -> None:
+        owner, _, last = name.rpartition(".")
         parameter = nn.Parameter(values, requires_grad=self.spec.train_prompts)
-        if self.shared is None:
-            self.register_parameter(name, parameter)
-        else:
-            self.shared.register_parameter(name.removeprefix("shared."), parameter)
+        module_at(self, owner).register_parameter(last, parameter)
 
     def stored(self, entry: int) -> Tensor:
         """Return the parameter behind an entry block: `(length or 1, dim or project)`."""
@@ -97,7 +108,7 @@ class Prompts(nn.Module):
 
         Source: Jia et al. 2022, section 3.2; dropout of Table 6.
         """
-        tokens = self.stored(entry)
+        tokens = self.stored(entry) if self.pixel is None else self._projected_patches()
         if not torch.is_grad_enabled():
             # A view of a parameter says requires_grad even now, which trips module trackers.
             tokens = tokens.detach()
@@ -106,6 +117,14 @@ class Prompts(nn.Module):
         tokens = tokens.expand(self.spec.length, -1).unsqueeze(0)
         if self.training and self.spec.dropout:
             tokens = F.dropout(tokens.expand(batch, -1, -1), self.spec.dropout, training=True)
+        return tokens
+
+    def _projected_patches(self) -> Tensor:
+        """Put patches of pixels through the frozen patch projection: `(length, dim)`."""
+        assert self.pixel is not None
+        assert self.place is not None
+        conv: Any = module_at(self._host[0], self.place.conv)
+        tokens: Tensor = conv(self.pixel("patches").to(conv.weight.dtype)).flatten(1)
         return tokens
 
     def _projection(self, entry: int) -> nn.Module:
@@ -127,7 +146,7 @@ class Prompts(nn.Module):
 
     def sharded(self) -> bool:
         """Tell whether FSDP brings and takes the host's weights, unseen by version counters."""
-        parts = (self._host[0], module_at(self._host[0], self.encoder.blocks[0].path))
+        parts = (self._host[0], module_at(self._host[0], self.encoder.start))
         names = ("FSDPModule", "FullyShardedDataParallel")
         return any(is_kind(part, name) for part in parts for name in names)
 
@@ -184,6 +203,9 @@ class Prompts(nn.Module):
                 "gradients of the prompts. Use DistributedDataParallel with torchrun."
             )
         self._keep_checkpointing(host)
+        if not self.entries:
+            # In front of all blocks, where nothing is recomputed.
+            return
         checkpointing = is_checkpointing(host, self.encoder, self.entries[0])
         if checkpointing and torch.is_grad_enabled() and self.disabled():
             raise VPTError(
@@ -194,8 +216,10 @@ class Prompts(nn.Module):
 
     def _keep_checkpointing(self, host: nn.Module) -> None:
         """Let layers whose checkpointing was enabled after `train()` recompute."""
-        for block in self.encoder.blocks if host.training else ():
-            module = module_at(host, block.path)
+        if not host.training:
+            return
+        blocks = [module_at(host, block.path) for block in self.encoder.blocks]
+        for module in blocks or host.modules():
             if keeps_training_flag(module) and not module.training:
                 module.training = True
 
@@ -221,11 +245,24 @@ class Prompts(nn.Module):
         """Say how many prompts enter where, and how many parameters that makes."""
         spec, count = self.spec, sum(p.numel() for p in self.parameters())
         kind = "deep" if spec.deep else "shallow"
+        if spec.location != "prepend":
+            kind += f", location={spec.location}"
+        if self.place is not None and not self.entries:
+            _, height, width = self.place.image
+            where = f"{kind}, length={spec.length}, images {height} x {width}"
+            return f"{where}, parameters={count:,}"
         return f"{kind}, length={spec.length}, entries={self.entries}, parameters={count:,}"
 
 
-def prompt_shapes(spec: PromptSpec, encoder: Encoder) -> dict[str, tuple[int, int]]:
-    """Return the shape `(length or 1, dim or project)` of every stored prompt by its name."""
+def prompt_shapes(
+    spec: PromptSpec, encoder: Encoder, place: PixelPlace | None
+) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every stored prompt by its name.
+
+    That is `(length or 1, dim or project)` but for pixels.
+    """
+    if place is not None:
+        return pixel_shapes(spec, place)
     length = 1 if spec.sharing in ("intra", "all") else spec.length
     entries = [enter for enter, _ in spec.spans(encoder.depth)]
     if spec.sharing in ("inter", "all"):
@@ -254,6 +291,9 @@ def initialise(
 
     Source: bound of Jia et al. 2022, section A.1; projection kaiming normal, fan out.
     """
+    if prompts.pixel is not None and prompts.place is not None:
+        initialise_pixels(prompts.pixel, prompts.spec, prompts.place, values, generator)
+        return
     stored = [p for name, p in prompts.named_parameters() if not name.startswith("project.")]
     device = generator.device if generator is not None else torch.device("cpu")
     first_width = prompts.encoder.blocks[0].width
@@ -275,7 +315,7 @@ def initialise(
         layer.bias.zero_()
 
 
-def check_values(values: Tensor | list[Tensor], shapes: dict[str, tuple[int, int]]) -> list[Tensor]:
+def check_values(values: Tensor | list[Tensor], shapes: dict[str, tuple[int, ...]]) -> list[Tensor]:
     """Return initial values as one tensor per stored prompt.
 
     Raises:

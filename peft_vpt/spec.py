@@ -20,7 +20,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "pooling": ("default", "cls", "image", "prompt", "global"),
     "form": ("auto", "kv", "token"),
 }
-_LOCATIONS_BUILT = ("prepend",)
+_PIXEL_LAYERS: dict[str, tuple[int, ...]] = {
+    "prepend-pixel": (0,),
+    "concat-channel": (),
+    "pad": (),
+}
+_WITHOUT_TOKENS = ("concat-channel", "pad")
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,12 @@ class PromptSpec:
             or to the end of the encoder.
         layers: Strictly ascending block indices in front of which prompts enter. None: all blocks
             if `deep`, the first one if not.
-        location: Where prompts meet the input. Only "prepend" so far.
+        location: Where prompts meet the input: "prepend" (tokens of their own); "add" (to the
+            tokens in front of each entry block; `length` is 1 or the number of tokens);
+            "prepend-pixel" (patches of pixels through the frozen patch projection);
+            "concat-channel" (further image channels with a convolution of their own); "pad" (a
+            border of `length` pixels). Pixel locations are shallow: they resolve to deep=False
+            and dropout 0.
         sharing: "none"; "inter" (one set for all layers of a stage); "intra" (one vector, repeated
             `length` times); "all" (one vector per stage).
         init: "xavier", "normal" or "zeros"; "tensor" where the values came from the caller.
@@ -71,10 +81,8 @@ class PromptSpec:
         for name, allowed in CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise _wrong(name, getattr(self, name), f"must be one of {', '.join(allowed)}")
-        if self.location not in _LOCATIONS_BUILT:
-            raise _wrong("location", self.location, "is not built yet; use location='prepend'")
         if self.layers is not None:
-            _set(self, "layers", _ascending(self.layers))
+            _set(self, "layers", _ascending(self.layers, self.is_pixel))
         if self.dropout is not None:
             _set(self, "dropout", _rate(self.dropout))
         if self.project is not None:
@@ -89,6 +97,10 @@ class PromptSpec:
         Raises:
             SpecError: A layer outside the model, or a pair of options that excludes itself.
         """
+        self._check_location()
+        if self.is_pixel:
+            entries = _PIXEL_LAYERS[self.location]
+            return dataclasses.replace(self, deep=False, layers=entries, dropout=0.0)
         layers = self.layers
         if layers is None:
             layers = tuple(range(depth)) if self.deep else (0,)
@@ -109,13 +121,17 @@ class PromptSpec:
         """
         layers = self.resolve(depth).layers if self.layers is None else self.layers
         assert layers is not None
-        if self.deep:
+        if not layers:
+            return []
+        if self.location == "add" or (self.deep and not self.is_pixel):
             return [(layer, layer) for layer in layers]
         ends = [layer - 1 for layer in layers[1:]] + [depth - 1]
         return list(zip(layers, ends, strict=True))
 
     def token_reason(self, span: tuple[int, int], last: bool) -> str | None:
         """Return why a span needs real tokens, or None where extra keys and values are enough."""
+        if self.location != "prepend":
+            return f"location='{self.location}'"
         if self.form == "token":
             return "form='token'"
         if span[0] != span[1]:
@@ -123,6 +139,31 @@ class PromptSpec:
         if last and self.pooling in ("prompt", "global"):
             return f"pooling='{self.pooling}' reads what the block computes for its prompts"
         return None
+
+    @property
+    def is_pixel(self) -> bool:
+        """Whether prompts are pixels, which enter with the image and nowhere else."""
+        return self.location in _PIXEL_LAYERS
+
+    def _check_location(self) -> None:
+        """Refuse options that mean nothing at the location."""
+        where = f"with location='{self.location}'"
+        if self.pooling in ("prompt", "global") and self.location in ("add", *_WITHOUT_TOKENS):
+            raise _wrong(
+                "pooling", self.pooling, f"needs prompt tokens, and {where} there are none"
+            )
+        if not self.is_pixel:
+            return
+        if self.sharing != "none":
+            raise _wrong("sharing", self.sharing, f"can only be 'none' {where}: nothing to share")
+        if self.project is not None:
+            raise _wrong("project", self.project, f"can only be None {where}: prompts are pixels")
+        if self.form == "kv":
+            raise _wrong("form", self.form, f"can only be 'auto' or 'token' {where}")
+        if self.dropout:
+            raise _wrong("dropout", self.dropout, f"can only be 0 {where}: prompts are pixels")
+        if self.layers not in (None, _PIXEL_LAYERS[self.location]):
+            raise _wrong("layers", self.layers, f"can only be None {where}: prompts enter once")
 
     def _check_form(self, depth: int) -> None:
         if self.form != "kv":
@@ -184,7 +225,7 @@ def _rate(value: object) -> float:
     return number
 
 
-def _ascending(layers: object) -> tuple[int, ...]:
+def _ascending(layers: object, may_be_empty: bool) -> tuple[int, ...]:
     problem = _wrong("layers", layers, "must be block indices, each >= 0, in strictly rising order")
     if isinstance(layers, str) or not isinstance(layers, Iterable):
         raise problem
@@ -196,6 +237,8 @@ def _ascending(layers: object) -> tuple[int, ...]:
     except TypeError:
         raise problem from None
     rising = all(a < b for a, b in pairwise(indices))
+    if indices == () and may_be_empty:
+        return indices
     if not indices or indices[0] < 0 or not rising:
         raise problem
     return indices

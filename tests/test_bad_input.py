@@ -35,7 +35,31 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"layers": "01"}, "inject_prompts(layers='01'): layers must be block indices"),
     ({"layers": (0.5,)}, "in strictly rising order"),
     ({"location": "middle"}, "location must be one of prepend, add"),
-    ({"location": "pad"}, "inject_prompts(location='pad'): location is not built yet"),
+    (
+        {"location": "add", "length": 2},
+        "length must be 1 (one vector on all tokens) or 17 (one per",
+    ),
+    ({"location": "add", "length": 1, "form": "kv"}, "cannot serve blocks 0 to 0: location='add'"),
+    (
+        {"location": "add", "length": 1, "pooling": "prompt"},
+        "pooling needs prompt tokens, and with",
+    ),
+    ({"location": "pad", "pooling": "global"}, "pooling needs prompt tokens, and with location="),
+    ({"location": "pad"}, "border of 50 leaves nothing of them; length can be up to 15."),
+    ({"location": "pad", "length": 16}, "VisionTransformer takes images of 32 x 32 only"),
+    ({"location": "pad", "form": "kv"}, "form can only be 'auto' or 'token' with location='pad'"),
+    ({"location": "pad", "dropout": 0.1}, "dropout can only be 0 with location='pad'"),
+    ({"location": "pad", "sharing": "inter"}, "sharing can only be 'none' with location='pad'"),
+    ({"location": "pad", "project": 4}, "project can only be None with location='pad'"),
+    ({"location": "pad", "layers": (0,)}, "layers can only be None with location='pad'"),
+    ({"location": "prepend-pixel", "layers": (1,)}, "layers can only be None with location="),
+    ({"location": "prepend-pixel", "form": "kv"}, "form can only be 'auto' or 'token' with"),
+    ({"location": "concat-channel", "pooling": "prompt"}, "pooling needs prompt tokens"),
+    ({"location": "concat-channel", "dropout": 0.5}, "dropout can only be 0 with location="),
+    (
+        {"location": "pad", "length": 3, "init": torch.ones(2, 3, 6, 32)},
+        "needs 2 floating point tensors of the shapes [(3, 6, 32), (3, 26, 6)]",
+    ),
     ({"sharing": "some"}, "sharing must be one of none, inter, intra, all"),
     ({"sharing": None}, "sharing must be one of none"),
     ({"init": "best"}, "init must be one of xavier, normal, zeros, tensor"),
@@ -108,6 +132,30 @@ def test_kv_form_with_dropout_and_several_attentions() -> None:
     assert "several attentions of a block share one dropout mask" in repr(model.prompts)
 
 
+def test_models_that_are_not_made_for_images_of_three_channels() -> None:
+    options = {"location": "pad", "length": 3}
+    message = "needs a model for images of 3 channels, VisionTransformer takes 1; build it for 3."
+    refused(build("timm/cls", in_chans=1), SpecError, message, **options)
+    message = "needs a model for images of 3 channels, ViTModel takes 4"
+    refused(build("transformers/vit", num_channels=4), SpecError, message, **options)
+
+
+def test_locations_that_a_convnet_does_not_offer() -> None:
+    timm = pytest.importorskip("timm")
+    for location in ("prepend", "add", "prepend-pixel", "concat-channel"):
+        refused(
+            timm.create_model("test_resnet"),
+            UnsupportedArchitectureError,
+            "location='pad' works for every image model",
+            location=location,
+        )
+    options = {"location": "pad", "length": 3, "pooling": "image"}
+    refused(timm.create_model("test_resnet"), SpecError, "has no tokens that are known", **options)
+    hybrid = timm.create_model("vit_tiny_r_s16_p8_224", depth=1, img_size=32)
+    options = {"location": "prepend-pixel", "length": 2}
+    refused(hybrid, UnsupportedArchitectureError, "use location='prepend'", **options)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -130,7 +178,7 @@ def test_convnets_mixers_and_text_models() -> None:
         refused(
             model,
             UnsupportedArchitectureError,
-            "found no vision transformer that is known in timm.",
+            "it holds no softmax attention over tokens",
         )
 
 
@@ -144,38 +192,46 @@ def test_text_models() -> None:
         intermediate_size=8,
     )
     model = transformers.BertModel(config)
-    refused(model, UnsupportedArchitectureError, "found no vision transformer that is known")
+    refused(model, UnsupportedArchitectureError, "found no attention over image tokens")
 
 
-def test_other_vision_transformers_until_the_zoo() -> None:
+def test_differential_attention() -> None:
     timm = pytest.importorskip("timm")
-    swin = timm.models.swin_transformer.SwinTransformer(
-        img_size=32, window_size=4, embed_dim=8, depths=(1,), num_heads=(1,)
-    )
-    refused(swin, UnsupportedArchitectureError, "found no vision transformer that is known")
     from timm.models.vision_transformer import DiffParallelScalingBlock
     from zoo import BASE
 
     diff = timm.models.vision_transformer.VisionTransformer(**BASE, attn_layer="diff")
-    refused(diff, UnsupportedArchitectureError, "block 0 (blocks.0)")
+    refused(diff, UnsupportedArchitectureError, "extra keys cancel out")
     diff = timm.models.vision_transformer.VisionTransformer(
         **BASE, block_fn=DiffParallelScalingBlock
     )
-    refused(diff, UnsupportedArchitectureError, "blocks")
+    refused(diff, UnsupportedArchitectureError, "extra keys cancel out")
 
 
-def test_beit_with_relative_position_bias() -> None:
-    for option in ("use_relative_position_bias", "use_shared_relative_position_bias"):
-        model = build("transformers/beit", **{option: True})
-        refused(
-            model, UnsupportedArchitectureError, "with a relative position bias is not supported"
-        )
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("xcit_nano_12_p8_224", "its softmax runs over channels"),
+        ("coat_tiny", "no softmax over keys"),
+        ("efficientvim_m1", "state-space model"),
+        ("efficientvit_m0", "cascaded heads"),
+        ("shvit_s1", "runs over the whole map"),
+        ("edgenext_xx_small", "its softmax runs over channels"),
+    ],
+)
+def test_attention_without_a_place_for_prompts(name: str, reason: str) -> None:
+    timm = pytest.importorskip("timm")
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    refused(model, UnsupportedArchitectureError, reason)
+    with pytest.raises(UnsupportedArchitectureError, match="location='pad'"):
+        inject_prompts(model, 2)
 
 
 def test_torchvision_is_told_apart_from_timm() -> None:
     torchvision = pytest.importorskip("torchvision")
     model = torchvision.models.VisionTransformer(32, 8, 1, 1, 8, 8)
-    refused(model, UnsupportedArchitectureError, "found no vision transformer that is known")
+    refused(model, UnsupportedArchitectureError, "found no attention over image tokens")
 
 
 def test_a_block_that_changes_its_keys_is_caught_by_the_self_check() -> None:

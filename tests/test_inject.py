@@ -417,9 +417,9 @@ def test_keys_are_projected_once_per_batch_and_per_sample_under_dropout() -> Non
     model = inject_prompts(build("timm/cls"), 2)
     form = model.prompts.forms[0]
     hidden = torch.randn(6, 17, 32).double()
-    assert form.keys_values(hidden)[0].shape == (1, 2, 2, 16)
+    assert form.keys_values(hidden, 6)[0].shape == (1, 2, 2, 16)
     model.train()
-    assert form.keys_values(hidden)[0].shape == (6, 2, 2, 16)
+    assert form.keys_values(hidden, 6)[0].shape == (6, 2, 2, 16)
 
 
 def test_the_fused_activation_is_not_kept_beside_the_concatenation() -> None:
@@ -512,7 +512,7 @@ def test_a_meta_model_is_checked_at_its_first_forward() -> None:
         for parameter in model.parameters():
             parameter.normal_(0, 0.1)
     model.eval()(image(dtype=torch.float32))
-    assert all(form._pending is None for form in model.prompts.forms)
+    assert all(form._watch is None for form in model.prompts.forms)
 
 
 def test_the_cache_sees_fused_optimizers_which_do_not_count_versions() -> None:

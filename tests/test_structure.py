@@ -19,12 +19,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "peft_vpt"
 # From the top down; a file may import from its own layer and from those below.
 LAYERS = (
+    ("matrix",),
     ("adapters", "adapter_match", "adapter_file", "fingerprint"),
     ("inject",),
     ("undo",),
     ("forms",),
     ("hosts",),
     ("prompts",),
+    ("pixels",),
     ("backbones",),
     ("spec",),
     ("errors",),

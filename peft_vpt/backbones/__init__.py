@@ -14,11 +14,8 @@ from ..errors import UnsupportedArchitectureError
 from . import timm_vit, transformers_vit
 from .anatomy import Encoder, is_kind
 
+Match = tuple[str, nn.Module, ModuleType]
 FAMILIES: tuple[ModuleType, ...] = (timm_vit, transformers_vit)
-_KNOWN = (
-    "timm VisionTransformer (ViT, DeiT, CLIP, SigLIP, DINOv2 ...) and transformers ViT, DeiT, "
-    "BEiT without relative bias, DINOv2, CLIP vision, SigLIP vision, ViT-MAE, ViT-MSN"
-)
 
 
 def find_encoder(host: nn.Module) -> Encoder:
@@ -30,8 +27,9 @@ def find_encoder(host: nn.Module) -> Encoder:
     found = _matching(host)
     if not found:
         raise UnsupportedArchitectureError(
-            f"inject_prompts: found no vision transformer that is known in {_name(host)}. "
-            f"Known are {_KNOWN}. docs/how-it-works.md says how to add a family."
+            f"inject_prompts: found no attention over image tokens that prompts could join in "
+            f"{_name(host)}. docs/supported-models.md lists what is known; location='pad' works "
+            "for every image model of timm and transformers."
         )
     others = _other_encoders(host, [path for path, _, _ in found])
     if len(found) + len(others) > 1:
@@ -55,13 +53,30 @@ def _name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _matching(host: nn.Module) -> list[tuple[str, nn.Module, ModuleType]]:
-    return [
+def _matching(host: nn.Module) -> list[Match]:
+    found = [
         (path, module, family)
         for path, module in host.named_modules()
         for family in FAMILIES
         if family.matches(module)
     ]
+    return [match for match in found if not _is_spoken_for(match, found)]
+
+
+def _is_spoken_for(match: Match, found: list[Match]) -> bool:
+    """Tell whether another model describes the same encoder better.
+
+    A transformers model with a head is built around its encoder, which is then the one to take; a
+    timm model that holds another one is itself the encoder.
+    """
+    path, _, family = match
+    if family is timm_vit:
+        return any(o is timm_vit and p != path and _is_inside(path, p) for p, _, o in found)
+    return any(p != path and _is_inside(p, path) for p, _, _ in found)
+
+
+def _is_inside(path: str, outer: str) -> bool:
+    return not outer or path.startswith(f"{outer}.")
 
 
 def _other_encoders(host: nn.Module, known: list[str]) -> list[str]:

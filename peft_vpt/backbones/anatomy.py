@@ -7,10 +7,11 @@ the module behind a path is looked up when it is needed.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
+
+from .projection import Projection
 
 
 def module_at(root: nn.Module, path: str) -> nn.Module:
@@ -38,121 +39,44 @@ def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return args[0] if args else next(iter(kwargs.values()))
 
 
-class Projection(Protocol):
-    """How keys and values come out of an attention module's normed input."""
-
-    def keys_values(self, attention: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Project `(batch, tokens, dim)` to keys and values `(batch, heads, tokens, head_dim)`."""
-
-    def rows(self, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the weight rows `(out, dim)` of queries, keys and values."""
-
-    def modules(self, attention: nn.Module) -> list[nn.Module]:
-        """Return the modules that keys and values go through."""
-
-
-@dataclass(frozen=True)
-class Separate:
-    """One linear layer each for queries, keys and values."""
-
-    query: str
-    key: str
-    value: str
-    head_dim: str = "head_dim"
-
-    def keys_values(self, attention: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Call the two layers and split the heads."""
-        size = getattr(attention, self.head_dim)
-        keys = split_heads(getattr(attention, self.key)(hidden), size)
-        return keys, split_heads(getattr(attention, self.value)(hidden), size)
-
-    def rows(self, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the three weights."""
-        query, key, value = (getattr(attention, n) for n in (self.query, self.key, self.value))
-        return query.weight, key.weight, value.weight
-
-    def modules(self, attention: nn.Module) -> list[nn.Module]:
-        """Return the key and the value layer."""
-        return [getattr(attention, self.key), getattr(attention, self.value)]
-
-
-@dataclass(frozen=True)
-class Fused:
-    """One linear layer whose last rows are queries, keys and values, in this order.
-
-    Rows in front of them (the MLP half of a parallel block) are left alone. `key_norm` names the
-    norm over the head dimension that keys go through.
-    """
-
-    layer: str = "qkv"
-    key_norm: str = "k_norm"
-
-    def keys_values(self, attention: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Project with the rows of keys and values only, where the layer is a plain one."""
-        layer, width = getattr(attention, self.layer), _inner_width(attention)
-        if is_plain_linear(layer):
-            bias = None if layer.bias is None else layer.bias[-2 * width :]
-            projected = F.linear(hidden, layer.weight[-2 * width :], bias)
-        else:
-            projected = layer(hidden)[..., -2 * width :]
-        keys, values = (split_heads(x, _head_dim(attention)) for x in projected.chunk(2, dim=-1))
-        return getattr(attention, self.key_norm, nn.Identity())(keys), values
-
-    def rows(self, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the three slices of the fused weight."""
-        query, key, value = (
-            getattr(attention, self.layer).weight[-3 * _inner_width(attention) :].chunk(3)
-        )
-        return query, key, value
-
-    def modules(self, attention: nn.Module) -> list[nn.Module]:
-        """Return the fused layer and the key norm."""
-        norm = getattr(attention, self.key_norm, None)
-        return [getattr(attention, self.layer)] + ([norm] if norm is not None else [])
-
-
-def split_heads(hidden: Tensor, head_dim: int) -> Tensor:
-    """Turn `(batch, tokens, heads * head_dim)` into `(batch, heads, tokens, head_dim)`."""
-    batch, tokens, width = hidden.shape
-    return hidden.reshape(batch, tokens, width // head_dim, head_dim).transpose(1, 2)
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Tell whether calling a module does nothing beyond its class's `forward` on its own tensors.
-
-    False for modules with children (LoRA wrappers, parametrized layers), hooks, or a `forward`
-    replaced on the instance (accelerate).
-    """
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
-    return not hooked and next(module.children(), None) is None
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Tell whether a layer's weight may be sliced in place of calling the layer."""
-    return type(module) is nn.Linear and is_plain(module) and type(module.weight) is nn.Parameter
-
-
-def _head_dim(attention: Any) -> int:
-    return int(attention.head_dim)
-
-
-def _inner_width(attention: Any) -> int:
-    return int(attention.num_heads) * _head_dim(attention)
-
-
 @dataclass(frozen=True)
 class Attention:
     """One softmax over keys inside a block.
 
     Args:
-        path: From the block to the module whose `forward` meets the softmax; "" is the block.
+        path: From the block to the module that holds the projections; "" is the block.
         norm: From the block to the norm in front of the projections; None in post-norm blocks.
         projection: How keys and values come about.
+        at: From the block to the module whose `forward` meets the softmax, where it is not `path`:
+            a block that cuts its tokens into windows before it calls its attention.
+        rotates: Whether keys are rotated by their position behind the projection: "" (no), "yes",
+            or "skewed" where the rotation of the model's own code keeps no lengths.
+        behind: Whether the block changes its tokens (a convolution, say) in front of the norm;
+            prompts then enter behind that.
+        reduces: Whether the model's own keys and values are pooled or convolved over the map,
+            in front of the projections ("input") or behind them ("output"); prompts are not.
+        many: Whether there is a softmax per segment of a packed sequence.
+        scores: "lengthen" an explicit score matrix from the start, or only in front of its
+            softmax ("late"), where the model slices it; its scale must be in the queries then.
+            "unused": the model computes one for nobody, beside its fused attention.
+        heads_axis: Of five-dimensional keys, with windows on the other of axes 1 and 2.
     """
 
     path: str
     norm: str | None
     projection: Projection
+    at: str | None = None
+    rotates: str = ""
+    behind: bool = False
+    reduces: str = ""
+    many: bool = False
+    scores: str = "lengthen"
+    heads_axis: int = 1
+
+    @property
+    def target(self) -> str:
+        """From the block to the module whose `forward` is replaced."""
+        return self.path if self.at is None else self.at
 
 
 @dataclass(frozen=True)
@@ -200,6 +124,12 @@ class Encoder:
         gate: Path of the module in front of the blocks that no checkpoint encloses, or None where
             the first prompted block's own hooks are outside (transformers).
         input_size: `(channels, height, width)` of an image the encoder takes, a small one.
+        plain: Whether all blocks work on one sequence `(batch, tokens, dim)`, so that prompts may
+            be carried through them as tokens.
+        known: Whether prefix tokens and final norm above are facts, so that tokens may be pooled.
+        skipped: Parts that mix tokens or channels in another way and get no prompts.
+        inputs: Of a dummy forward: "image", "video", "guess" (an image, if that works), or "none"
+            where only real ones will do.
     """
 
     family: str
@@ -214,6 +144,10 @@ class Encoder:
     head: Head | None
     gate: str | None
     input_size: tuple[int, int, int]
+    plain: bool = True
+    known: bool = True
+    skipped: tuple[str, ...] = ()
+    inputs: str = "image"
 
     def reads(self, pooling: str) -> str:
         """Return what the head is fed under a pooling: `head.reads` of the adapter format."""
@@ -230,6 +164,11 @@ class Encoder:
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.blocks)
+
+    @property
+    def start(self) -> str:
+        """Path of the first block, or of the encoder where no blocks are known."""
+        return self.blocks[0].path if self.blocks else self.path
 
     @property
     def widths(self) -> dict[int, int]:

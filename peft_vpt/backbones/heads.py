@@ -7,10 +7,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from .anatomy import Head, module_at
+
+_COUNTS = ("num_classes", "num_labels")
 
 
 @dataclass
@@ -19,16 +21,18 @@ class FormerHead:
 
     dtype: torch.dtype
     modules: dict[str, nn.Module] = field(default_factory=dict)
+    owner: str = ""
     attributes: dict[str, Any] = field(default_factory=dict)
     config: Any = None
 
 
 def class_count(host: nn.Module, head: Head) -> int:
     """Return the number of classes of the head that the model has (0 where it is an identity)."""
-    layers: list[Any] = [
-        m for m in module_at(host, head.paths[0]).modules() if hasattr(m, "out_features")
+    counts = [
+        getattr(module, "out_features", getattr(module, "out_channels", None))
+        for module in module_at(host, head.paths[0]).modules()
     ]
-    return int(layers[-1].out_features) if layers else 0
+    return int(next((count for count in reversed(counts) if count is not None), 0))
 
 
 def replace_head(
@@ -64,10 +68,11 @@ def replace_head(
         old = module_at(host, path)
         former.modules[path] = old
         at = next((p.dtype for p in old.parameters()), dtype)
-        new = _linear(width, classes, bias, device, at, generator) if classes else nn.Identity()
+        new = _linear(old, width, classes, bias, device, at, generator)
         _set_module(host, path, new.train(host.training))
-    owner: Any = _owner(host, head.paths[0])
-    for name in ("num_classes", "num_labels"):
+    former.owner = head_owner(host, head.paths[0])
+    owner: Any = module_at(host, former.owner)
+    for name in _COUNTS:
         if isinstance(vars(owner).get(name), int):
             former.attributes[name] = vars(owner)[name]
             setattr(owner, name, classes)
@@ -83,7 +88,7 @@ def replace_head(
 def restore_head(host: nn.Module, former: FormerHead) -> None:
     """Undo `replace_head`; the former head follows the model's device and dtype."""
     like, dtype = _first_floating(host), host_dtype(host)
-    owner: Any = _owner(host, next(iter(former.modules)))
+    owner: Any = module_at(host, former.owner)
     for path, module in former.modules.items():
         module.to(like.device)
         _set_module(host, path, module if dtype == former.dtype else module.to(dtype))
@@ -108,18 +113,37 @@ def set_labels(config: Any, labels: list[str]) -> None:
     config.label2id = {label: i for i, label in enumerate(labels)}
 
 
+class MapLinear(nn.Linear):
+    """A linear classifier in the place of one that was a convolution of a pooled 1 x 1 map."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Flatten the map and classify it: `(batch, classes)`."""
+        return super().forward(input.flatten(1))
+
+
+def can_replace(layer: nn.Module) -> bool:
+    """Tell whether a linear layer can stand in for a classifier."""
+    if isinstance(layer, nn.Conv2d):
+        return layer.kernel_size == (1, 1) and layer.groups == 1
+    return isinstance(layer, nn.Linear | nn.Identity)
+
+
 def _linear(
+    old: nn.Module,
     width: int,
     classes: int,
     bias: bool,
     device: torch.device,
     dtype: torch.dtype,
     generator: torch.Generator | None,
-) -> nn.Linear:
+) -> nn.Module:
+    if not classes:
+        return nn.Identity()
+    kind = MapLinear if isinstance(old, nn.Conv2d) else nn.Linear
     source = generator.device if generator is not None else torch.device("cpu")
     weight = torch.empty(classes, width, device=source).normal_(0.0, 0.02, generator=generator)
     make: Any = skip_init
-    layer: nn.Linear = make(nn.Linear, width, classes, bias, device=device, dtype=dtype)
+    layer: nn.Linear = make(kind, width, classes, bias, device=device, dtype=dtype)
     with torch.no_grad():
         if not layer.weight.is_meta:
             layer.weight.copy_(weight)
@@ -128,9 +152,23 @@ def _linear(
     return layer
 
 
-def _owner(host: nn.Module, path: str) -> nn.Module:
-    return module_at(host, path.rpartition(".")[0])
+def head_owner(host: nn.Module, path: str) -> str:
+    """Return the path of the module that counts a head's classes: the nearest one around it.
+
+    The head's parent where nothing around it counts.
+    """
+    parent = path.rpartition(".")[0]
+    around = parent
+    while True:
+        attributes = vars(module_at(host, around))
+        counts = any(isinstance(attributes.get(name), int) for name in _COUNTS)
+        if counts or hasattr(attributes.get("config"), "num_labels"):
+            return around
+        if not around:
+            return parent
+        around = around.rpartition(".")[0]
 
 
 def _set_module(host: nn.Module, path: str, module: nn.Module) -> None:
-    setattr(_owner(host, path), path.rpartition(".")[2], module)
+    owner, _, name = path.rpartition(".")
+    setattr(module_at(host, owner), name, module)

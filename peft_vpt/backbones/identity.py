@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from .anatomy import Encoder, module_at
+from .heads import head_owner
 
 
 def describe_backbone(host: nn.Module, encoder: Encoder) -> dict[str, Any]:
@@ -46,7 +47,8 @@ def default_preprocessing(host: nn.Module, encoder: Encoder) -> dict[str, Any] |
     config = getattr(model, "pretrained_cfg", None)
     if encoder.library != "timm" or not config:
         return None
-    size = getattr(model.patch_embed, "img_size", None) or config["input_size"][1:]
+    embed = getattr(model, "patch_embed", None)
+    size = getattr(embed, "img_size", None) or config["input_size"][1:]
     return {
         "size": [int(s) for s in size],
         "mean": list(config["mean"]),
@@ -60,7 +62,7 @@ def label_names(host: nn.Module, encoder: Encoder) -> list[str] | None:
     """Return the label names of a transformers config, or None where it only numbers them."""
     if encoder.head is None or encoder.library != "transformers":
         return None
-    owner = module_at(host, encoder.head.paths[0].rpartition(".")[0])
+    owner = module_at(host, head_owner(host, encoder.head.paths[0]))
     names = getattr(getattr(owner, "config", None), "id2label", None) or {}
     labels = [str(names[i]) for i in sorted(names)]
     numbered = all(label == f"LABEL_{i}" for i, label in enumerate(labels))

@@ -1,4 +1,4 @@
-"""timm's `VisionTransformer`: ViT, DeiT, CLIP, SigLIP, DINOv2, hybrids, parallel blocks."""
+"""timm's models: vision transformers of one width, and all others whose attention is known."""
 
 from __future__ import annotations
 
@@ -7,73 +7,105 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedArchitectureError
-from .anatomy import Attention, Block, Encoder, Fused, Head, is_kind, join
+from .anatomy import Encoder, Head, is_kind, join
+from .discover import Found, find_blocks
+from .timm_table import MODELS, rule
 
 PACKAGE = "timm.models."
-CLASS = "VisionTransformer"
+# Blocks on one sequence `(batch, tokens, dim)`, prefix tokens first, a norm behind the last.
+PLAIN = ("VisionTransformer", "Eva", "Beit", "VisionTransformerRelPos", "NaFlexVit")
 
 
 def matches(module: nn.Module) -> bool:
-    """Tell whether a module is one of timm's vision transformers (torchvision's is another)."""
-    return is_kind(module, CLASS, PACKAGE)
+    """Tell whether a module is one of timm's models."""
+    named = any(cls.__module__.startswith(PACKAGE) for cls in type(module).__mro__)
+    return named and hasattr(module, "forward_intermediates")
 
 
 def describe(host: nn.Module, path: str, model: Any) -> Encoder:
-    """Describe a timm vision transformer found at `path` of the host."""
-    blocks = tuple(
-        Block(join(path, f"blocks.{i}"), _attentions(block), int(model.embed_dim))
-        for i, block in enumerate(model.blocks)
-    )
+    """Describe a timm model found at `path` of the host.
+
+    Raises:
+        UnsupportedArchitectureError: Prompts have no meaning in it.
+    """
+    found = find_blocks(model, path, rule)
+    _refuse(model, found)
+    plain = next((name for name in PLAIN if is_kind(model, name, PACKAGE)), None)
     return Encoder(
-        family="timm ViT",
+        family=f"timm {plain or type(model).__name__}",
         library="timm",
         path=path,
-        blocks=blocks,
-        prefix_tokens=int(model.num_prefix_tokens),
-        has_cls=model.cls_token is not None,
-        final_norm=join(path, "norm"),
-        norm_after_pool=join(path, "fc_norm") if _has_norm(model, "fc_norm") else None,
+        blocks=found.blocks,
+        prefix_tokens=int(getattr(model, "num_prefix_tokens", 0)),
+        has_cls=plain is not None and getattr(model, "cls_token", None) is not None,
+        final_norm=join(path, "norm") if plain else None,
+        norm_after_pool=join(path, "fc_norm") if plain and _has_norm(model, "fc_norm") else None,
         norm_weights=next(
-            (join(path, n) for n in ("norm", "fc_norm") if _has_norm(model, n)), None
+            (join(path, n) for n in ("norm", "fc_norm", "head.norm") if _has_norm(model, n)), None
         ),
-        head=_head(model, path),
-        gate=join(path, "norm_pre" if hasattr(model, "norm_pre") else "pos_drop"),
+        head=_head(model, path, plain=plain is not None),
+        gate=_gate(model, path),
         input_size=_input_size(model),
+        plain=plain is not None or found.one_list(),
+        known=plain is not None,
+        inputs="image" if plain else "guess",
+        skipped=tuple(f"{name}: {reason}" for name, reason in found.refused.items()),
     )
 
 
-def _attentions(block: Any) -> tuple[Attention, ...]:
-    kind = type(block).__name__
-    if is_kind(block, "ParallelScalingBlock", PACKAGE):
-        return (Attention("", "in_norm", Fused("in_proj")),)
-    if is_kind(block, "ParallelThingsBlock", PACKAGE):
-        return tuple(
-            Attention(f"attns.{i}.attn", f"attns.{i}.norm", Fused())
-            for i in range(len(block.attns))
-        )
-    if not hasattr(getattr(block, "attn", None), "qkv"):
-        raise UnsupportedArchitectureError(
-            f"inject_prompts: timm block {kind} holds no attention with a fused `qkv` projection, "
-            "so the keys and values of prompts cannot be computed. "
-            "Use a model whose blocks hold timm.layers.Attention."
-        )
-    post_norm = is_kind(block, "ResPostBlock", PACKAGE)
-    return (Attention("attn", None if post_norm else "norm1", Fused()),)
+def _refuse(model: nn.Module, found: Found) -> None:
+    name, reason = type(model).__name__, MODELS.get(type(model).__name__)
+    if reason is None and not found.blocks:
+        reason = "; ".join(f"{part}: {why}" for part, why in found.refused.items())
+    if reason is None:
+        return
+    raise UnsupportedArchitectureError(
+        f"inject_prompts: timm {name} has no attention that prompts could join as keys and values "
+        f"({reason or 'it holds no softmax attention over tokens'}). "
+        "location='pad' works for every image model."
+    )
 
 
-def _has_norm(model: nn.Module, name: str) -> bool:
-    return not isinstance(getattr(model, name, nn.Identity()), nn.Identity)
+def _has_norm(model: Any, path: str) -> bool:
+    for name in path.split("."):
+        model = getattr(model, name, nn.Identity())
+    return not isinstance(model, nn.Identity)
 
 
-def _head(model: Any, path: str) -> Head | None:
-    names = ["head"] + (["head_dist"] if hasattr(model, "head_dist") else [])
-    if not isinstance(getattr(model, "head", None), nn.Module) or not model.global_pool:
+def _gate(model: Any, path: str) -> str | None:
+    names = [name for name in ("norm_pre", "pos_drop") if hasattr(model, name)]
+    return join(path, names[0]) if names else None
+
+
+def _head(model: Any, path: str, *, plain: bool) -> Head | None:
+    if not hasattr(model, "get_classifier"):
         return None
-    return Head(
-        paths=tuple(join(path, name) for name in names),
-        reads=_reads(model),
-        width=int(model.embed_dim),
+    heads = model.get_classifier()
+    heads = list(heads) if isinstance(heads, tuple | list) else [heads]
+    paths = {id(module): name for name, module in model.named_modules()}
+    found = [paths[id(head)] for head in heads if id(head) in paths]
+    if not found or len(found) < len(heads) or (plain and not model.global_pool):
+        return None
+    width = getattr(heads[0], "in_features", None) or getattr(
+        model, "head_hidden_size", model.num_features
     )
+    return Head(
+        paths=tuple(join(path, name) for name in found),
+        reads=_reads(model) if plain else _pooled(model, len(found)),
+        width=int(width),
+    )
+
+
+def _pooled(model: Any, heads: int) -> str:
+    """Return what a head of a model with several widths is fed."""
+    if heads > 1:
+        return "cls|dist"
+    pool = getattr(model, "global_pool", "") or getattr(
+        getattr(getattr(model, "head", None), "global_pool", None), "pool_type", ""
+    )
+    name = {"token": "cls", "avg": "mean"}.get(pool, pool) if isinstance(pool, str) else "mean"
+    # A norm at the end of the encoder stands in front of the pooling, one in the head behind it.
+    return name or "pooled" if not _has_norm(model, "head.norm") else f"{name}:norm-after"
 
 
 def _reads(model: Any) -> str:
@@ -88,10 +120,24 @@ def _reads(model: Any) -> str:
 
 
 def _input_size(model: Any) -> tuple[int, int, int]:
-    embed, config = model.patch_embed, getattr(model, "default_cfg", None) or {}
-    size = getattr(embed, "img_size", None) or config.get("input_size", (3, 224, 224))[1:]
-    if getattr(model, "dynamic_img_size", False) and hasattr(embed, "feat_ratio"):
+    """Return the size that the model was built for, or a small one if it takes any."""
+    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    embed = getattr(model, "patch_embed", None)
+    channels = int(getattr(model, "in_chans", 3))
+    size = _fixed_size(model)
+    if size is None:
+        height, width = config.get("input_size", (3, 224, 224))[1:]
+        return (channels, min(int(height), 256), min(int(width), 256))
+    if getattr(model, "dynamic_img_size", False) and embed is not None:
         # Any multiple of the patch will do, and a few tokens check as well as a thousand.
         ratio = embed.feat_ratio(as_scalar=False)
         size = tuple(min(int(s), 4 * int(r)) for s, r in zip(size, ratio, strict=True))
-    return (int(getattr(model, "in_chans", 3)), int(size[0]), int(size[1]))
+    return (channels, int(size[0]), int(size[1]))
+
+
+def _fixed_size(model: nn.Module) -> tuple[int, ...] | None:
+    for module in (model, *model.children()):
+        size = getattr(module, "img_size", None)
+        if size is not None:
+            return (size, size) if isinstance(size, int) else tuple(size)
+    return None

@@ -1,7 +1,8 @@
-"""Plain Hugging Face ViTs: ViT, DeiT, BEiT, DINOv2, CLIP and SigLIP vision, ViT-MAE, ViT-MSN."""
+"""Vision encoders of transformers: those of a table by name, all others by their attention."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedArchitectureError
-from .anatomy import Attention, Block, Encoder, Head, Separate, join, module_at
+from .anatomy import Encoder, Head, is_kind, join, module_at
+from .discover import Found, find_blocks
+from .transformers_table import ALSO, MODELS, rule
 
 PACKAGE = "transformers.models."
 
@@ -23,12 +26,14 @@ class Family:
         norm: The final norm below the encoder; None where it never sees the whole sequence.
         reads: What the class's `...ForImageClassification` feeds its classifier.
         any_size: Whether the embeddings take any image size without being asked.
+        image: Whether the model takes an image as a map of pixels.
     """
 
     prefix: int
     norm: str | None
     reads: str
     any_size: bool = False
+    image: bool = True
 
 
 FAMILIES = {
@@ -43,61 +48,95 @@ FAMILIES = {
     "CLIPVisionTransformer": Family(1, None, "mean:no-norm"),
     "SiglipVisionModel": Family(0, "post_layernorm", "mean"),
     "SiglipVisionTransformer": Family(0, "post_layernorm", "mean"),
+    "Siglip2VisionModel": Family(0, "post_layernorm", "mean:valid", image=False),
+    "Data2VecVisionModel": Family(1, None, "mean:norm-after"),
+    "IJepaModel": Family(0, "layernorm", "mean"),
+    "MetaClip2VisionModel": Family(1, None, "mean:no-norm"),
+    "DINOv3ViTModel": Family(1, "norm", "cls", any_size=True),
     "ViTMAEModel": Family(1, "layernorm", "cls"),
     "ViTMSNModel": Family(1, "layernorm", "cls"),
 }
-_BLOCK_LISTS = ("layers", "encoder.layers", "encoder.layer")
-_NORMS = ("layernorm_before", "norm1", "layer_norm1")
-_ATTENTIONS = ("attention", "self_attn", "attention.attention")
-_PROJECTIONS = (
-    Separate("q_proj", "k_proj", "v_proj"),
-    Separate("query", "key", "value", head_dim="attention_head_size"),
-)
+# The mean of all tokens behind the final norm.
+_MEAN = ("SwinModel", "Swinv2Model", "DonutSwinModel")
+_VISION_INPUTS = ("pixel_values", "pixel_values_videos", "flattened_patches", "pixel_patches")
 
 
 def matches(module: nn.Module) -> bool:
-    """Tell whether a module is an encoder of the table that owns its blocks itself."""
-    return _row(module) is not None and _block_list(module) is not None
+    """Tell whether a module is a transformers model of images that holds attention of its own."""
+    if not is_kind(module, "PreTrainedModel", "transformers"):
+        return False
+    if type(module).__module__.startswith(PACKAGE + "timm_"):
+        return False
+    return _takes_images(module) and any(
+        rule(path, part, module) is not None for path, part in module.named_modules()
+    )
+
+
+def _takes_images(module: nn.Module) -> bool:
+    """Tell by its forward: text towers and inner encoders inherit everything else."""
+    if type(module).__name__ in ALSO:
+        return True
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return bool(names) and (names[0] in _VISION_INPUTS or "grid_thw" in names)
 
 
 def describe(host: nn.Module, path: str, model: Any) -> Encoder:
-    """Describe a transformers vision encoder found at `path` of the host."""
-    name, row = _row(model) or ("", None)
-    blocks = _block_list(model)
-    assert row is not None
-    assert blocks is not None
-    if getattr(model.config, "use_relative_position_bias", False) or getattr(
-        model.config, "use_shared_relative_position_bias", False
-    ):
-        raise UnsupportedArchitectureError(
-            f"inject_prompts: {name} with a relative position bias is not supported yet; "
-            "use a configuration with use_relative_position_bias=False and "
-            "use_shared_relative_position_bias=False, or another backbone."
-        )
-    width = int(model.config.hidden_size)
-    norm = row.norm
-    after = None
-    if name == "BeitModel" and model.config.use_mean_pooling:
-        after = join(path, "pooler.layernorm") if model.pooler is not None else None
+    """Describe a transformers vision encoder found at `path` of the host.
+
+    Raises:
+        UnsupportedArchitectureError: Prompts have no meaning in it.
+    """
+    name, row = _row(model) or (type(model).__name__, None)
+    found = find_blocks(model, path, rule)
+    _refuse(model, name, found)
+    width = found.blocks[-1].width
+    norm, after = (None, None) if row is None else (row.norm, _norm_after(model, path, name))
     return Encoder(
         family=f"transformers {name}",
         library="transformers",
         path=path,
-        blocks=tuple(
-            Block(join(path, blocks, str(i)), (_attention(block),), width)
-            for i, block in enumerate(module_at(model, blocks).children())
+        blocks=found.blocks,
+        prefix_tokens=(
+            0 if row is None else row.prefix + int(getattr(model.config, "num_register_tokens", 0))
         ),
-        prefix_tokens=row.prefix + int(getattr(model.config, "num_register_tokens", 0)),
-        has_cls=row.prefix > 0,
+        has_cls=row is not None and row.prefix > 0,
         final_norm=None if norm is None else join(path, norm),
         norm_after_pool=after,
         norm_weights=_find_path(
-            model, path, (after and "pooler.layernorm", norm, "post_layernorm", "layernorm")
+            model, path, (after and "pooler.layernorm", norm, "post_layernorm", "layernorm", "norm")
         ),
         head=_head(host, path, row, width, mean_pooled=after is not None),
         gate=None,
         input_size=_input_size(model, row),
+        plain=row is not None or found.one_list(),
+        known=row is not None,
+        inputs=_inputs(model, row),
+        skipped=tuple(f"{part}: {reason}" for part, reason in found.refused.items()),
     )
+
+
+def _refuse(model: nn.Module, name: str, found: Found) -> None:
+    reason = MODELS.get(type(model).__name__)
+    if hasattr(model, "decoder"):
+        reason = "it is an encoder-decoder"
+    if reason is not None:
+        raise UnsupportedArchitectureError(
+            f"inject_prompts: transformers {name}: {reason}; prompts belong to a backbone. Pass "
+            "its vision transformer, if it has one; location='pad' works for every image model."
+        )
+    if not found.blocks:
+        reasons = "; ".join(f"{part}: {why}" for part, why in found.refused.items())
+        raise UnsupportedArchitectureError(
+            f"inject_prompts: transformers {name} has no attention that prompts could join as keys "
+            f"and values ({reasons or 'it holds no softmax attention over tokens'}). "
+            "location='pad' works for every image model."
+        )
+
+
+def _norm_after(model: Any, path: str, name: str) -> str | None:
+    if name != "BeitModel" or not model.config.use_mean_pooling or model.pooler is None:
+        return None
+    return join(path, "pooler.layernorm")
 
 
 def _row(module: nn.Module) -> tuple[str, Family] | None:
@@ -122,25 +161,6 @@ def _find_path(model: nn.Module, path: str, names: tuple[str | None, ...]) -> st
     return None if found is None else join(path, found)
 
 
-def _block_list(module: nn.Module) -> str | None:
-    path = _find(module, _BLOCK_LISTS)
-    return path if path and isinstance(module_at(module, path), nn.ModuleList) else None
-
-
-def _attention(block: nn.Module) -> Attention:
-    norm = _find(block, _NORMS)
-    for path in _ATTENTIONS:
-        if _find(block, (path,)) is None:
-            continue
-        for projection in _PROJECTIONS:
-            if hasattr(module_at(block, path), projection.key):
-                return Attention(path, norm, projection)
-    raise UnsupportedArchitectureError(
-        f"inject_prompts: no query, key and value layers found in {type(block).__name__}; "
-        "this release of transformers names them in a way that is not known here."
-    )
-
-
 def _owners(host: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     """Yield the encoder's ancestors in the host, from the nearest one out."""
     parts = path.split(".") if path else []
@@ -149,25 +169,48 @@ def _owners(host: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
         yield owner, module_at(host, owner)
 
 
-def _head(host: nn.Module, path: str, row: Family, width: int, *, mean_pooled: bool) -> Head | None:
+def _head(
+    host: nn.Module, path: str, row: Family | None, width: int, *, mean_pooled: bool
+) -> Head | None:
     for owner, module in _owners(host, path):
         if hasattr(module, "cls_classifier"):
             names = ("cls_classifier", "distillation_classifier")
             return Head(tuple(join(owner, n) for n in names), "cls|dist", width)
         if hasattr(module, "classifier") and type(module).__name__.endswith(
-            "ForImageClassification"
+            ("ForImageClassification", "ForVideoClassification")
         ):
-            reads = "mean:norm-after" if mean_pooled else row.reads
-            return Head((join(owner, "classifier"),), reads, width * (1 + ("+" in reads)))
+            reads = "mean:norm-after" if mean_pooled else row.reads if row else _reads(host, path)
+            width = getattr(module.classifier, "in_features", width * (1 + ("+" in reads)))
+            return Head((join(owner, "classifier"),), reads, width)
     return None
 
 
-def _input_size(model: Any, row: Family) -> tuple[int, int, int]:
+def _reads(host: nn.Module, path: str) -> str:
+    """Return what is known of the heads of models with several widths."""
+    return "mean" if type(module_at(host, path)).__name__ in _MEAN else "pooled"
+
+
+def _input_size(model: Any, row: Family | None) -> tuple[int, int, int]:
     config = model.config
-    size, patch = (
-        value if isinstance(value, list | tuple) else (value, value)
-        for value in (config.image_size, config.patch_size)
+    size, patch = (_pair(getattr(config, name, 224)) for name in ("image_size", "patch_size"))
+    if row is not None and row.any_size:
+        size = (min(size[0], 4 * patch[0]), min(size[1], 4 * patch[1]))
+    return (int(getattr(config, "num_channels", 3)), *size)
+
+
+def _inputs(model: Any, row: Family | None) -> str:
+    if row is not None:
+        return "image" if row.image else "none"
+    return "video" if _frames(model) else "guess"
+
+
+def _frames(model: Any) -> int:
+    return int(
+        getattr(model.config, "num_frames", 0) or getattr(model.config, "frames_per_clip", 0) or 0
     )
-    if row.any_size:
-        size = [min(int(s), 4 * int(p)) for s, p in zip(size, patch, strict=True)]
-    return (int(config.num_channels), int(size[0]), int(size[1]))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    if isinstance(value, list | tuple) and len(value) >= 2:
+        return int(value[-2]), int(value[-1])
+    return (int(value), int(value)) if isinstance(value, int) else (224, 224)

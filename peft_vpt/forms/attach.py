@@ -32,8 +32,11 @@ class ForwardPatch(Form):
 
     The bound method that is put on the instance belongs to a registered module, so a deepcopy or
     an unpickled model gets its own. What was there before, the class's `forward` or a wrapper that
-    another library put on the instance, is called and, on removal, put back.
+    another library put on the instance, is called and, on removal, put back. `method` names
+    another method where a model has further ones that do the same work.
     """
+
+    method = "forward"
 
     def __init__(self, target: nn.Module) -> None:
         super().__init__()
@@ -52,27 +55,27 @@ class ForwardPatch(Form):
 
     def attach(self) -> None:
         """Put `run` in front of the target's `forward`."""
-        self._found = vars(self.target).get("forward")
-        self.target.forward = self.run
+        self._found = vars(self.target).get(self.method)
+        setattr(self.target, self.method, self.run)
 
     def check_on_top(self) -> None:
         """Raise unless the target's `forward` is still ours, so that it can be taken off."""
-        if vars(self.target).get("forward") != self.run:
+        if vars(self.target).get(self.method) != self.run:
             raise VPTError(
                 f"remove_prompts: another library has wrapped {type(self.target).__name__}."
-                "forward after inject_prompts; take that wrapper off first."
+                f"{self.method} after inject_prompts; take that wrapper off first."
             )
 
     def detach(self) -> None:
         """Put back what `attach` found."""
         if self._found is None:
-            del self.target.forward
+            delattr(self.target, self.method)
         else:
-            self.target.forward = self._found
+            setattr(self.target, self.method, self._found)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """Call the `forward` that was there before."""
         target = self.target
         if self._found is None:
-            return type(target).forward(target, *args, **kwargs)
+            return getattr(type(target), self.method)(target, *args, **kwargs)
         return self._found(*args, **kwargs)

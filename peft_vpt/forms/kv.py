@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torch.utils.hooks import RemovableHandle
 
-from ..backbones.anatomy import Attention, Block, first_argument, is_plain, module_at
+from ..backbones.anatomy import Attention, Block, first_argument, module_at
+from ..backbones.projection import is_plain, per_token
 from ..errors import UnsupportedArchitectureError
 from .attach import ForwardPatch
-from .selfcheck import check_met
-from .softmax import Met, SoftmaxOverride
+from .selfcheck import Watch
+from .softmax import Met, Pair, SoftmaxOverride
 
 if TYPE_CHECKING:
     from ..prompts import Prompts
@@ -44,14 +45,14 @@ class KeyValueForm(ForwardPatch):
         self, prompts: Prompts, host: nn.Module, block: Block, attention: Attention, *, index: int
     ) -> None:
         module = module_at(host, block.path)
-        super().__init__(module_at(module, attention.path))
+        super().__init__(module_at(module, attention.target))
         self._links = (prompts, module)
         self.index = index
         self.path = block.path
         self.attention = attention
-        self._cache: tuple[tuple[Any, ...], tuple[Tensor, Tensor]] | None = None
-        self._pending: RemovableHandle | None = None
-        self._input: Tensor | None = None
+        self.width = block.width
+        self._cache: tuple[tuple[Any, ...], Pair] | None = None
+        self._watch: Watch | None = None
 
     @property
     def prompts(self) -> Prompts:
@@ -71,48 +72,67 @@ class KeyValueForm(ForwardPatch):
         """Stand in for the attention's `forward`; arguments and result are its own."""
         if self.prompts.disabled():
             return self.original(*args, **kwargs)
-        keys, values = self.keys_values(first_argument(args, kwargs))
         met: list[Met] = []
-        with SoftmaxOverride(keys, values, met):
+        with self.override(self._pairs(args, kwargs), met):
             out = self.original(*args, **kwargs)
-        if len(met) != 1 or met[0].values is None:
+        if not self.all_met(met):
             self._missed(len(met))
-        if self._pending is not None and not torch.compiler.is_compiling():
-            self._check_now(met[0])
+        if self._watch is not None and not torch.compiler.is_compiling():
+            self._finish_check(met)
         return out
 
     def check_at_first_forward(self) -> None:
         """Self-check with the block's first real input, where no dummy forward can be run."""
-        self._pending = self.block.register_forward_pre_hook(self._keep_input, with_kwargs=True)
+        self._watch = Watch(self)
 
-    def _keep_input(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._input = first_argument(args, kwargs)
+    def _finish_check(self, met: list[Met]) -> None:
+        assert self._watch is not None
+        if self._watch.complete():
+            self._watch.check(met)
+            self._stop_watching()
 
-    def _check_now(self, met: Met) -> None:
-        assert self._pending is not None
-        assert self._input is not None
-        check_form(self, self._input, met)
-        self._pending.remove()
-        self._pending = self._input = None
+    def _stop_watching(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+        self._watch = None
 
     def detach(self) -> None:
         """Put back what `attach` found, and forget a check that has not come to pass."""
         super().detach()
-        if self._pending is not None:
-            self._pending.remove()
+        self._stop_watching()
 
-    def keys_values(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Return K_p and V_p, `(1 or batch, heads, length, head_dim)`, from the cache if allowed.
+    def _pairs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callable[[], Pair]:
+        """Return what gives the softmaxes of one call their keys and values."""
+        hidden = first_argument(args, kwargs)
+        if self.attention.many:
+            # Each segment is a sample of its own, with its own dropout mask.
+            return lambda: self.keys_values(hidden, samples=1)
+        pair = self.keys_values(hidden, samples=hidden.shape[0])
+        return lambda: pair
+
+    def override(self, pair: Callable[[], Pair] | None, met: list[Met]) -> SoftmaxOverride:
+        """Return the override for one call, as the family wants it."""
+        attention = self.attention
+        return SoftmaxOverride(pair, met, scores=attention.scores, heads_axis=attention.heads_axis)
+
+    def all_met(self, met: list[Met]) -> bool:
+        """Tell whether what one call met is all that the family knows of: the guard."""
+        expected = len(met) > 0 if self.attention.many else len(met) == 1
+        return expected and all(each.values is not None for each in met)
+
+    def keys_values(self, hidden: Tensor, samples: int) -> Pair:
+        """Return K_p and V_p, `(1 or samples, heads, length, head_dim)`, from the cache if allowed.
 
         Args:
-            hidden: `(batch, tokens, dim)`, for batch size and device.
+            hidden: What the module is called with, for the device.
+            samples: Number of samples that each need a dropout mask of their own.
         """
         if not self._may_cache():
-            return self._project(self.prompts(self.index, hidden.shape[0]), hidden.device)
+            return self._project(self.prompts(self.index, samples), hidden.device)
         # Read once: another thread may fill the cache for its own key meanwhile.
         key, cached = self._cache_key(hidden), self._cache
         if cached is None or not _same(cached[0], key):
-            pair = self._project(self.prompts(self.index, hidden.shape[0]), hidden.device)
+            pair = self._project(self.prompts(self.index, samples), hidden.device)
             self._cache = cached = (key, pair)
         return cached[1]
 
@@ -120,20 +140,33 @@ class KeyValueForm(ForwardPatch):
         """Forget K_p and V_p."""
         self._cache = None
 
-    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    @property
+    def owner(self) -> nn.Module:
+        """The attention module that holds the projections."""
+        return module_at(self.block, self.attention.path)
+
+    def project(self, hidden: Tensor) -> Pair:
         """Norm and project `(batch, tokens, dim)` as the block does in front of its softmax."""
         if self.attention.norm is not None:
-            hidden = module_at(self.block, self.attention.norm)(hidden)
-        return self.attention.projection.keys_values(self.target, hidden)
+            hidden = per_token(module_at(self.block, self.attention.norm), hidden)
+        projection, owner = self.attention.projection, self.owner
+        return projection.keys_values(owner, projection.prepare(owner, hidden))
 
-    def _project(self, tokens: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-        return self.project(
-            tokens.to(device=device, dtype=_compute_dtype(self._modules_met(), tokens))
-        )
+    def project_blank(self, like: Tensor) -> Pair:
+        """Return keys and values of a position that holds nothing: a window's padding."""
+        projection, owner = self.attention.projection, self.owner
+        return projection.keys_values(owner, projection.prepare(owner, like[:1, :1] * 0))
+
+    def _project(self, tokens: Tensor, device: torch.device) -> Pair:
+        tokens = tokens.to(device=device, dtype=_compute_dtype(self._modules_met(), tokens))
+        if self._watch is None:
+            return self.project(tokens)
+        with self._watch.muted():
+            return self.project(tokens)
 
     def _modules_met(self) -> list[nn.Module]:
         norm = self.attention.norm
-        layers = self.attention.projection.modules(self.target)
+        layers = self.attention.projection.modules(self.owner)
         return ([module_at(self.block, norm)] if norm is not None else []) + layers
 
     def _may_cache(self) -> bool:
@@ -149,6 +182,8 @@ class KeyValueForm(ForwardPatch):
         tensors = self.prompts.sources(self.index)
         for module in self._modules_met():
             tensors += [*module.parameters(), *module.buffers()]
+        # Biases that an attention keeps beside its layer.
+        tensors += self.owner.parameters(recurse=False)
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         return (_steps, hidden.device, autocast, *(state for t in tensors for state in _state(t)))
 
@@ -165,13 +200,6 @@ class KeyValueForm(ForwardPatch):
     def __getstate__(self) -> dict[str, Any]:
         """Leave the cache out of copies and pickles."""
         return self.__dict__ | {"_cache": None}
-
-
-def check_form(form: KeyValueForm, block_input: Tensor, met: Met) -> None:
-    """Raise unless `form.project` gives, for real hidden states, what the softmax received."""
-    with torch.no_grad():
-        keys, values = form.project(block_input)
-    check_met(f"block {form.index} ({form.path})", keys, values, met)
 
 
 def _compute_dtype(modules: list[nn.Module], tokens: Tensor) -> torch.dtype:

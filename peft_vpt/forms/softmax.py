@@ -17,18 +17,28 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-_MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__}
+from ..errors import UnsupportedArchitectureError
+
+_MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm}
 _SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax}
-_ADD = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
+ADD = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
+_SHAPE = {Tensor.view, Tensor.reshape, torch.reshape}
 _SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
+
+Pair = tuple[Tensor, Tensor]
 
 
 @dataclass
 class Met:
-    """What one softmax received from the model: `(batch, heads, tokens, head_dim)` each."""
+    """What one softmax received from the model.
+
+    Keys and values are `(batch, heads, tokens, head_dim)`, with windows in the batch or behind the
+    heads, or `(batch * heads, tokens, head_dim)`.
+    """
 
     keys: Tensor
     values: Tensor | None = None
+    query: Tensor | None = None
     normalised: bool = True
 
     @property
@@ -41,14 +51,29 @@ class SoftmaxOverride(TorchFunctionMode):
     """Append keys and values at the softmax of the calls made inside the `with` block.
 
     Args:
-        keys, values: `(1 or batch, heads, length, head_dim)`, or None to record only.
+        pair: Gives keys and values `(1 or samples, heads, length, head_dim)`, once per softmax;
+            None to record only.
         met: List that receives one `Met` per softmax.
+        scores: What to do with explicit scores; see `Attention.scores`.
+        heads_axis: See `Attention.heads_axis`.
     """
 
-    def __init__(self, keys: Tensor | None, values: Tensor | None, met: list[Met]) -> None:
+    def __init__(
+        self,
+        pair: Callable[[], Pair] | None,
+        met: list[Met],
+        *,
+        scores: str = "lengthen",
+        heads_axis: int = 1,
+    ) -> None:
         super().__init__()
-        self.extra = None if keys is None or values is None else (keys, values)
+        self.pair = pair
         self.met = met
+        self.late = scores == "late"
+        self.unused = scores == "unused"
+        self.axis = heads_axis
+        # Of the explicit softmax that is under way.
+        self.extra: Pair | None = None
 
     def __torch_function__(
         self,
@@ -62,14 +87,17 @@ class SoftmaxOverride(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             return self._fused(func, args, dict(kwargs))
         scores = self.met[-1] if self.met and self.met[-1].open else None
-        # Four dimensions: a projection written as a matmul (some LoRA) has three.
-        if func in _MATMUL and args[0].dim() > 3:
+        if func in _MATMUL and _is_batched(args) and not self.unused:
             ready = scores is not None and scores.normalised
             return self._second(func, *args) if ready else self._first(func, *args)
+        if func is torch.einsum:
+            operands = args[1] if len(args) == 2 else args[1:]
+            if len(operands) == 2:
+                return self._einsum(scores, args[0], *operands)
+        if scores is not None and self.extra is not None:
+            args = self._lengthen(scores, func, args, kwargs)
         if scores is not None and func in _SOFTMAX:
             scores.normalised = True
-        if scores is not None and func in _ADD and self.extra is not None:
-            args = _align(args, self.extra[0].shape[-2])
         return func(*args, **kwargs)
 
     def _fused(
@@ -78,40 +106,105 @@ class SoftmaxOverride(TorchFunctionMode):
         kwargs |= dict(zip(_SDPA_NAMES, args, strict=False))
         query, keys, values = (kwargs.pop(name) for name in _SDPA_NAMES[:3])
         self.met.append(Met(keys, values))
-        if self.extra is None:
+        if self.pair is None:
             return func(query, keys, values, **kwargs)
+        extra = self.pair()
         if kwargs.pop("is_causal", False):
             kwargs["attn_mask"] = causal_mask(query.shape[-2], keys.shape[-2], query.device)
         kwargs["attn_mask"] = pad_mask(
-            kwargs.get("attn_mask"), self.extra[0].shape[-2], tokens=keys.shape[-2]
+            kwargs.get("attn_mask"), extra[0].shape[-2], tokens=keys.shape[-2]
         )
         query = _own_storage(query, keys, values)
-        return func(query, append(keys, self.extra[0]), append(values, self.extra[1]), **kwargs)
+        keys, values = (
+            append(own, x, self.axis) for own, x in zip((keys, values), extra, strict=True)
+        )
+        return func(query, keys, values, **kwargs)
 
     def _first(self, func: Callable[..., Tensor], query: Tensor, keys: Tensor) -> Tensor:
         keys = keys.transpose(-2, -1)
-        self.met.append(Met(keys, normalised=False))
-        if self.extra is not None:
-            keys = append(keys, self.extra[0])
+        self.met.append(Met(keys, query=query, normalised=False))
+        self.extra = None if self.pair is None else self.pair()
+        if self.extra is not None and not self.late:
+            keys = append(keys, self.extra[0], self.axis)
         return func(query, keys.transpose(-2, -1))
 
-    def _second(self, func: Callable[..., Tensor], weights: Tensor, values: Tensor) -> Tensor:
-        self.met[-1].values = values
-        if self.extra is not None:
-            values = append(values, self.extra[1])
-        return func(weights, values)
+    def _einsum(self, scores: Met | None, equation: str, left: Tensor, right: Tensor) -> Tensor:
+        """Take part in products over batch and heads that are written as sums."""
+        (a, b), c = equation.replace(" ", "").partition("->")[0].split(","), equation[-4:].strip()
+        if left.dim() == right.dim() == 4 and a[:2] == b[:2] == c[:2]:
+            if (a[3], c[2:]) == (b[3], a[2] + b[2]) and scores is None:
+                return self._first(torch.matmul, left, right.transpose(-2, -1))
+            if (a[3], c[2:]) == (b[2], a[2] + b[3]) and scores is not None and scores.normalised:
+                return self._second(torch.matmul, left, right)
+        return torch.einsum(equation, left, right)
+
+    def _second(self, func: Callable[..., Tensor], left: Tensor, right: Tensor) -> Tensor:
+        met, extra = self.met[-1], self.extra
+        tokens = met.keys.shape[-2] + (0 if extra is None else extra[0].shape[-2])
+        met.query = self.extra = None
+        ordinary = left.shape[-1] == tokens and right.shape[-2] == met.keys.shape[-2]
+        if extra is None:
+            # Both readings fit the shapes then.
+            ordinary = _are_weights(left, -1) or not _are_weights(right, -2)
+        if ordinary:
+            met.values = right
+            return func(left, right if extra is None else append(right, extra[1], self.axis))
+        # Values times transposed weights.
+        met.values = left.transpose(-2, -1)
+        if extra is not None:
+            left = append(met.values, extra[1], self.axis).transpose(-2, -1)
+        return func(left, right)
+
+    def _lengthen(
+        self, met: Met, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, ...]:
+        assert self.extra is not None
+        own, length = met.keys.shape[-2], self.extra[0].shape[-2]
+        if self.late and func in _SOFTMAX and not met.normalised:
+            assert met.query is not None
+            keys = fit(self.extra[0], met.keys, self.axis).transpose(-2, -1)
+            scores = torch.matmul(met.query, keys.to(met.query.dtype))
+            scores = scores.reshape(*args[0].shape[:-1], length).to(args[0].dtype)
+            return (torch.cat([args[0], scores], dim=-1), *args[1:])
+        if func in ADD:
+            return _align(args, length)
+        if func in _SHAPE and args[0].shape[-1:] == (own + length,):
+            return _reshaped(args, own, length)
+        return args
 
 
-def append(own: Tensor, extra: Tensor) -> Tensor:
-    """Append `(1 or batch, heads, length, head_dim)` behind `(batch, heads, tokens, head_dim)`.
+def append(own: Tensor, extra: Tensor, heads_axis: int = 1) -> Tensor:
+    """Append `extra`, fitted by `fit`, behind `own` along the token axis."""
+    return torch.cat([own, fit(extra, own, heads_axis).to(own.dtype)], dim=-2)
 
-    Extra heads are repeated where the model has already repeated its own (grouped queries).
+
+def fit(extra: Tensor, own: Tensor, heads_axis: int = 1) -> Tensor:
+    """Bring `(1 or samples, heads, length, head_dim)` into the layout of a model's keys.
+
+    That is `(batch, heads, tokens, head_dim)`, with the windows of a sample side by side in the
+    batch, five axes with the windows on one of their own, or `(batch * heads, tokens, head_dim)`.
+    Heads are repeated where the model has already repeated its own (grouped queries).
     """
-    if extra.shape[1] != own.shape[1]:
-        extra = extra.repeat_interleave(own.shape[1] // extra.shape[1], dim=1)
-    if extra.shape[0] != own.shape[0]:
-        extra = extra.expand(own.shape[0], -1, -1, -1)
-    return torch.cat([own, extra.to(own.dtype)], dim=-2)
+    heads = extra.shape[1] if own.dim() == 3 else own.shape[heads_axis if own.dim() == 5 else 1]
+    batch = own.shape[0] // heads if own.dim() == 3 else own.shape[0]
+    if extra.shape[-1] != own.shape[-1] or heads % extra.shape[1]:
+        raise UnsupportedArchitectureError(
+            f"prompts have {extra.shape[1]} heads of width {extra.shape[-1]}, and the softmax of "
+            f"this attention receives keys or values of shape {tuple(own.shape)}. The block does "
+            "something that this family does not know."
+        )
+    if extra.shape[1] != heads:
+        extra = extra.repeat_interleave(heads // extra.shape[1], dim=1)
+    if extra.shape[0] == 1:
+        extra = extra.expand(batch, -1, -1, -1)
+    elif extra.shape[0] != batch:
+        extra = extra.repeat_interleave(batch // extra.shape[0], dim=0)
+    if own.dim() == 3:
+        return extra.reshape(batch * heads, *extra.shape[2:])
+    if own.dim() == 5:
+        windows = 3 - heads_axis
+        return extra.unsqueeze(windows).expand(*own.shape[:3], *extra.shape[2:])
+    return extra
 
 
 def pad_mask(mask: Tensor | None, length: int, *, tokens: int, rows: bool = False) -> Tensor | None:
@@ -138,6 +231,17 @@ def causal_mask(queries: int, keys: int, device: torch.device) -> Tensor:
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril()
 
 
+def _are_weights(tensor: Tensor, axis: int) -> bool:
+    """Tell whether entries add up to one, as a softmax leaves them."""
+    total = tensor.sum(axis)
+    return bool(torch.isclose(total, torch.ones_like(total), atol=1e-2).all())
+
+
+def _is_batched(args: tuple[Any, ...]) -> bool:
+    """Tell a product of scores from a projection written as one (some LoRA)."""
+    return len(args) == 2 and args[0].dim() == args[1].dim() > 2
+
+
 def _align(args: tuple[Any, ...], length: int) -> tuple[Any, ...]:
     """Pad the shorter of two addends, a mask or bias made for the model's own keys."""
     if len(args) != 2 or not all(isinstance(arg, Tensor) and arg.dim() for arg in args):
@@ -146,6 +250,14 @@ def _align(args: tuple[Any, ...], length: int) -> tuple[Any, ...]:
     return tuple(
         F.pad(arg, (0, length)) if 1 < arg.shape[-1] == wide - length else arg for arg in args
     )
+
+
+def _reshaped(args: tuple[Any, ...], own: int, length: int) -> tuple[Any, ...]:
+    """Write the longer key axis into a shape that names the model's own number of keys."""
+    sizes = args[1] if len(args) == 2 and isinstance(args[1], tuple | list) else args[1:]
+    if not sizes or sizes[-1] != own:
+        return args
+    return (args[0], (*sizes[:-1], own + length))
 
 
 def _own_storage(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:

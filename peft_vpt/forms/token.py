@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from ..backbones.anatomy import Block, Encoder, is_kind, module_at
 from .attach import Form, ForwardPatch
 from .slot import Slot
-from .softmax import causal_mask, pad_mask
+from .softmax import ADD, causal_mask, pad_mask
 
 if TYPE_CHECKING:
     from ..prompts import Prompts
@@ -47,6 +49,10 @@ class TokenForm(ForwardPatch):
         self.index = index
         self.leaves = leaves
         self.reason = reason
+        # A bias that the attention makes itself, for as many tokens as the model has.
+        self.biased = any(
+            "rel" in n or "bias_table" in n for n, _ in self.target.named_parameters()
+        )
 
     def extra_repr(self) -> str:
         """Name the block, the form and why it is this one."""
@@ -67,8 +73,12 @@ class TokenForm(ForwardPatch):
         else:
             own -= prompts.spec.length
         rest = [_pad(arg, own, prompts.spec.length) for arg in args[1:]]
-        kwargs = _pad_masks(kwargs, own, prompts.spec.length, hidden.device)
-        out = self.original(hidden, *rest, **kwargs)
+        kwargs = _pad_named(kwargs, own, prompts.spec.length, hidden.device)
+        if self.biased:
+            with BiasPadding(own, prompts.spec.length):
+                out = self.original(hidden, *rest, **kwargs)
+        else:
+            out = self.original(hidden, *rest, **kwargs)
         return _first(out, lambda x: x[:, :own]) if self.leaves else out
 
 
@@ -84,16 +94,72 @@ def _pad(value: Any, own: int, length: int) -> Any:
     return value
 
 
-def _pad_masks(
+def _pad_named(
     kwargs: dict[str, Any], own: int, length: int, device: torch.device
 ) -> dict[str, Any]:
+    """Pad masks and biases over tokens with what hides nothing, rotations with none."""
     kwargs = dict(kwargs)
     if kwargs.get("is_causal"):
         kwargs |= {"is_causal": False, "attn_mask": causal_mask(own, own, device)}
-    for name in _MASKS:
-        if isinstance(kwargs.get(name), Tensor):
-            kwargs[name] = pad_mask(kwargs[name], length, tokens=own, rows=True)
+    for name, value in kwargs.items():
+        if name == "rope" and isinstance(value, Tensor):
+            kwargs[name] = torch.cat(
+                [
+                    _no_rotation(x, length, y)
+                    for x, y in zip(value.chunk(2, -1), (0, 1), strict=True)
+                ],
+                dim=-1,
+            )
+        elif name == "position_embeddings" and isinstance(value, tuple):
+            kwargs[name] = tuple(
+                _no_rotation(x, length, y) for x, y in zip(value, (1, 0), strict=True)
+            )
+        elif isinstance(value, Tensor) and (name in _MASKS or _is_square(value, own)):
+            kwargs[name] = pad_mask(value, length, tokens=own, rows=True)
     return kwargs
+
+
+def _is_square(value: Tensor, own: int) -> bool:
+    return value.dim() > 2 and value.shape[-2:] == (own, own)
+
+
+def _no_rotation(part: Tensor, length: int, value: int) -> Tensor:
+    """Append rows of a rotation's sine (0) or cosine (1) that turn nothing."""
+    return torch.cat([part, part.new_full((*part.shape[:-2], length, part.shape[-1]), value)], -2)
+
+
+class BiasPadding(TorchFunctionMode):
+    """Give prompts a zero bias where an attention makes its bias itself.
+
+    Args:
+        own: Number of the model's tokens.
+        length: Number of prompts behind them.
+    """
+
+    def __init__(self, own: int, length: int) -> None:
+        super().__init__()
+        self.sizes = (own, length)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Pad the mask of a fused attention, or the shorter of two score matrices."""
+        kwargs = dict(kwargs or {})
+        own, length = self.sizes
+        if func is F.scaled_dot_product_attention and kwargs.get("attn_mask") is not None:
+            mask = kwargs["attn_mask"]
+            if mask.shape[-1] == own:
+                kwargs["attn_mask"] = pad_mask(mask, length, tokens=own, rows=True)
+        elif func in ADD and self._is_short(args):
+            args = tuple(x if x.shape[-1] > own else F.pad(x, (0, length, 0, length)) for x in args)
+        return func(*args, **kwargs)
+
+    def _is_short(self, args: tuple[Any, ...]) -> bool:
+        """Tell whether one addend is made for the model's own tokens, the other for all."""
+        own, length = self.sizes
+        if len(args) != 2 or not all(isinstance(arg, Tensor) and arg.dim() > 2 for arg in args):
+            return False
+        return {x.shape[-2:] for x in args} == {(own,) * 2, (own + length,) * 2}
 
 
 class OutputCut(Form):

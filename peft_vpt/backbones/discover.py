@@ -1,0 +1,154 @@
+"""Finding the transformer blocks of a model by the attention modules that it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from .anatomy import Attention, Block, join, module_at
+from .projection import Fused, Projection, Separate, in_width
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a table says about a class of attention modules; see `Attention` for the fields.
+
+    Args:
+        projection: How keys and values come about.
+        norms: Names beside the attention or on the block, the first that exists is in front of
+            the attention; empty in post-norm blocks.
+        up: Levels from the attention up to its block.
+        at: Name of the level that meets the softmax: "attention" or "block".
+    """
+
+    projection: Projection = field(default_factory=Fused)
+    norms: tuple[str, ...] = ("norm1", "norm")
+    up: int = 1
+    at: str = "attention"
+    rotates: str = ""
+    behind: bool = False
+    reduces: str = ""
+    many: bool = False
+    scores: str = "lengthen"
+    heads_axis: int = 1
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Why a class of modules that mix tokens or channels takes no prompts."""
+
+    reason: str
+
+
+@dataclass
+class Found:
+    """Blocks in forward order, and what was met that takes no prompts: class name to reason."""
+
+    blocks: tuple[Block, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
+
+    def one_list(self) -> bool:
+        """Tell whether all blocks are of one list and one width, none of them cut into windows."""
+        whole = all(a.at is None and not a.many for b in self.blocks for a in b.attentions)
+        return whole and {block.stage for block in self.blocks} == {0}
+
+
+Rule = Callable[[str, nn.Module, nn.Module], Row | Refused | None]
+
+
+def find_blocks(model: nn.Module, path: str, rule: Rule) -> Found:
+    """Find every attention that a rule knows, grouped by block.
+
+    Args:
+        model: The encoder.
+        path: Its path in the host.
+        rule: Says what a module is, from its path in the encoder, itself and its parent; None: no
+            attention.
+    """
+    found = Found()
+    blocks: dict[str, list[Attention]] = {}
+    for name, module in model.named_modules():
+        row = rule(name, module, module_at(model, name.rpartition(".")[0]))
+        if isinstance(row, Refused):
+            found.refused[type(module).__name__] = row.reason
+        elif row is not None:
+            parts = name.split(".")
+            end = len(parts) - row.up
+            block, inside = ".".join(parts[:end]), ".".join(parts[end:])
+            blocks.setdefault(block, []).append(_attention(module_at(model, block), inside, row))
+    widths = [_width(module_at(model, name), parts[0]) for name, parts in blocks.items()]
+    stages = _stages(list(blocks), widths)
+    found.blocks = tuple(
+        Block(join(path, name), tuple(attentions), width, stage)
+        for (name, attentions), width, stage in zip(blocks.items(), widths, stages, strict=True)
+    )
+    return found
+
+
+def _attention(block: nn.Module, inside: str, row: Row) -> Attention:
+    beside = [join(inside.rpartition(".")[0], n) for n in row.norms]
+    return Attention(
+        path=inside,
+        norm=next((n for n in (*beside, *row.norms) if _has(block, n)), None),
+        projection=row.projection,
+        at="" if row.at == "block" else None,
+        rotates=row.rotates,
+        behind=row.behind,
+        reduces=row.reduces,
+        many=row.many,
+        scores=row.scores,
+        heads_axis=row.heads_axis,
+    )
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    for name in path.split("."):
+        module = getattr(module, name, None)  # type: ignore[assignment]
+    return isinstance(module, nn.Module)
+
+
+def _width(block: nn.Module, attention: Attention) -> int:
+    """Return the width of the tokens that the attention's block takes."""
+    if attention.norm is not None:
+        weight = getattr(module_at(block, attention.norm), "weight", None)
+        if weight is not None:
+            return int(weight.numel())
+    owner: Any = module_at(block, attention.path)
+    return in_width(attention.projection.modules(owner)[0])
+
+
+def _stages(paths: list[str], widths: list[int]) -> list[int]:
+    """Number the groups of blocks: of one width, in one list or one member of a list of lists."""
+    keys = []
+    for path, width in zip(paths, widths, strict=True):
+        parts = path.split(".")
+        numbers = [i for i, part in enumerate(parts) if part.isdigit()]
+        nested = len(numbers) > 1
+        end = (numbers[0] + 1 if nested else numbers[0]) if numbers else len(parts)
+        keys.append((".".join(parts[:end]), width))
+    order = list(dict.fromkeys(keys))
+    return [order.index(key) for key in keys]
+
+
+def plain_layers(module: nn.Module) -> Projection | None:
+    """Recognise ordinary projections by the names of a module's layers."""
+    for projection in _PLAIN:
+        names = (
+            (projection.layer,)
+            if isinstance(projection, Fused)
+            else (projection.query or "", projection.key, projection.value)
+        )
+        if all(isinstance(getattr(module, name, None), nn.Module) for name in names):
+            return projection
+    return None
+
+
+_PLAIN = (
+    Separate("q_proj", "k_proj", "v_proj"),
+    Separate("query", "key", "value"),
+    Separate("q", "k", "v"),
+    Fused("qkv"),
+)

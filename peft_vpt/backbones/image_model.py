@@ -1,0 +1,211 @@
+"""Any model that takes an image, as a whole: what a border of pixels needs to know of it.
+
+timm models, and transformers models that take `pixel_values` first. Nothing is said about
+blocks, so these descriptions serve `location="pad"` only.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import UnsupportedArchitectureError
+from . import find_encoder
+from .anatomy import Encoder, Head, is_kind, join, module_at
+from .heads import can_replace
+
+_DEFAULT_SIZE = (224, 224)
+_SIZES = (224, 256, 64, 32, 384)
+# A stem that folds pixels into channels has more; the image itself has not.
+_MOST = 15
+_HINT = "location='pad'"
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What a model says about the images it takes.
+
+    Args:
+        channels: Of an image.
+        sizes: `(height, width)`, the likeliest first; the default one where it takes several.
+        fixed: Whether it takes no other size; None where only trying tells.
+        mean: Of the normalisation, per channel; 0.5 where nothing is said.
+        std: Likewise.
+    """
+
+    channels: int
+    sizes: tuple[tuple[int, int], ...]
+    fixed: bool | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def encoder_for(host: nn.Module, location: str) -> Encoder:
+    """Describe the encoder of a host; for "pad", whole image models without blocks serve too.
+
+    Raises:
+        UnsupportedArchitectureError: Nothing in the host is known, or there are several encoders.
+    """
+    try:
+        return find_encoder(host)
+    except UnsupportedArchitectureError as error:
+        encoder = describe(host)
+        if encoder is None:
+            raise
+        if location == "pad":
+            return encoder
+        if _HINT in str(error):
+            raise
+        raise UnsupportedArchitectureError(
+            f"{error} {_HINT} works for every image model."
+        ) from error
+
+
+def describe(host: nn.Module) -> Encoder | None:
+    """Describe the one image model of a host, or return None."""
+    models = list(_outermost(host))
+    if len(models) != 1:
+        return None
+    path, model = models[0]
+    if _is_timm(model):
+        return _whole(model, path, "timm", _timm_head(model, path))
+    if not _takes_images(model):
+        return None
+    base = getattr(model, "base_model", model)
+    inner = join(path, _name_of(base, model) or "")
+    if _is_timm(base):
+        return _whole(base, inner, "timm", _timm_head(base, inner))
+    return _whole(base, inner, "transformers", _transformers_head(model, path))
+
+
+def image_path(host: nn.Module, encoder: Encoder) -> str:
+    """Return the path of the module that takes the image: the encoder, or the nearest around it.
+
+    What holds the blocks may be called with tokens, as the `...Encoder` classes of transformers.
+    """
+    path = encoder.path
+    takes = _is_timm if encoder.library == "timm" else _takes_images
+    while True:
+        if takes(module_at(host, path)):
+            return path
+        if not path:
+            return encoder.path
+        path = path.rpartition(".")[0]
+
+
+def _takes_images(module: nn.Module) -> bool:
+    if not is_kind(module, "PreTrainedModel", "transformers"):
+        return False
+    # Not `main_input_name`, which an inner part that takes tokens inherits.
+    return list(inspect.signature(type(module).forward).parameters)[1:2] == ["pixel_values"]
+
+
+def image_facts(model: Any, library: str) -> ImageFacts:
+    """Return what a model says about its images."""
+    if library == "timm":
+        return _timm_facts(model)
+    config = model.config
+    channels = int(getattr(config, "num_channels", None) or 3)
+    size = _pair(getattr(config, "image_size", None)) or _DEFAULT_SIZE
+    return ImageFacts(channels, (size,), None, (0.5,) * channels, (0.5,) * channels)
+
+
+def _outermost(host: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    found: list[str] = []
+    for path, module in host.named_modules():
+        if any(not f or path.startswith(f"{f}.") for f in found):
+            continue
+        if _is_timm(module) or is_kind(module, "PreTrainedModel", "transformers"):
+            found.append(path)
+            yield path, module
+
+
+def _is_timm(module: nn.Module) -> bool:
+    ours = any(cls.__module__.startswith("timm.models.") for cls in type(module).__mro__)
+    return ours and all(hasattr(module, n) for n in ("forward_features", "get_classifier"))
+
+
+def _whole(model: Any, path: str, library: str, head: Head | None) -> Encoder:
+    facts = image_facts(model, library)
+    return Encoder(
+        family=f"{library} {type(model).__name__}",
+        library=library,
+        path=path,
+        blocks=(),
+        prefix_tokens=0,
+        has_cls=False,
+        final_norm=None,
+        norm_after_pool=None,
+        norm_weights=None,
+        head=head,
+        gate=None,
+        input_size=(facts.channels, *facts.sizes[0]),
+    )
+
+
+def _timm_head(model: Any, path: str) -> Head | None:
+    given = model.get_classifier()
+    layers = list(given) if isinstance(given, tuple | list | nn.ModuleList) else [given]
+    names = [_name_of(layer, model) for layer in layers]
+    if not layers or None in names or not all(can_replace(layer) for layer in layers):
+        return None
+    first: Any = layers[0]
+    width = getattr(first, "in_features", None) or getattr(first, "in_channels", None)
+    width = width or getattr(model, "head_hidden_size", None) or model.num_features
+    return Head(tuple(join(path, n or "") for n in names), "pooled", int(width))
+
+
+def _transformers_head(model: nn.Module, path: str) -> Head | None:
+    classifier = getattr(model, "classifier", None)
+    if not type(model).__name__.endswith("ForImageClassification"):
+        return None
+    name = "classifier"
+    if isinstance(classifier, nn.Sequential):
+        linear = [n for n, m in classifier.named_children() if isinstance(m, nn.Linear)]
+        name = f"classifier.{linear[-1]}" if linear else name
+        classifier = module_at(model, name)
+    if not isinstance(classifier, nn.Linear):
+        return None
+    return Head((join(path, name),), "pooled", int(classifier.in_features))
+
+
+def _name_of(module: nn.Module, model: nn.Module) -> str | None:
+    return next((name for name, child in model.named_modules() if child is module), None)
+
+
+def _timm_facts(model: Any) -> ImageFacts:
+    config = getattr(model, "pretrained_cfg", None) or {}
+    embeds = [m for m in model.modules() if is_kind(m, "PatchEmbed", "timm.layers")]
+    embed: Any = next((e for e in embeds if getattr(e, "img_size", None)), None)
+    dynamic = bool(getattr(model, "dynamic_img_size", False))
+    if dynamic or embed is None:
+        fixed = not dynamic and bool(config.get("fixed_input_size", False))
+    else:
+        fixed = bool(getattr(embed, "strict_img_size", True))
+    known = tuple(config.get("input_size", None) or (3, *_DEFAULT_SIZE))
+    own = (_pair(getattr(m, "img_size", None)) for m in (model, embed, *model.children()))
+    # Without repeats. Few models say which size they were built for, so later ones may be tried.
+    sizes = tuple(dict.fromkeys([*(s for s in own if s), known[1:], *((n, n) for n in _SIZES)]))
+    channels = _channels(model, known[0])
+    mean, std = (tuple(float(x) for x in config.get(name) or ()) for name in ("mean", "std"))
+    if len(mean) != channels or len(std) != channels:
+        mean = std = (0.5,) * channels
+    return ImageFacts(channels, sizes, fixed, mean, std)
+
+
+def _channels(model: nn.Module, default: int) -> int:
+    """Return the channels of the first convolution, but where a stem folds pixels into them."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return default if first is None or first.in_channels > _MOST else int(first.in_channels)
+
+
+def _pair(size: Any) -> tuple[int, int] | None:
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, tuple | list) and len(size) == 2:
+        return int(size[0]), int(size[1])
+    return None

@@ -1,0 +1,36 @@
+"""What to call an encoder with when nothing but its keys and values is of interest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .anatomy import Encoder
+
+# Tried in turn where a model does not say which size it was built for.
+_SIZES = (64, 32, 224, 256, 128, 384, 96, 192, 240, 288, 320, 448, 512)
+
+
+def dummy_inputs(module: nn.Module, encoder: Encoder) -> Iterator[Tensor]:
+    """Yield image batches of two to call an encoder with, the likeliest first; none if unknown."""
+    if encoder.inputs == "none":
+        return
+    channels, height, width = encoder.input_size
+    frames: tuple[int, ...] = ()
+    if encoder.inputs == "video":
+        config: Any = module.config
+        frames = (int(getattr(config, "num_frames", 0) or config.frames_per_clip),)
+    yield _random(module, (2, *frames, channels, height, width))
+    if encoder.inputs != "image":
+        for size in _SIZES:
+            if (size, size) != (height, width):
+                yield _random(module, (2, *frames, channels, size, size))
+
+
+def _random(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    like = next(p for p in module.parameters() if p.is_floating_point())
+    return image.to(device=like.device, dtype=like.dtype)

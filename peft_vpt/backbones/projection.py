@@ -1,0 +1,315 @@
+"""How keys and values come out of an attention's normed input, as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+_HEAD_DIMS = ("head_dim", "attention_head_size", "dim_head", "key_dim", "key_value_proj_dim")
+_HEADS = ("num_heads", "num_attention_heads", "heads", "n_heads")
+_KEY_HEADS = ("num_key_value_heads", "num_kv_heads", *_HEADS)
+_MAP_NAMES = ("2d", "2dNoBias", "GroupNorm1")
+
+
+class Projection(Protocol):
+    """How keys and values come out of an attention module's normed input."""
+
+    def prepare(self, attention: nn.Module, hidden: Tensor) -> Tensor:
+        """Apply what stands between the attention's input `(batch, tokens, dim)` and its layers."""
+
+    def keys_values(self, attention: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Project `(batch, tokens, dim)` to keys and values `(batch, heads, tokens, head_dim)`."""
+
+    def queries(self, attention: nn.Module, hidden: Tensor) -> Tensor:
+        """Project `(batch, tokens, dim)` to queries `(batch, heads, tokens, head_dim)`."""
+
+    def rows(self, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weights of queries, keys and values, in any shape."""
+
+    def modules(self, attention: nn.Module) -> list[nn.Module]:
+        """Return the modules that keys and values go through, the key layer first."""
+
+
+@dataclass(frozen=True)
+class Separate:
+    """One layer each for queries, keys and values.
+
+    Args:
+        query: Name of the layer; None where queries do not come from tokens.
+        key: Name of the layer.
+        value: Name of the layer.
+        key_norm: Name of the norm of keys, over a head or over all of them; may be absent.
+        value_norm: The same for values.
+        unit_keys: Whether keys are scaled to length one (cosine attention).
+        before: Modules between the attention's input and these layers, those that act on tokens.
+        key_half: Whether the key layer gives queries and keys, in this order.
+        value_gate: Name of an activation behind a value layer that gives values and gates.
+    """
+
+    query: str | None = "q_proj"
+    key: str = "k_proj"
+    value: str = "v_proj"
+    key_norm: str = "k_norm"
+    value_norm: str = "v_norm"
+    unit_keys: bool = False
+    before: tuple[str, ...] = ()
+    key_half: bool = False
+    value_gate: str = ""
+
+    def prepare(self, attention: nn.Module, hidden: Tensor) -> Tensor:
+        """Call the modules of `before`."""
+        return _through(attention, self.before, hidden)
+
+    def keys_values(self, attention: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Call the two layers and split the heads."""
+        keys, values = (per_token(get(attention, n), hidden) for n in (self.key, self.value))
+        if self.key_half:
+            keys = keys.chunk(2, dim=-1)[1]
+        if self.value_gate:
+            values = get(attention, self.value_gate)(values).chunk(2, dim=-1)[0]
+        return _finish(self, attention, keys, values)
+
+    def queries(self, attention: nn.Module, hidden: Tensor) -> Tensor:
+        """Call the query layer and split the heads."""
+        assert self.query is not None
+        return _as_queries(self, attention, per_token(get(attention, self.query), hidden))
+
+    def rows(self, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the three weights."""
+        query, key, value = (
+            weight_of(get(attention, name))
+            for name in (self.query or self.key, self.key, self.value)
+        )
+        return query if self.query else query[:0], key, value
+
+    def modules(self, attention: nn.Module) -> list[nn.Module]:
+        """Return the key and the value layer, norms, and what stands before."""
+        names = (self.key, self.value, self.key_norm, self.value_norm, *self.before)
+        return _present(attention, names)
+
+
+@dataclass(frozen=True)
+class Fused:
+    """One layer for queries, keys and values, or for keys and values alone.
+
+    Args:
+        layer: Its name.
+        order: Of its output channels: "qkv", the last ones in three equal parts; "kv", in two;
+            "head", each head's query, key and value together.
+        key_norm: Name of the norm of keys, over a head or over all of them; may be absent.
+        value_norm: The same for values.
+        unit_keys: Whether keys are scaled to length one (cosine attention).
+        before: Modules between the attention's input and this layer, those that act on tokens.
+        value_width: Attribute with the width of all values, where it is not that of keys.
+    """
+
+    layer: str = "qkv"
+    order: str = "qkv"
+    key_norm: str = "k_norm"
+    value_norm: str = "v_norm"
+    unit_keys: bool = False
+    before: tuple[str, ...] = ()
+    value_width: str = ""
+
+    def prepare(self, attention: nn.Module, hidden: Tensor) -> Tensor:
+        """Call the modules of `before`."""
+        return _through(attention, self.before, hidden)
+
+    def keys_values(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Project with the rows of keys and values only, where the layer is a plain one."""
+        layer = get(attention, self.layer)
+        width = self._inner_width(attention, layer)
+        if width and self.order == "qkv" and is_plain_linear(layer):
+            bias = None if layer.bias is None else layer.bias[-2 * width :]
+            projected = F.linear(hidden, layer.weight[-2 * width :], bias)
+            keys, values = projected.chunk(2, dim=-1)
+        else:
+            _, keys, values = self._split(attention, per_token(layer, hidden))
+        if getattr(attention, "v_bias", None) is not None:
+            # The layer has no bias of its own then; EVA, BEiT and SwinV2 keep it beside.
+            keys, values = keys + attention.k_bias, values + attention.v_bias
+        return _finish(self, attention, keys, values)
+
+    def queries(self, attention: Any, hidden: Tensor) -> Tensor:
+        """Call the fused layer and keep the queries."""
+        query = self._split(attention, per_token(get(attention, self.layer), hidden))[0]
+        if getattr(attention, "q_bias", None) is not None:
+            query = query + attention.q_bias
+        return _as_queries(self, attention, query)
+
+    def rows(self, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the parts of the fused weight that queries, keys and values come from."""
+        return self._split(attention, weight_of(get(attention, self.layer)).t())
+
+    def modules(self, attention: nn.Module) -> list[nn.Module]:
+        """Return the fused layer, norms, and what stands before."""
+        return _present(attention, (self.layer, self.key_norm, self.value_norm, *self.before))
+
+    def _inner_width(self, attention: Any, layer: nn.Module) -> int:
+        """Return the width of all key heads together, 0 where the attention does not say."""
+        size = next((getattr(attention, n) for n in _HEAD_DIMS if hasattr(attention, n)), None)
+        heads = _heads(attention, _KEY_HEADS)
+        if size and any(hasattr(attention, n) for n in _KEY_HEADS):
+            return int(size) * heads
+        weight = getattr(layer, "weight", None)
+        return 0 if weight is None else int(weight.shape[0]) // 3
+
+    def _split(self, attention: Any, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Split the last axis into queries, keys and values, heads side by side."""
+        if self.order == "kv":
+            keys, values = out.chunk(2, dim=-1)
+            return out[..., :0], keys, values
+        if self.value_width:
+            last = int(getattr(attention, self.value_width))
+            width = (out.shape[-1] - last) // 2
+            query, key, value = torch.split(out, [width, width, last], dim=-1)
+            return query, key, value
+        if self.order == "qkv":
+            width = self._inner_width(attention, get(attention, self.layer)) or out.shape[-1] // 3
+            queries = width * _heads(attention) // _heads(attention, _KEY_HEADS)
+            keys, values = out[..., -2 * width :].chunk(2, dim=-1)
+            return out[..., -2 * width - queries : -2 * width], keys, values
+        heads = out.reshape(*out.shape[:-1], _heads(attention), -1)
+        size = int(getattr(attention, "key_dim", heads.shape[-1] // 3))
+        query, keys, values = torch.split(heads, [size, size, heads.shape[-1] - 2 * size], dim=-1)
+        return query.flatten(-2), keys.flatten(-2), values.flatten(-2)
+
+
+def get(module: nn.Module, name: str) -> Any:
+    """Return the child at a dotted path."""
+    for part in name.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def per_token(module: nn.Module, hidden: Tensor) -> Tensor:
+    """Call a module on `(batch, tokens, dim)`, or what of it acts on single tokens.
+
+    Prompts have no place on the map: convolutions and poolings over it are left out for them,
+    norms, activations and projections are not. A module made for maps sees tokens as a row of
+    pixels.
+    """
+    if isinstance(module, nn.Sequential):
+        for part in module:
+            hidden = per_token(part, hidden)
+        return hidden
+    if _is_spatial(module):
+        return hidden
+    if isinstance(module, nn.BatchNorm1d):
+        flat: Tensor = module(hidden.flatten(0, 1))
+        return flat.reshape(*hidden.shape[:2], -1)
+    if not _takes_maps(module):
+        result: Tensor = module(hidden)
+        return result
+    out: Tensor = module(hidden.transpose(1, 2).unsqueeze(2))
+    return out.flatten(2).transpose(1, 2)
+
+
+def _is_spatial(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):
+        return module.kernel_size != (1, 1) or module.stride != (1, 1)
+    return any(part in type(module).__name__ for part in ("Pool", "Downsample", "Upsample"))
+
+
+def _takes_maps(module: nn.Module) -> bool:
+    return any(
+        isinstance(part, nn.Conv2d | nn.BatchNorm2d) or type(part).__name__.endswith(_MAP_NAMES)
+        for part in module.modules()
+    )
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """Return the weight `(out, in)` of a layer, or of the first layer inside a wrapper."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        weight = next(p for p in module.parameters() if p.dim() > 1)
+    return weight.flatten(1)
+
+
+def in_width(module: nn.Module) -> int:
+    """Return the width of the tokens that a layer, or the first layer of a sequence, takes."""
+    for part in module.modules():
+        size = getattr(part, "in_features", None) or getattr(part, "in_channels", None)
+        if size:
+            return int(size)
+    return int(weight_of(module).shape[1])
+
+
+def split_heads(hidden: Tensor, head_dim: int) -> Tensor:
+    """Turn `(batch, tokens, heads * head_dim)` into `(batch, heads, tokens, head_dim)`."""
+    batch, tokens, width = hidden.shape
+    return hidden.reshape(batch, tokens, width // head_dim, head_dim).transpose(1, 2)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Tell whether calling a module does nothing beyond its class's `forward` on its own tensors.
+
+    False for modules with children (LoRA wrappers, parametrized layers), hooks, or a `forward`
+    replaced on the instance (accelerate).
+    """
+    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)
+    return not hooked and next(module.children(), None) is None
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Tell whether a layer's weight may be sliced in place of calling the layer."""
+    return type(module) is nn.Linear and is_plain(module) and type(module.weight) is nn.Parameter
+
+
+def _present(attention: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
+    found = [_reach(attention, name) for name in names]
+    return [m for m in found if m is not None and not isinstance(m, nn.Identity)]
+
+
+def _through(attention: nn.Module, names: tuple[str, ...], hidden: Tensor) -> Tensor:
+    for name in names:
+        module = _reach(attention, name)
+        hidden = hidden if module is None else per_token(module, hidden)
+    return hidden
+
+
+def _reach(module: Any, path: str) -> nn.Module | None:
+    for part in path.split("."):
+        module = getattr(module, part, None)
+    return module if isinstance(module, nn.Module) else None
+
+
+def _heads(attention: Any, names: tuple[str, ...] = _HEADS) -> int:
+    return int(next((getattr(attention, n) for n in names if hasattr(attention, n)), 1))
+
+
+def _finish(
+    steps: Separate | Fused, attention: nn.Module, keys: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Split heads, and norm keys and values before or behind that, by the width of the norm."""
+    keys = _norm_and_split(attention, steps.key_norm, keys)
+    if steps.unit_keys:
+        keys = F.normalize(keys, dim=-1)
+    return keys, _norm_and_split(attention, steps.value_norm, values, like=keys)
+
+
+def _as_queries(steps: Separate | Fused, attention: nn.Module, query: Tensor) -> Tensor:
+    query = _norm_and_split(attention, steps.key_norm.replace("k", "q", 1), query)
+    return F.normalize(query, dim=-1) if steps.unit_keys else query
+
+
+def _norm_and_split(
+    attention: Any, name: str, hidden: Tensor, like: Tensor | None = None
+) -> Tensor:
+    size = next((getattr(attention, n) for n in _HEAD_DIMS if hasattr(attention, n)), None)
+    heads = _heads(attention)
+    if like is not None:
+        # Values may be of another width than keys, never in another number of heads.
+        size = hidden.shape[-1] // like.shape[1]
+    elif size is None or hidden.shape[-1] % int(size):
+        size = hidden.shape[-1] // heads
+    norm = getattr(attention, name, None) or nn.Identity()
+    weight = getattr(norm, "weight", None)
+    if weight is not None and weight.numel() == hidden.shape[-1] != size:
+        return split_heads(norm(hidden), int(size))
+    normed: Tensor = norm(split_heads(hidden, int(size)))
+    return normed

@@ -1,0 +1,1 @@
+"""The support matrix: every architecture of timm and transformers, prompted or refused."""

@@ -1,0 +1,101 @@
+"""The support matrix as a page."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping
+
+from .walk import Result
+
+_CHECKED = {
+    "forward": "self-check at injection: keys and values of every block, position by position",
+    "first": "the same self-check, with the first real input (packed or padded)",
+    "shape": "guard and shapes (keys are pooled behind their projection)",
+}
+
+
+def render(results: Iterable[Result], versions: Mapping[str, str]) -> str:
+    """Return docs/supported-models.md.
+
+    Args:
+        results: Of the walk.
+        versions: Of the libraries walked, by their names.
+    """
+    results = list(results)
+    lines = [
+        "# Supported models",
+        "",
+        "Written by `python -m peft_vpt.matrix` with "
+        + " and ".join(f"{name} {number}" for name, number in versions.items())
+        + ".",
+        "Every architecture was built small, with random weights and the module classes of the",
+        "full one, injected, run forward and backward, and removed again.",
+        "",
+    ]
+    for library in versions:
+        own = [result for result in results if result.library == library]
+        lines += _section(library, own)
+    return "\n".join(lines) + "\n"
+
+
+def _section(library: str, results: list[Result]) -> list[str]:
+    counts = Counter(result.status for result in results)
+    lines = [
+        f"## {library}",
+        "",
+        f"{len(results)} architectures: {counts['supported']} take prompts in their attention, "
+        f"{counts['submodule']} in each of their encoders, {counts['refused']} are refused for "
+        f"`location='prepend'`; {sum(r.pad for r in results)} take `location='pad'`.",
+        "",
+        "| encoder | example | names | carried | checked | without prompts |",
+        "|---|---|---|---|---|---|",
+    ]
+    supported = [result for result in results if result.status == "supported"]
+    for family, members in _grouped(supported, lambda r: r.family).items():
+        first = members[0]
+        carried = "yes" if all(m.carried for m in members) else "no"
+        if carried == "no" and any(m.carried for m in members):
+            carried = "some"
+        checked = "; ".join(dict.fromkeys(_CHECKED[m.checked] for m in members))
+        skipped = "; ".join(dict.fromkeys(part for m in members for part in m.skipped)) or "-"
+        lines.append(
+            f"| {family} | `{first.name}` | {len(members)} | {carried} | {checked} | {skipped} |"
+        )
+    return [*lines, "", *_refusals(library, results), *_names(supported)]
+
+
+def _refusals(library: str, results: list[Result]) -> list[str]:
+    lines = [
+        f"### Refused in {library}",
+        "",
+        "| names | example | pad | reason |",
+        "|---|---|---|---|",
+    ]
+    refused = [r for r in results if r.status in ("refused", "submodule", "error")]
+    for reason, members in _grouped(refused, _short_reason).items():
+        pad = sum(m.pad for m in members)
+        lines.append(f"| {len(members)} | `{members[0].name}` | {pad} | {reason} |")
+    return [*lines, ""]
+
+
+def _names(supported: list[Result]) -> list[str]:
+    lines = ["### Names", ""]
+    for family, members in _grouped(supported, lambda r: r.family).items():
+        lines += [f"- {family}: " + ", ".join(f"`{m.name}`" for m in members)]
+    return [*lines, ""]
+
+
+def _short_reason(result: Result) -> str:
+    if result.status == "submodule":
+        return "several encoders: pass one of them, the error names their paths"
+    reason = result.reason.removeprefix("inject_prompts: ")
+    for marker in (" in timm.models.", " in transformers.models.", " location='pad'"):
+        reason = reason.partition(marker)[0]
+    return reason.replace("|", "/").replace(result.name, "it").strip(" .")
+
+
+def _grouped(results: list[Result], key: Callable[[Result], str]) -> dict[str, list[Result]]:
+    groups: dict[str, list[Result]] = defaultdict(list)
+    for result in results:
+        groups[key(result)].append(result)
+    return dict(sorted(groups.items(), key=lambda item: -len(item[1])))

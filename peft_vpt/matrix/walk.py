@@ -1,0 +1,181 @@
+"""Walking the architectures: build a small one, prompt it, look at what happens."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones.anatomy import Encoder
+from ..errors import VPTError
+from ..inject import inject_prompts, remove_prompts
+from . import small_timm, small_transformers
+
+# An effect of prompts below this is none; float64 arithmetic leaves about 1e-13.
+_EFFECT = 1e-11
+# Their own code knows no float64.
+_FLOAT32 = ("Dots3NoteVisionModel",)
+
+
+@dataclass
+class Result:
+    """What became of one architecture.
+
+    Args:
+        library: "timm" or "transformers".
+        name: Of the entry point or class.
+        family: Class of the encoder, as `Encoder.family`.
+        status: "supported", "submodule" (its encoders one by one), "refused" or "error".
+        reason: Of a refusal or error.
+        checked: "forward" (self-check at injection), "first" (with the first real input), or
+            "shape" where keys are pooled behind their projection and only shapes can be compared.
+        carried: Whether prompts can be carried through blocks (VPT-shallow).
+        pad: Whether `location="pad"` works.
+        skipped: Parts without prompts.
+    """
+
+    library: str
+    name: str
+    family: str = ""
+    status: str = "error"
+    reason: str = ""
+    checked: str = ""
+    carried: bool = False
+    pad: bool = False
+    skipped: tuple[str, ...] = field(default_factory=tuple)
+
+
+def walk(library: str, names: list[str] | None = None) -> Iterator[Result]:
+    """Yield the result of every architecture of a library, or of those named."""
+    build = Build(library)
+    known = small_timm.names() if library == "timm" else small_transformers.names()
+    for name in known if names is None else names:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield try_one(library, name, build)
+
+
+def try_one(library: str, name: str, build: Callable[[str], tuple[nn.Module, Any]]) -> Result:
+    """Build one architecture and prompt it: deep, shallow, and by a border of pixels."""
+    result = Result(library, name)
+    try:
+        model, inputs = build(name)
+        result.family = type(model).__name__
+        _try_deep(model, inputs, result)
+        if result.status == "supported":
+            result.carried = _accepts(model, deep=False)
+        result.pad = _accepts(model, location="pad")
+    except Exception as error:
+        result.status, result.reason = "error", f"{type(error).__name__}: {error}"
+    return result
+
+
+def _try_deep(model: nn.Module, inputs: Any, result: Result) -> None:
+    try:
+        inject_prompts(model, 2, dropout=0.0)
+    except VPTError as refusal:
+        result.status, result.reason = "refused", str(refusal)
+        _try_encoders(model, result)
+        return
+    encoder: Encoder = model.prompts.encoder  # type: ignore[assignment, union-attr]
+    result.family, result.skipped = encoder.family, encoder.skipped
+    remove_prompts(model)
+    with torch.no_grad():
+        bare = output(model, inputs)
+    inject_prompts(model, 2, dropout=0.0)
+    prompted = output(model, inputs)
+    effect = float((prompted.detach() - bare).abs().max() / bare.abs().max().clamp_min(1e-9))
+    torch.autograd.backward(prompted.square().sum())
+    silent = [n for n, p in model.named_parameters() if n.startswith("prompts.") and _is_silent(p)]
+    if effect < _EFFECT or silent:
+        raise AssertionError(f"prompts have no effect ({effect:.1e}) or gradient ({silent})")
+    result.status = "supported"
+    result.checked = _evidence(model)
+    remove_prompts(model)
+    with torch.no_grad():
+        if not torch.equal(output(model, inputs), bare):
+            raise AssertionError("remove_prompts leaves a trace")
+
+
+def _try_encoders(model: nn.Module, result: Result) -> None:
+    """Where a model holds several encoders, see whether each of them can be prompted alone."""
+    if "holds several encoders" not in result.reason:
+        return
+    paths = [part.partition(")")[0] for part in result.reason.split("inject_prompts(model.")[1:]]
+    if paths and all(_accepts(model.get_submodule(path)) for path in paths):
+        result.status = "submodule"
+
+
+def _is_silent(parameter: nn.Parameter) -> bool:
+    return parameter.grad is None or not bool(parameter.grad.abs().max() > 0)
+
+
+def _evidence(model: Any) -> str:
+    attentions = [a for block in model.prompts.encoder.blocks for a in block.attentions]
+    if any(a.reduces == "output" for a in attentions):
+        return "shape"
+    return "forward" if model.prompts.checked else "first"
+
+
+def _accepts(model: nn.Module, **options: Any) -> bool:
+    try:
+        remove_prompts(inject_prompts(model, 2, **options))
+    except VPTError:
+        return False
+    return True
+
+
+def output(model: nn.Module, inputs: Any) -> Tensor:
+    """Call a model and return the first floating tensor of its output, in float64."""
+    found = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    tensor = _first_tensor(found)
+    assert tensor is not None
+    return tensor.double()
+
+
+def _first_tensor(found: Any) -> Tensor | None:
+    if isinstance(found, Tensor):
+        return found if found.is_floating_point() else None
+    for name in ("logits", "last_hidden_state", "predicted_depth", "feature_maps"):
+        if getattr(found, name, None) is not None:
+            return _first_tensor(getattr(found, name))
+    # Of several maps the last one has passed all blocks.
+    values = list(found.values()) if hasattr(found, "values") else list(reversed(found))
+    return next((t for t in map(_first_tensor, values) if t is not None), None)
+
+
+@dataclass(frozen=True)
+class Build:
+    """Builds small models of a library, perturbed and in float64, with inputs to call them."""
+
+    library: str
+
+    def __call__(self, name: str) -> tuple[nn.Module, Any]:
+        """Return a model in eval mode, and an image batch or keyword arguments."""
+        torch.manual_seed(0)
+        if self.library == "timm":
+            model, size = small_timm.build(name)
+            generator = torch.Generator().manual_seed(0)
+            return _perturbed(model), torch.rand(2, *size, generator=generator).double()
+        model, inputs = small_transformers.build(name)
+        if name in _FLOAT32:
+            return _perturbed(model).float(), inputs
+        return _perturbed(model), {
+            key: value.double()
+            if isinstance(value, Tensor) and value.is_floating_point()
+            else value
+            for key, value in inputs.items()
+        }
+
+
+@torch.no_grad()
+def _perturbed(model: nn.Module) -> nn.Module:
+    """Add noise to every parameter: some start at zero, where nothing has an effect."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return model.double().eval()
