@@ -18,6 +18,7 @@ from .forms.carrycheck import check_carried
 from .forms.choose import build_forms, every_attention
 from .forms.kv import KeyValueForm
 from .forms.places import survey
+from .forms.pixel import check_host
 from .forms.selfcheck import self_check
 from .hosts import check_blocks, check_head, device_of, host_and_prompts, refuse_unfit, unwrap
 from .prompts import Prompts, check_values, initialise, prompt_shapes
@@ -155,6 +156,8 @@ def inject_spec(
                 "materialise it first."
             )
     prompts.to(device=device, dtype=host_dtype(module_at(model, encoder.start)))
+    if not _on_meta(model):
+        check_host(prompts, model)
     if prompts.checked or not encoder.known:
         check_carried(prompts, model, encoder, every_attention(prompts, model))
     if device.type != "meta":

@@ -7,6 +7,7 @@ the module behind a path is looked up when it is needed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -29,9 +30,12 @@ def join(*parts: str) -> str:
 
 def is_kind(module: nn.Module, name: str, package: str = "") -> bool:
     """Tell whether a class called `name` from `package` is in the module's class hierarchy."""
-    return any(
-        cls.__name__ == name and cls.__module__.startswith(package) for cls in type(module).__mro__
-    )
+    return _is_subclass(type(module), name, package)
+
+
+@lru_cache(maxsize=4096)
+def _is_subclass(kind: type, name: str, package: str) -> bool:
+    return any(c.__name__ == name and c.__module__.startswith(package) for c in kind.__mro__)
 
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -73,7 +73,7 @@ def describe(host: nn.Module) -> Encoder | None:
     path, model = models[0]
     if _is_timm(model):
         return _whole(model, path, "timm", _timm_head(model, path))
-    if not _takes_images(model):
+    if not takes_images(model):
         return None
     base = getattr(model, "base_model", model)
     inner = join(path, _name_of(base, model) or "")
@@ -88,7 +88,7 @@ def image_path(host: nn.Module, encoder: Encoder) -> str:
     What holds the blocks may be called with tokens, as the `...Encoder` classes of transformers.
     """
     path = encoder.path
-    takes = _is_timm if encoder.library == "timm" else _takes_images
+    takes = _is_timm if encoder.library == "timm" else takes_images
     while True:
         if takes(module_at(host, path)):
             return path
@@ -97,7 +97,8 @@ def image_path(host: nn.Module, encoder: Encoder) -> str:
         path = path.rpartition(".")[0]
 
 
-def _takes_images(module: nn.Module) -> bool:
+def takes_images(module: nn.Module) -> bool:
+    """Tell whether a transformers model takes images as its first argument."""
     if not is_kind(module, "PreTrainedModel", "transformers"):
         return False
     # Not `main_input_name`, which an inner part that takes tokens inherits.

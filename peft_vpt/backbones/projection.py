@@ -190,8 +190,8 @@ def per_token(module: nn.Module, hidden: Tensor) -> Tensor:
     """Call a module on `(batch, tokens, dim)`, or what of it acts on single tokens.
 
     Prompts have no place on the map: convolutions and poolings over it are left out for them,
-    norms, activations and projections are not. A module made for maps sees tokens as a row of
-    pixels.
+    norms, activations and projections are not. A module made for maps sees each token as a map of
+    one pixel.
     """
     if isinstance(module, nn.Sequential):
         for part in module:
@@ -205,8 +205,10 @@ def per_token(module: nn.Module, hidden: Tensor) -> Tensor:
     if not _takes_maps(module):
         result: Tensor = module(hidden)
         return result
-    out: Tensor = module(hidden.transpose(1, 2).unsqueeze(2))
-    return out.flatten(2).transpose(1, 2)
+    # One map of one pixel per token: no statistics over tokens, no doubt about memory layout (the
+    # CPU's batch norm of torch 2.15 returns wrong gradients for one map with a transposed one).
+    out: Tensor = module(hidden.flatten(0, 1)[:, :, None, None])
+    return out.flatten(1).reshape(*hidden.shape[:2], -1)
 
 
 def _is_spatial(module: nn.Module) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from ..prompts import Prompts
 
 
+Key = tuple[list[Tensor], tuple[Any, ...]]
 _steps = 0
 
 
@@ -51,7 +53,7 @@ class KeyValueForm(ForwardPatch):
         self.path = block.path
         self.attention = attention
         self.width = block.width
-        self._cache: tuple[tuple[Any, ...], Pair] | None = None
+        self._cache: tuple[Key, Pair] | None = None
         self._watch: Watch | None = None
 
     @property
@@ -127,10 +129,11 @@ class KeyValueForm(ForwardPatch):
             hidden: What the module is called with, for the device.
             samples: Number of samples that each need a dropout mask of their own.
         """
-        if not self._may_cache():
+        modules = self._modules_met()
+        if not self._may_cache(modules):
             return self._project(self.prompts(self.index, samples), hidden.device)
         # Read once: another thread may fill the cache for its own key meanwhile.
-        key, cached = self._cache_key(hidden), self._cache
+        key, cached = self._cache_key(hidden, modules), self._cache
         if cached is None or not _same(cached[0], key):
             pair = self._project(self.prompts(self.index, samples), hidden.device)
             self._cache = cached = (key, pair)
@@ -169,23 +172,30 @@ class KeyValueForm(ForwardPatch):
         layers = self.attention.projection.modules(self.owner)
         return ([module_at(self.block, norm)] if norm is not None else []) + layers
 
-    def _may_cache(self) -> bool:
+    def _may_cache(self, modules: list[nn.Module]) -> bool:
         """Only where nothing could change K_p without being seen in the key."""
         if torch.is_grad_enabled() or self.prompts.training or torch.compiler.is_compiling():
             return False
         if torch._C._are_functorch_transforms_active() or self.prompts.sharded():
             return False
-        return all(is_plain(module) for module in self._modules_met())
+        return all(is_plain(module) for module in modules)
 
-    def _cache_key(self, hidden: Tensor) -> tuple[Any, ...]:
-        device = hidden.device.type
+    def _cache_key(self, hidden: Tensor, modules: list[nn.Module]) -> Key:
+        """Return the tensors that K_p comes from, and everything about them that may change."""
         tensors = self.prompts.sources(self.index)
-        for module in self._modules_met():
-            tensors += [*module.parameters(), *module.buffers()]
-        # Biases that an attention keeps beside its layer.
-        tensors += self.owner.parameters(recurse=False)
+        # An attention may keep biases beside its layer. Plain modules have no children.
+        for module in (*modules, self.owner):
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    tensors.append(tensor)
+        device = hidden.device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
-        return (_steps, hidden.device, autocast, *(state for t in tensors for state in _state(t)))
+        # Changes of inference tensors are not counted, so nothing that depends on one is kept.
+        states = [
+            object() if t.is_inference() else (t._version, t.data_ptr(), t.dtype, t.device)
+            for t in tensors
+        ]
+        return tensors, (_steps, hidden.device, autocast, *states)
 
     def _missed(self, count: int) -> None:
         name = type(self.target).__name__
@@ -211,14 +221,7 @@ def _compute_dtype(modules: list[nn.Module], tokens: Tensor) -> torch.dtype:
     return tokens.dtype
 
 
-def _state(tensor: Tensor) -> tuple[Any, ...]:
-    if tensor.is_inference():
-        # Changes of inference tensors are not counted, so nothing that depends on one is kept.
-        return (object(),)
-    return (tensor, tensor._version, tensor.dtype, tensor.device, tensor.data_ptr())
-
-
-def _same(old: tuple[Any, ...], new: tuple[Any, ...]) -> bool:
-    return len(old) == len(new) and all(
-        a is b if isinstance(a, Tensor) else a == b for a, b in zip(old, new, strict=True)
+def _same(old: Key, new: Key) -> bool:
+    return (
+        len(old[0]) == len(new[0]) and old[1] == new[1] and all(map(operator.is_, old[0], new[0]))
     )

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones.anatomy import module_at
-from ..errors import VPTError
+from ..backbones.image_model import takes_images
+from ..errors import UnsupportedArchitectureError, VPTError
 from .attach import ForwardPatch
+from .selfcheck import undisturbed
 
 if TYPE_CHECKING:
     from ..pixels import PixelPlace
@@ -30,6 +33,31 @@ def pixel_forms(prompts: Prompts, host: nn.Module) -> list[ForwardPatch]:
         return [ChannelForm(prompts, module_at(host, place.conv))]
     module = module_at(host, place.module)
     return [BorderForm(prompts, module, method) for method in place.entrances]
+
+
+def check_host(prompts: Prompts, host: nn.Module) -> None:
+    """Run a host around a bordered encoder once: its other parts may count on the image size.
+
+    Raises:
+        UnsupportedArchitectureError: They do.
+    """
+    place = prompts.place
+    forms = [form for form in prompts.forms if isinstance(form, BorderForm)]
+    if place is None or not forms or not place.module or not takes_images(host):
+        return
+    like = next(p for p in host.parameters() if p.is_floating_point())
+    with undisturbed(host), ExitStack() as stack:
+        for form in forms:
+            form.attach()
+            stack.callback(form.detach)
+        try:
+            host(torch.zeros(1, *place.image).to(like))
+        except Exception as error:
+            raise UnsupportedArchitectureError(
+                f"inject_prompts(location='pad'): other parts of {type(host).__name__} count on "
+                f"the size of the image that the user gives ({error}). Pass the encoder alone: "
+                f"inject_prompts(model.{place.module}, location='pad')."
+            ) from error
 
 
 class BorderForm(ForwardPatch):

@@ -23,6 +23,7 @@ _MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm, Tensor.bmm
 _SOFTMAX = {torch.softmax, F.softmax, Tensor.softmax}
 ADD = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
 _SHAPE = {Tensor.view, Tensor.reshape, torch.reshape}
+_WATCHED = {F.scaled_dot_product_attention, torch.einsum, *_MATMUL}
 _SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
 
 Pair = tuple[Tensor, Tensor]
@@ -84,6 +85,8 @@ class SoftmaxOverride(TorchFunctionMode):
     ) -> Any:
         """Pass every call on, those that lead to a softmax with longer keys and values."""
         kwargs = kwargs or {}
+        if not self.met and func not in _WATCHED:
+            return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return self._fused(func, args, dict(kwargs))
         scores = self.met[-1] if self.met and self.met[-1].open else None
@@ -167,7 +170,7 @@ class SoftmaxOverride(TorchFunctionMode):
             scores = scores.reshape(*args[0].shape[:-1], length).to(args[0].dtype)
             return (torch.cat([args[0], scores], dim=-1), *args[1:])
         if func in ADD:
-            return _align(args, length)
+            return _align(args, own, length)
         if func in _SHAPE and args[0].shape[-1:] == (own + length,):
             return _reshaped(args, own, length)
         return args
@@ -175,7 +178,12 @@ class SoftmaxOverride(TorchFunctionMode):
 
 def append(own: Tensor, extra: Tensor, heads_axis: int = 1) -> Tensor:
     """Append `extra`, fitted by `fit`, behind `own` along the token axis."""
-    return torch.cat([own, fit(extra, own, heads_axis).to(own.dtype)], dim=-2)
+    extra = fit(extra, own, heads_axis).to(own.dtype)
+    if own.dim() != 4:
+        return torch.cat([own, extra], dim=-2)
+    # Heads are split from the last axis of a projection; kept in that order, memory is read in
+    # one go.
+    return torch.cat([own.transpose(1, 2), extra.transpose(1, 2)], dim=1).transpose(1, 2)
 
 
 def fit(extra: Tensor, own: Tensor, heads_axis: int = 1) -> Tensor:
@@ -242,13 +250,13 @@ def _is_batched(args: tuple[Any, ...]) -> bool:
     return len(args) == 2 and args[0].dim() == args[1].dim() > 2
 
 
-def _align(args: tuple[Any, ...], length: int) -> tuple[Any, ...]:
+def _align(args: tuple[Any, ...], own: int, length: int) -> tuple[Any, ...]:
     """Pad the shorter of two addends, a mask or bias made for the model's own keys."""
     if len(args) != 2 or not all(isinstance(arg, Tensor) and arg.dim() for arg in args):
         return args
     wide = max(arg.shape[-1] for arg in args)
     return tuple(
-        F.pad(arg, (0, length)) if 1 < arg.shape[-1] == wide - length else arg for arg in args
+        F.pad(arg, (0, length)) if arg.shape[-1] == own == wide - length else arg for arg in args
     )
 
 

@@ -17,6 +17,7 @@ from . import small_timm, small_transformers
 
 # An effect of prompts below this is none; float64 arithmetic leaves about 1e-13.
 _EFFECT = 1e-11
+_BORDERS = (2, 4, 7, 8)
 # Their own code knows no float64.
 _FLOAT32 = ("Dots3NoteVisionModel",)
 
@@ -68,7 +69,8 @@ def try_one(library: str, name: str, build: Callable[[str], tuple[nn.Module, Any
         _try_deep(model, inputs, result)
         if result.status == "supported":
             result.carried = _accepts(model, deep=False)
-        result.pad = _accepts(model, location="pad")
+        # A border has to fit the patch grid of a model that does not resize it.
+        result.pad = any(_accepts(model, length, location="pad") for length in _BORDERS)
     except Exception as error:
         result.status, result.reason = "error", f"{type(error).__name__}: {error}"
     return result
@@ -121,9 +123,9 @@ def _evidence(model: Any) -> str:
     return "forward" if model.prompts.checked else "first"
 
 
-def _accepts(model: nn.Module, **options: Any) -> bool:
+def _accepts(model: nn.Module, length: int = 2, **options: Any) -> bool:
     try:
-        remove_prompts(inject_prompts(model, 2, **options))
+        remove_prompts(inject_prompts(model, length, **options))
     except VPTError:
         return False
     return True
