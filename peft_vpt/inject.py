@@ -17,8 +17,8 @@ from .forms.attach import Form, ForwardPatch
 from .forms.carrycheck import check_carried
 from .forms.choose import build_forms, every_attention
 from .forms.kv import KeyValueForm
-from .forms.places import survey
 from .forms.pixel import check_host
+from .forms.places import survey
 from .forms.selfcheck import self_check
 from .hosts import check_blocks, check_head, device_of, host_and_prompts, refuse_unfit, unwrap
 from .prompts import Prompts, check_values, initialise, prompt_shapes

@@ -6,6 +6,7 @@ the module behind a path is looked up when it is needed.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -30,11 +31,12 @@ def join(*parts: str) -> str:
 
 def is_kind(module: nn.Module, name: str, package: str = "") -> bool:
     """Tell whether a class called `name` from `package` is in the module's class hierarchy."""
-    return _is_subclass(type(module), name, package)
+    kind: Hashable = type(module)
+    return _is_subclass(kind, name, package)
 
 
 @lru_cache(maxsize=4096)
-def _is_subclass(kind: type, name: str, package: str) -> bool:
+def _is_subclass(kind: Any, name: str, package: str) -> bool:
     return any(c.__name__ == name and c.__module__.startswith(package) for c in kind.__mro__)
 
 
