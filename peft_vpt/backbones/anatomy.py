@@ -6,7 +6,6 @@ the module behind a path is looked up when it is needed.
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -31,7 +30,7 @@ def join(*parts: str) -> str:
 
 def is_kind(module: nn.Module, name: str, package: str = "") -> bool:
     """Tell whether a class called `name` from `package` is in the module's class hierarchy."""
-    kind: Hashable = type(module)
+    kind: Any = type(module)
     return _is_subclass(kind, name, package)
 
 
