@@ -7,11 +7,19 @@ from collections.abc import Callable, Iterable, Mapping
 
 from .walk import Result
 
-_CHECKED = {
-    "forward": "self-check at injection: keys and values of every block, position by position",
-    "first": "the same self-check, with the first real input (packed or padded)",
-    "shape": "guard and shapes (keys are pooled behind their projection)",
-}
+_CHECKED = {"forward": "at injection", "first": "at the first forward", "shape": "shapes"}
+_LEGEND = """\
+- **names**: architecture names (timm) or classes (transformers) with this encoder; listed below.
+- **carried**: whether `deep=False` is possible (VPT-shallow).
+- **checked**: where the self-check compares keys and values of every block with those that its
+  softmax receives, position by position: at injection, or at the first forward where no dummy input
+  is known (packed sequences); "shapes" where the model pools keys behind their projection, so that
+  only heads and widths can be compared. The guard, one softmax met per attention and forward,
+  stands everywhere. `tests/test_zoo.py` compares members of the families with an independent
+  insertion of tokens, or a written-out window attention, in float64.
+- **without prompts**: parts of the model that mix tokens or channels in another way.
+- **pad**: how many of the refused names take `location="pad"`.
+"""
 
 
 def render(results: Iterable[Result], versions: Mapping[str, str]) -> str:
@@ -30,6 +38,8 @@ def render(results: Iterable[Result], versions: Mapping[str, str]) -> str:
         + ".",
         "Every architecture was built small, with random weights and the module classes of the",
         "full one, injected, run forward and backward, and removed again.",
+        "",
+        *_LEGEND.splitlines(),
         "",
     ]
     for library in versions:

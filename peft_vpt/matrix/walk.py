@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -54,17 +55,36 @@ def walk(library: str, names: list[str] | None = None) -> Iterator[Result]:
     """Yield the result of every architecture of a library, or of those named."""
     build = Build(library)
     known = small_timm.names() if library == "timm" else small_transformers.names()
+    seen: dict[int, Result] = {}
     for name in known if names is None else names:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            yield try_one(library, name, build)
+            yield try_one(library, name, build, seen)
 
 
-def try_one(library: str, name: str, build: Callable[[str], tuple[nn.Module, Any]]) -> Result:
-    """Build one architecture and prompt it: deep, shallow, and by a border of pixels."""
+def try_one(
+    library: str,
+    name: str,
+    build: Callable[[str], tuple[nn.Module, Any]],
+    seen: dict[int, Result] | None = None,
+) -> Result:
+    """Build one architecture and prompt it: deep, shallow, and by a border of pixels.
+
+    Args:
+        library: "timm" or "transformers".
+        name: Of the architecture.
+        build: Makes a model and its inputs.
+        seen: Results by structure. Names that differ in width, depth or weights only come out equal
+            when built small, and are not run again.
+    """
     result = Result(library, name)
+    seen = {} if seen is None else seen
     try:
         model, inputs = build(name)
+        structure = _structure(model)
+        if structure in seen:
+            return dataclasses.replace(seen[structure], name=name)
+        seen[structure] = result
         result.family = type(model).__name__
         _try_deep(model, inputs, result)
         if result.status == "supported":
@@ -74,6 +94,16 @@ def try_one(library: str, name: str, build: Callable[[str], tuple[nn.Module, Any
     except Exception as error:
         result.status, result.reason = "error", f"{type(error).__name__}: {error}"
     return result
+
+
+def _structure(model: nn.Module) -> int:
+    """Return a hash of everything about a model but the values of its tensors."""
+    parts = []
+    for path, module in model.named_modules():
+        plain = [(k, v) for k, v in vars(module).items() if isinstance(v, int | float | str)]
+        shapes = [(n, tuple(p.shape)) for n, p in module.named_parameters(recurse=False)]
+        parts.append((path, type(module).__qualname__, sorted(plain), shapes))
+    return hash(str(parts))
 
 
 def _try_deep(model: nn.Module, inputs: Any, result: Result) -> None:
