@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch import nn
 
+from ..backbones.anatomy import is_kind
+from ..backbones.checkpointing import keeps_training_flag
 from ..errors import VPTError
 
 
@@ -72,6 +75,34 @@ class ForwardPatch(Form):
             delattr(self.target, self.method)
         else:
             setattr(self.target, self.method, self._found)
+
+    def recomputed(self, inner: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Call `inner` inside the checkpoint that the target's own `forward` would make.
+
+        A transformers layer checkpoints within its `forward`; what stands in front of it would not
+        be there when the layer is run again. `inner` must call `uncheckpointed`.
+        """
+        target: Any = self.target
+        if not self._checkpoints(target):
+            return inner(*args, **kwargs)
+        return target._gradient_checkpointing_func(partial(inner, **kwargs), *args)
+
+    def uncheckpointed(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the `forward` that was there before, without its own checkpoint."""
+        target: Any = self.target
+        if not self._checkpoints(target):
+            return self.original(*args, **kwargs)
+        target.gradient_checkpointing = False
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            target.gradient_checkpointing = True
+
+    @staticmethod
+    def _checkpoints(target: nn.Module) -> bool:
+        within = hasattr(type(target).forward, "__wrapped__")
+        layer = is_kind(target, "GradientCheckpointingLayer", "transformers")
+        return layer and within and target.training and keeps_training_flag(target)
 
     def original(self, *args: Any, **kwargs: Any) -> Any:
         """Call the `forward` that was there before."""

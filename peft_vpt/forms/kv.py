@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,9 +75,22 @@ class KeyValueForm(ForwardPatch):
         """Stand in for the attention's `forward`; arguments and result are its own."""
         if self.prompts.disabled():
             return self.original(*args, **kwargs)
+        if not torch.compiler.is_compiling():
+            return self.recomputed(self._attend, *args, **kwargs)
+        if self.attention.many:
+            # The number of segments is data, which compiled code cannot count.
+            return self._attend_uncompiled(*args, **kwargs)
+        with whole_graph():
+            return self._attend(*args, **kwargs)
+
+    @torch.compiler.disable
+    def _attend_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        return self.recomputed(self._attend, *args, **kwargs)
+
+    def _attend(self, *args: Any, **kwargs: Any) -> Any:
         met: list[Met] = []
         with self.override(self._pairs(args, kwargs), met):
-            out = self.original(*args, **kwargs)
+            out = self.uncheckpointed(*args, **kwargs)
         if not self.all_met(met):
             self._missed(len(met))
         if self._watch is not None and not torch.compiler.is_compiling():
@@ -210,6 +224,17 @@ class KeyValueForm(ForwardPatch):
     def __getstate__(self) -> dict[str, Any]:
         """Leave the cache out of copies and pickles."""
         return self.__dict__ | {"_cache": None}
+
+
+def whole_graph() -> AbstractContextManager[Any]:
+    """Let a compiler fail, not go on, where it would break its graph.
+
+    The part behind a break is compiled once for all blocks, with the prompts of the first.
+    """
+    if hasattr(torch._dynamo, "error_on_graph_break"):
+        breaks: AbstractContextManager[Any] = torch._dynamo.error_on_graph_break(True)
+        return breaks
+    return nullcontext()
 
 
 def _compute_dtype(modules: list[nn.Module], tokens: Tensor) -> torch.dtype:

@@ -75,11 +75,14 @@ class TokenForm(ForwardPatch):
         rest = [_pad(arg, own, prompts.spec.length) for arg in args[1:]]
         kwargs = _pad_named(kwargs, own, prompts.spec.length, hidden.device)
         if self.biased:
-            with BiasPadding(own, prompts.spec.length):
-                out = self.original(hidden, *rest, **kwargs)
+            out = self.recomputed(self._with_padded_bias, hidden, *rest, own_tokens=own, **kwargs)
         else:
             out = self.original(hidden, *rest, **kwargs)
         return _first(out, lambda x: x[:, :own]) if self.leaves else out
+
+    def _with_padded_bias(self, *args: Any, own_tokens: int, **kwargs: Any) -> Any:
+        with BiasPadding(own_tokens, self._links[0].spec.length):
+            return self.uncheckpointed(*args, **kwargs)
 
 
 def _first(out: Any, change: Callable[[Tensor], Tensor]) -> Any:

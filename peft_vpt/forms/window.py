@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.anatomy import Block, first_argument, module_at
+from ..backbones.checkpointing import is_reentrant
 from ..backbones.windows import WindowParts, finish, merge, scores
 from ..errors import VPTError
 from .attach import ForwardPatch
@@ -82,6 +83,7 @@ class WindowForm(KeyValueForm):
     ) -> None:
         super().__init__(prompts, host, block, block.attentions[0], index=index)
         self.parts = parts
+        self._place = (host, prompts.encoder, index)
         self.entry = entry
         self.leaves = leaves
         self.stream = stream
@@ -100,16 +102,24 @@ class WindowForm(KeyValueForm):
             tokens = tokens.expand(hidden.shape[0], -1, -1)
         else:
             tokens = self.stream.take(hidden)
+        if torch.is_grad_enabled() and is_reentrant(*self._place):
+            raise VPTError(
+                "prompts that flow through windowed blocks need gradient checkpointing with "
+                "use_reentrant=False: the reentrant kind would lose their gradients."
+            )
+        out, carried = self.recomputed(self._attend_and_carry, tokens, *args, **kwargs)
+        if carried is not None:
+            self.stream.put(out[0] if isinstance(out, tuple) else out, carried)
+        return out
+
+    def _attend_and_carry(self, tokens: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         pair = self.project(tokens)
         met: list[Met] = []
         with self.override(lambda: pair, met):
-            out = self.original(*args, **kwargs)
+            out = self.uncheckpointed(*args, **kwargs)
         if not self.all_met(met):
             self._missed(len(met))
-        if not self.leaves:
-            result = out[0] if isinstance(out, tuple) else out
-            self.stream.put(result, self._carried(tokens, pair, met[0]))
-        return out
+        return out, None if self.leaves else self._carried(tokens, pair, met[0])
 
     def _carried(self, tokens: Tensor, pair: tuple[Tensor, Tensor], met: Met) -> Tensor:
         """Return what the block makes of its prompts, `(batch, length, dim)`."""
