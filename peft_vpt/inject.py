@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .backbones.anatomy import Encoder, first_conv_kernel, module_at
+from .backbones.checkpointing import outermost_checkpoint
 from .backbones.heads import host_dtype, replace_head
 from .backbones.image_model import encoder_for
 from .errors import SpecError
@@ -158,7 +159,7 @@ def inject_spec(
     prompts.to(device=device, dtype=host_dtype(module_at(model, encoder.start)))
     if not _on_meta(model):
         check_host(prompts, model)
-    if prompts.checked or not encoder.known:
+    if prompts.checked or not (encoder.known and encoder.plain):
         check_carried(prompts, model, encoder, every_attention(prompts, model))
     if device.type != "meta":
         kernel = first_conv_kernel(module_at(model, encoder.path))
@@ -284,7 +285,7 @@ def _attach(prompts: Prompts, model: nn.Module) -> None:
     prompts.undo["handles"] = [model.register_forward_pre_hook(prompts.check_forward)]
     if prompts.entries:
         first = prompts.encoder.blocks[prompts.entries[0]].path
-        gate = module_at(model, prompts.encoder.gate or first)
+        gate = module_at(model, prompts.encoder.gate or outermost_checkpoint(model, first))
         prompts.undo["handles"].append(
             gate.register_forward_pre_hook(prompts.require_input_grad, with_kwargs=True)
         )

@@ -14,7 +14,12 @@ from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
 from .backbones.anatomy import Encoder, first_argument, is_kind, module_at
-from .backbones.checkpointing import is_checkpointing, is_reentrant, keeps_training_flag
+from .backbones.checkpointing import (
+    is_checkpointing,
+    is_cut_off,
+    is_reentrant,
+    keeps_training_flag,
+)
 from .errors import SpecError, VPTError
 from .pixels import PixelPlace, PixelPrompts, initialise_pixels, pixel_shapes
 from .spec import PromptSpec, xavier_bound
@@ -194,8 +199,9 @@ class Prompts(nn.Module):
 
         Raises:
             VPTError: In a `DataParallel` replica, whose modules still point to the original's
-                prompts, so that gradients would be lost; or where prompts are disabled and a
-                recomputation in backward might find them enabled.
+                prompts, so that gradients would be lost; under reentrant checkpointing that would
+                lose them; or where prompts are disabled and a recomputation in backward might find
+                them enabled.
         """
         if getattr(host, "_is_replica", False):
             raise VPTError(
@@ -207,6 +213,17 @@ class Prompts(nn.Module):
             # In front of all blocks, where nothing is recomputed.
             return
         checkpointing = is_checkpointing(host, self.encoder, self.entries[0])
+        if (
+            checkpointing
+            and torch.is_grad_enabled()
+            and is_cut_off(host, self.encoder, self.entries[0])
+        ):
+            raise VPTError(
+                "reentrant gradient checkpointing would give prompts no gradient here, and no "
+                "error: nothing in front of the checkpoints can be made to require one. Use the "
+                "other kind: timm.layers.set_reentrant_ckpt(False), or in transformers "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
         if checkpointing and torch.is_grad_enabled() and self.disabled():
             raise VPTError(
                 "disable_prompts: gradient checkpointing recomputes blocks in backward, where "

@@ -138,7 +138,7 @@ def test_adapter_copy_and_removal(name: str, tmp_path: Any) -> None:
     assert list(model.state_dict()) == keys
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", names())
 def test_gradient_checkpointing(name: str) -> None:
     model, inputs = build(name)
     try:

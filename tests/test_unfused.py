@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_families import TIMM, TRANSFORMERS, build
+from test_families import QUICK, TIMM, TRANSFORMERS, build
 
 from peft_vpt import inject_prompts
 from peft_vpt.errors import UnsupportedArchitectureError
@@ -31,7 +31,12 @@ def prompted(name: str, **call: Any) -> torch.Tensor:
         return output(model, inputs)
 
 
-@pytest.mark.parametrize("name", TIMM)
+def few(names: list[str]) -> list[Any]:
+    slow = pytest.mark.slow
+    return [n if any(q in n for q in QUICK) else pytest.param(n, marks=slow) for n in names]
+
+
+@pytest.mark.parametrize("name", few(TIMM))
 def test_timm_without_fused_attention(name: str, unfused: None) -> None:
     model, _ = build(f"timm/{name}")
     assert not any(getattr(module, "fused_attn", False) for module in model.modules())
@@ -43,7 +48,7 @@ def test_timm_without_fused_attention(name: str, unfused: None) -> None:
     torch.testing.assert_close(explicit, prompted(f"timm/{name}"), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("name", few(TRANSFORMERS))
 def test_transformers_eager_attention(name: str) -> None:
     model, _ = build(f"transformers/{name}")
     if not hasattr(model, "set_attn_implementation") or "Timm" in name:

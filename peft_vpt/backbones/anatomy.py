@@ -133,8 +133,8 @@ class Encoder:
             be carried through them as tokens.
         known: Whether prefix tokens and final norm above are facts, so that tokens may be pooled.
         skipped: Parts that mix tokens or channels in another way and get no prompts.
-        inputs: Of a dummy forward: "image", "video", "guess" (an image, if that works), or "none"
-            where only real ones will do.
+        inputs: Of a dummy forward: "image", "video", "patches" (cut and padded), "guess" (an image,
+            if that works), or "none" where only real ones will do.
     """
 
     family: str

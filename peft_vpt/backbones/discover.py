@@ -50,6 +50,17 @@ class Found:
     blocks: tuple[Block, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
 
+    def missing(self, model: nn.Module, path: str, lists: tuple[str, ...]) -> str:
+        """Return the path of a block without attention in the first list of blocks, or ""."""
+        known = tuple(f"{block.path}." for block in self.blocks)
+        for name in lists:
+            if _has(model, name):
+                for index, _ in enumerate(module_at(model, name).children()):
+                    block = join(path, name, str(index))
+                    if not any(found.startswith(f"{block}.") for found in known):
+                        return block
+        return ""
+
     def one_list(self) -> bool:
         """Tell whether all blocks are of one list and one width, none of them cut into windows."""
         whole = all(a.at is None and not a.many for b in self.blocks for a in b.attentions)
@@ -72,6 +83,8 @@ def find_blocks(model: nn.Module, path: str, rule: Rule) -> Found:
     blocks: dict[str, list[Attention]] = {}
     for name, module in model.named_modules():
         row = rule(name, module, module_at(model, name.rpartition(".")[0]))
+        if isinstance(module, nn.MultiheadAttention):
+            row = Refused("torch.nn.MultiheadAttention computes its softmax out of reach")
         if isinstance(row, Refused):
             found.refused[type(module).__name__] = row.reason
         elif row is not None:

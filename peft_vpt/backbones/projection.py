@@ -131,7 +131,8 @@ class Fused:
             _, keys, values = self._split(attention, per_token(layer, hidden))
         if getattr(attention, "v_bias", None) is not None:
             # The layer has no bias of its own then; EVA, BEiT and SwinV2 keep it beside.
-            keys, values = keys + attention.k_bias, values + attention.v_bias
+            k_bias = getattr(attention, "k_bias", None)
+            keys, values = keys if k_bias is None else keys + k_bias, values + attention.v_bias
         return _finish(self, attention, keys, values)
 
     def queries(self, attention: Any, hidden: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ _MERGING = Refused("a transition between stages; prompts take no part in merging
 
 ROWS: dict[str, Row | Refused] = {
     "attention.Attention": Row(),
+    "vision_transformer.Attention": Row(),  # its home up to timm 1.0.15
     "attention.AttentionRope": Row(rotates="yes"),
     "eva.EvaAttention": Row(rotates="yes"),
     "beit.Attention": Row(),

@@ -19,7 +19,9 @@ PLAIN = ("VisionTransformer", "Eva", "Beit", "VisionTransformerRelPos", "NaFlexV
 def matches(module: nn.Module) -> bool:
     """Tell whether a module is one of timm's models."""
     named = any(cls.__module__.startswith(PACKAGE) for cls in type(module).__mro__)
-    return named and hasattr(module, "forward_intermediates")
+    # Some have had the one, some the other for longer.
+    whole = hasattr(module, "forward_features") and hasattr(module, "forward_head")
+    return named and (whole or hasattr(module, "forward_intermediates"))
 
 
 def describe(host: nn.Module, path: str, model: Any) -> Encoder:
@@ -30,6 +32,14 @@ def describe(host: nn.Module, path: str, model: Any) -> Encoder:
     """
     found = find_blocks(model, path, rule)
     _refuse(model, found)
+    block = found.missing(model, path, ("blocks",)) if found.blocks else ""
+    if block and any(is_kind(model, name, PACKAGE) for name in PLAIN):
+        raise UnsupportedArchitectureError(
+            f"inject_prompts: no attention that is known was found in block {block!r} of "
+            f"{type(model).__name__}, so its prompts would have no effect. Its attention must be a "
+            "child `attn` with a fused `qkv` or separate `q_proj`, `k_proj`, `v_proj` layers and "
+            "meet one softmax."
+        )
     plain = next((name for name in PLAIN if is_kind(model, name, PACKAGE)), None)
     return Encoder(
         family=f"timm {plain or type(model).__name__}",

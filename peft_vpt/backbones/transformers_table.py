@@ -39,6 +39,7 @@ _DENSE = Row(Fused("qkv"), NORMS, at="block", scores="late", rotates="yes")
 
 ROWS: dict[str, Row | Refused] = {
     "SwinAttention": Row(Separate(), NORMS, at="block"),
+    "SwinSelfAttention": Row(_PLAIN_NAMES, NORMS, at="block"),  # up to some transformers 5.x
     "Swinv2SelfAttention": Row(_UNIT, (), at="block"),
     "Swin2SRSelfAttention": Row(_UNIT, (), at="block"),
     "DonutSwinSelfAttention": Row(_PLAIN_NAMES, NORMS, at="block"),
@@ -57,6 +58,7 @@ ROWS: dict[str, Row | Refused] = {
     "SegformerAttention": Row(
         Separate(before=("sequence_reduction.layer_norm",)), NORMS, reduces="input"
     ),
+    "SegformerEfficientSelfAttention": Row(_REDUCED, NORMS, reduces="input"),
     "PvtEfficientSelfAttention": Row(_REDUCED, NORMS, reduces="input"),
     "GLPNEfficientSelfAttention": Row(_REDUCED, NORMS, reduces="input"),
     "PvtV2SelfAttention": Row(
@@ -87,6 +89,8 @@ MODELS: dict[str, str] = dict.fromkeys(
 )
 # By their names: their first argument does not say that they take images.
 ALSO = ("Florence2VisionBackbone",)
+# In transformers 5.0 these are wrappers around the attention proper, `self`.
+_WRAPPERS = ("SwinAttention", "SegformerAttention")
 _OTHER_FRAMES = ("message_attn", "temporal_attention")
 _REFUSED_NAMES = {
     "Deformable": _DEFORMABLE,
@@ -100,7 +104,8 @@ def rule(path: str, module: nn.Module, parent: nn.Module) -> Row | Refused | Non
     name = type(module).__name__
     parts = path.split(".")
     if isinstance(module, nn.MultiheadAttention):
-        return Refused("torch.nn.MultiheadAttention computes its softmax out of reach")
+        # Refused where blocks are found; named here so that the model counts as known.
+        return Refused("torch.nn.MultiheadAttention")
     if any(part in _OTHER_FRAMES for part in parts) and hasattr(module, "forward"):
         return (
             Refused("attends over frames, not over the tokens of one")
@@ -112,6 +117,8 @@ def rule(path: str, module: nn.Module, parent: nn.Module) -> Row | Refused | Non
     for cls in type(module).__mro__:
         if cls.__name__ in ROWS:
             row = ROWS[cls.__name__]
+            if isinstance(row, Row) and name in _WRAPPERS and hasattr(module, "self"):
+                return None  # its part `self` attends
             return row if isinstance(row, Refused) else _placed(path, row)
     if "ttention" not in name:
         return None

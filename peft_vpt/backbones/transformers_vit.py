@@ -200,7 +200,7 @@ def _input_size(model: Any, row: Family | None) -> tuple[int, int, int]:
 
 def _inputs(model: Any, row: Family | None) -> str:
     if row is not None:
-        return "image" if row.image else "none"
+        return "image" if row.image else "patches"
     return "video" if _frames(model) else "guess"
 
 

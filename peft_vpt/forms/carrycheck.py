@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..backbones.anatomy import Encoder, module_at
-from ..backbones.inputs import dummy_inputs
+from ..backbones.inputs import call, dummy_inputs
 from ..errors import UnsupportedArchitectureError
 from ..prompts import Prompts
 from .kv import KeyValueForm
 from .selfcheck import Watch, record, undisturbed
 from .softmax import Met
 from .token import TokenForm
+from .window import WindowForm
 
 
 class _Run:
@@ -26,7 +28,7 @@ class _Run:
         self.met: list[list[Met]] = [[] for _ in attentions]
         self.seen: list[dict[str, Tensor]] = []
 
-    def go(self, module: nn.Module, image: Tensor, forms: Sequence[TokenForm]) -> None:
+    def go(self, module: nn.Module, image: Any, forms: Sequence[TokenForm]) -> None:
         with undisturbed(module), ExitStack() as stack:
             watches = [Watch(form) for form in self.attentions]
             for form, watch, met in zip(self.attentions, watches, self.met, strict=True):
@@ -35,7 +37,7 @@ class _Run:
             for token_form in forms:
                 token_form.attach()
                 stack.callback(token_form.detach)
-            module(image)
+            call(module, image)
         self.seen = [watch.seen for watch in watches]
 
 
@@ -54,10 +56,11 @@ def check_carried(
     forms = [form for form in prompts.forms if isinstance(form, TokenForm)]
     met_by = [a for a in attentions if any(form.index == a.index for form in forms)]
     module = module_at(host, encoder.path)
+    windowed = any(isinstance(form, WindowForm) for form in prompts.forms)
+    if not prompts.checked and (forms or windowed):
+        raise _refusal(encoder, "no dummy input is known that could show it")
     if not forms:
         return
-    if not prompts.checked:
-        raise _refusal(encoder, "no dummy input is known that could show it")
     values = [parameter.detach().clone() for parameter in prompts.parameters()]
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -88,7 +91,7 @@ def _compare(
             carried.go(module, image, forms)
         except Exception as error:
             raise _refusal(encoder, f"the forward with more tokens fails: {error}") from error
-        problem = _difference(prompts, bare, carried, samples=image.shape[0])
+        problem = _difference(prompts, bare, carried, samples=2)
         if problem:
             raise _refusal(encoder, problem)
         return

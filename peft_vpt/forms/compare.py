@@ -12,6 +12,8 @@ from .softmax import Met
 # Both sides run the same kernels on the same numbers, but on another number of rows; what is left
 # is the order of summation, a few rounding steps of the dtype they were computed in.
 _ROUNDINGS = 64
+# Half precision is summed up in float32 and rounded once.
+_HALF_ROUNDINGS = 4
 # Of the slots that a block has moved, as many are looked up; each is one of all tokens.
 _SLOTS = 512
 
@@ -101,10 +103,11 @@ def same_keys(rows: Rows, rotates: str) -> str:
         return f"shape {tuple(ours.shape)} against {tuple(theirs.shape)}"
     if _close(ours, theirs):
         return ""
-    if rotates == "yes":
+    if rotates == "yes" and any(_turns_pairs(ours, theirs, axis) for axis in _PAIRINGS):
         # Rotations are often computed in float32, whatever the model's dtype.
         for products in ("sthd,uthd->thsu", "sthd,stgd->sthg"):
-            if _close(*(torch.einsum(products, x, x).float() for x in (ours, theirs))):
+            a, b = (torch.einsum(products, x.float(), x.float()) for x in (ours, theirs))
+            if float((a - b).abs().max()) <= _tolerance(b, _coarser(ours.dtype)):
                 return ""
     if rotates == "skewed":
         slots = (ours - theirs).abs().flatten(2).amax(dim=(0, 2))
@@ -112,6 +115,29 @@ def same_keys(rows: Rows, rotates: str) -> str:
             return ""
     difference = float((ours - theirs).abs().max())
     return f"largest difference {difference:.3g} at a scale of {_scale(theirs):.3g}"
+
+
+# How rotations pair channels: neighbours, halves, or halves of each half (one per axis).
+_Pairing = tuple[tuple[int, ...], int]
+_PAIRINGS: tuple[_Pairing, ...] = (
+    ((-1, 2), -1),
+    ((2, -1), -2),
+    ((2, 2, -1), -2),
+)
+
+
+def _turns_pairs(ours: Tensor, theirs: Tensor, pairing: _Pairing) -> bool:
+    """Tell whether channel pairs have equal lengths, as a rotation within pairs leaves them.
+
+    Channels that no slot turns are left out, so that a part of a head may be rotated.
+    """
+    shape, axis = pairing
+    turned = (ours - theirs).abs().flatten(0, -2).amax(dim=0) > _tolerance(theirs)
+    ours, theirs = ours[..., turned], theirs[..., turned]
+    if ours.shape[-1] % (4 if len(shape) > 2 else 2):
+        return False
+    a, b = (x.float().reshape(*x.shape[:-1], *shape).square().sum(axis) for x in (ours, theirs))
+    return float((a - b).abs().max()) <= _tolerance(b, _coarser(ours.dtype))
 
 
 def as_tokens(hidden: Tensor, width: int | None) -> Tensor:
@@ -156,5 +182,11 @@ def _close(ours: Tensor, theirs: Tensor) -> bool:
     return float((ours - theirs).abs().max()) <= _tolerance(theirs)
 
 
-def _tolerance(tensor: Tensor) -> float:
-    return _ROUNDINGS * torch.finfo(tensor.dtype).eps * _scale(tensor)
+def _coarser(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that rotations of keys of a dtype are at least as exact as."""
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+def _tolerance(tensor: Tensor, dtype: torch.dtype | None = None) -> float:
+    eps = torch.finfo(dtype or tensor.dtype).eps
+    return (_HALF_ROUNDINGS if eps > 1e-5 else _ROUNDINGS) * eps * _scale(tensor)

@@ -77,13 +77,14 @@ class KeyValueForm(ForwardPatch):
             return self.original(*args, **kwargs)
         if not torch.compiler.is_compiling():
             return self.recomputed(self._attend, *args, **kwargs)
-        if self.attention.many:
-            # The number of segments is data, which compiled code cannot count.
+        if self.attention.many or self._watch is not None:
+            # The number of segments is data, which compiled code cannot count, and a check that
+            # waits for real values has none there.
             return self._attend_uncompiled(*args, **kwargs)
         with whole_graph():
             return self._attend(*args, **kwargs)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _attend_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
         return self.recomputed(self._attend, *args, **kwargs)
 
@@ -103,9 +104,10 @@ class KeyValueForm(ForwardPatch):
 
     def _finish_check(self, met: list[Met]) -> None:
         assert self._watch is not None
-        if self._watch.complete():
-            self._watch.check(met)
-            self._stop_watching()
+        if not self._watch.complete():
+            self._missed(len(met))
+        self._watch.check(met)
+        self._stop_watching()
 
     def _stop_watching(self) -> None:
         if self._watch is not None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.anatomy import Encoder, join, module_at
-from ..backbones.inputs import dummy_inputs
+from ..backbones.inputs import call, dummy_inputs
 from ..backbones.projection import in_width
 from ..errors import UnsupportedArchitectureError
 from .compare import Rows, as_tokens, equal_rows, same_keys
@@ -56,7 +56,7 @@ def _run(module: nn.Module, encoder: Encoder, met: dict[int, list[Met]]) -> bool
         for seen in met.values():
             seen.clear()
         try:
-            module(image)
+            call(module, image)
         except Exception as problem:
             error = error or problem
         else:

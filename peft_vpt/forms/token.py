@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..backbones.anatomy import Block, Encoder, is_kind, module_at
+from ..errors import VPTError
 from .attach import Form, ForwardPatch
 from .slot import Slot
 from .softmax import ADD, causal_mask, pad_mask
@@ -232,6 +233,11 @@ class OutputCut(Form):
         collect = type(model).forward_intermediates
         if prompts.disabled():
             return collect(model, *args, **kwargs)
+        if not hasattr(getattr(model, "patch_embed", None), "dynamic_feat_size"):
+            raise VPTError(
+                f"forward_intermediates: what {type(model).__name__} collects cannot be told from "
+                "prompts that are carried through its blocks; use deep=True."
+            )
         call = inspect.signature(collect).bind(model, *args, **kwargs)
         call.apply_defaults()
         options, image = call.arguments, call.arguments["x"]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.anatomy import Block, first_argument, module_at
-from ..backbones.checkpointing import is_reentrant
+from ..backbones.checkpointing import is_checkpointing, is_reentrant
 from ..backbones.windows import WindowParts, finish, merge, scores
 from ..errors import VPTError
 from .attach import ForwardPatch
@@ -45,12 +45,16 @@ class Stream:
         Raises:
             VPTError: None came: something between the blocks replaced the tensor.
         """
-        prompts = self.traced if torch.compiler.is_compiling() else getattr(hidden, _TAG, None)
+        if torch.compiler.is_compiling():
+            prompts, self.traced = self.traced, None
+        else:
+            prompts = getattr(hidden, _TAG, None)
         if prompts is None:
             raise VPTError(
                 "prompts were lost between two blocks: something replaced the hidden states "
-                "(reentrant checkpointing does; use use_reentrant=False), or blocks were called "
-                "outside the model's forward. Call the whole model, or use deep=True."
+                "(reentrant checkpointing does; use use_reentrant=False), blocks were called "
+                "outside the model's forward, or some blocks are compiled and others are not. "
+                "Call or compile the whole model, or use deep=True."
             )
         return prompts
 
@@ -107,10 +111,19 @@ class WindowForm(KeyValueForm):
                 "prompts that flow through windowed blocks need gradient checkpointing with "
                 "use_reentrant=False: the reentrant kind would lose their gradients."
             )
+        if torch.compiler.is_compiling() and torch.is_grad_enabled():
+            self._refuse_checkpoints()
         out, carried = self.recomputed(self._attend_and_carry, tokens, *args, **kwargs)
         if carried is not None:
             self.stream.put(out[0] if isinstance(out, tuple) else out, carried)
         return out
+
+    def _refuse_checkpoints(self) -> None:
+        if is_checkpointing(*self._place):
+            raise VPTError(
+                "prompts that flow through windowed blocks cannot be compiled together with "
+                "gradient checkpointing; use one of the two, or deep=True."
+            )
 
     def _attend_and_carry(self, tokens: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         pair = self.project(tokens)

@@ -208,6 +208,8 @@ def _classes() -> dict[str, Any]:
     root = Path(importlib.import_module("transformers.models").__path__[0])
     for path in sorted(root.glob("*/modeling_*.py")):
         file = path.stem.removeprefix("modeling_")
+        if file.startswith(("flax_", "tf_")):
+            continue
         text = path.read_text(encoding="utf-8")
         if file not in SKIPPED and re.search("pixel_values|grid_thw|flattened_patches", text):
             module = importlib.import_module(f"transformers.models.{path.parent.name}.{path.stem}")
@@ -247,7 +249,7 @@ def _shrunk(config: Any, changes: dict[str, Any]) -> Any:
     """Make a config of the same class anew, so that it works out its derived values itself."""
     changes = {**_CONFIGS.get(type(config).__name__, {}), **changes}
     default = vars(type(config)())
-    declared = {field.name for field in dataclasses.fields(config)}
+    declared = _declared(config)
     values: dict[str, Any] = {}
     for name, value in vars(config).items():
         if _is_config(value):
@@ -300,7 +302,7 @@ def _features(config: Any) -> dict[str, Any]:
 
 
 def _is_config(value: Any) -> bool:
-    return isinstance(value, importlib.import_module("transformers").PreTrainedConfig)
+    return isinstance(value, _base_config())
 
 
 def _inputs(cls: Any, config: Any) -> dict[str, Any]:
@@ -347,3 +349,19 @@ def _first(config: Any, *wanted: str) -> Any:
     values = [getattr(config, name, None) for name in wanted]
     values += [_first(part, *wanted) for part in vars(config).values() if _is_config(part)]
     return next((value for value in values if value is not None), None)
+
+
+def _base_config() -> Any:
+    t = importlib.import_module("transformers")
+    return getattr(t, "PreTrainedConfig", None) or t.PretrainedConfig
+
+
+def _declared(config: Any) -> set[str]:
+    if dataclasses.is_dataclass(config):
+        return {field.name for field in dataclasses.fields(config)}
+    return {
+        n
+        for cls in type(config).__mro__
+        if cls is not object
+        for n in inspect.signature(cls).parameters
+    } - {"self", "kwargs"}
