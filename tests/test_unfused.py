@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,10 +14,9 @@ from peft_vpt.matrix.walk import output
 
 
 @pytest.fixture
-def unfused(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def unfused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = pytest.importorskip("timm.layers.config")
     monkeypatch.setattr(config, "_USE_FUSED_ATTN", 0)
-    yield
 
 
 def prompted(name: str, **call: Any) -> torch.Tensor:
