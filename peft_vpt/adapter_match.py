@@ -59,7 +59,7 @@ def check_fit(
     if place is not None:
         _check_pixels(adapter, expected, where)
     if spec.project:
-        for width in set(encoder.widths.values()):
+        for width in encoder.widths_at([enter for enter, _ in spec.spans(encoder.depth)]):
             expected[f"prompts.project.{width}.weight"] = (width, spec.project)
             expected[f"prompts.project.{width}.bias"] = (width,)
     adapter.expect(expected, prefix="prompts.")

@@ -7,7 +7,7 @@ from numbers import Integral
 import torch
 from torch import nn
 
-from .backbones.anatomy import Encoder, module_at
+from .backbones.anatomy import Encoder, Head, module_at
 from .errors import (
     AlreadyPromptedError,
     NotPromptedError,
@@ -99,6 +99,8 @@ def check_head(
             f"{call}: {type(model).__name__} has no classifier to replace, so num_classes can only "
             "be None. Use the model's image classification class."
         )
+    if head is not None and num_classes is not None:
+        _check_replaceable(model, encoder, head, call)
     if spec.pooling == "default":
         return 0 if head is None else head.width
     call = f"inject_prompts(pooling={spec.pooling!r})"
@@ -141,6 +143,23 @@ def device_of(model: nn.Module, encoder: Encoder) -> torch.device:
     targets = [getattr(hook, "execution_device", None) for hook in hooks]
     target = next((t for t in targets if t is not None), device)
     return torch.device(target) if device.type == "meta" else device
+
+
+def _check_replaceable(model: nn.Module, encoder: Encoder, head: Head, call: str) -> None:
+    name = type(module_at(model, encoder.path)).__name__
+    if not head.simple:
+        raise SpecError(
+            f"{call}: the classifier of {name} ({', '.join(head.paths)}) is more than one linear "
+            "layer; call the model's own reset_classifier(n) first, then inject with "
+            "num_classes=None."
+        )
+    inner = encoder.path and encoder.library == "timm"
+    if inner and isinstance(module_at(model, head.paths[0]), nn.Identity):
+        raise SpecError(
+            f"{call}: {name} at {encoder.path!r} has no classifier of its own inside "
+            f"{type(model).__name__}. Pass the backbone, inject_prompts(model.{encoder.path}), and "
+            "train the outer head as you like."
+        )
 
 
 def check_blocks(encoder: Encoder, spec: PromptSpec) -> None:

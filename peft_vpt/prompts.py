@@ -16,9 +16,9 @@ from torch.nn.utils import skip_init
 from .backbones.anatomy import Encoder, first_argument, is_kind, module_at
 from .backbones.checkpointing import (
     is_checkpointing,
-    is_cut_off,
     is_reentrant,
     keeps_training_flag,
+    refuse_cut_off,
 )
 from .errors import SpecError, VPTError
 from .pixels import PixelPlace, PixelPrompts, initialise_pixels, pixel_shapes
@@ -78,7 +78,7 @@ class Prompts(nn.Module):
         self.pixel = PixelPrompts() if place is not None else None
         for name, shape in prompt_shapes(spec, encoder, place).items():
             self._register(name, torch.empty(shape))
-        for width in sorted(set(encoder.widths.values())) if spec.project else ():
+        for width in encoder.widths_at(self.entries) if spec.project else ():
             assert self.project is not None
             assert spec.project is not None
             self.project[str(width)] = skip_init(  # type: ignore[no-untyped-call]
@@ -213,17 +213,8 @@ class Prompts(nn.Module):
             # In front of all blocks, where nothing is recomputed.
             return
         checkpointing = is_checkpointing(host, self.encoder, self.entries[0])
-        if (
-            checkpointing
-            and torch.is_grad_enabled()
-            and is_cut_off(host, self.encoder, self.entries[0])
-        ):
-            raise VPTError(
-                "reentrant gradient checkpointing would give prompts no gradient here, and no "
-                "error: nothing in front of the checkpoints can be made to require one. Use the "
-                "other kind: timm.layers.set_reentrant_ckpt(False), or in transformers "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}."
-            )
+        if checkpointing and torch.is_grad_enabled():
+            refuse_cut_off(host, self.encoder, self.entries[0])
         if checkpointing and torch.is_grad_enabled() and self.disabled():
             raise VPTError(
                 "disable_prompts: gradient checkpointing recomputes blocks in backward, where "

@@ -103,11 +103,13 @@ class Head:
         reads: What it is fed: "cls", "cls+mean", "mean", "map" ..., where the tokens went through
             the final norm first; ":norm-after" (pooled, then normed) or ":no-norm" otherwise.
         width: Number of input features.
+        simple: Whether each of them is one layer that another linear layer can stand in for.
     """
 
     paths: tuple[str, ...]
     reads: str
     width: int
+    simple: bool = True
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,10 @@ class Encoder:
     def start(self) -> str:
         """Path of the first block, or of the encoder where no blocks are known."""
         return self.blocks[0].path if self.blocks else self.path
+
+    def widths_at(self, entries: list[int]) -> list[int]:
+        """Return the distinct widths of the blocks that prompts enter, in rising order."""
+        return sorted({self.blocks[entry].width for entry in entries})
 
     @property
     def widths(self) -> dict[int, int]:

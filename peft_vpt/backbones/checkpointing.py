@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import VPTError
 from .anatomy import Encoder, is_kind, module_at
 
 
@@ -47,29 +48,39 @@ def is_reentrant(host: nn.Module, encoder: Encoder, index: int) -> bool:
     return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
 
 
-def is_cut_off(host: nn.Module, encoder: Encoder, index: int) -> bool:
-    """Tell whether a reentrant checkpoint encloses every place for a hook in front of a block.
+def refuse_cut_off(host: nn.Module, encoder: Encoder, index: int) -> None:
+    """Raise where a reentrant checkpoint encloses every place for a hook in front of a block.
 
-    timm checkpoints around its blocks, transformers before 5.23 in the `__call__` of its layers.
+    timm checkpoints around its blocks, transformers before 5.23 in the `__call__` of its layers,
+    some of its encoders around theirs.
+
+    Raises:
+        VPTError: It does.
     """
     if not is_reentrant(host, encoder, index):
-        return False
-    if encoder.library == "timm":
-        return encoder.gate is None
-    layer = _recomputing(host, encoder, index)
-    return layer is not None and any(
-        "__call__" in vars(cls) for cls in type(layer).__mro__ if cls is not nn.Module
-    )
+        return
+    enclosed = encoder.gate is None
+    if encoder.library != "timm":
+        layer: Any = _recomputing(host, encoder, index)
+        kinds = type(layer).__mro__
+        enclosed = not _is_layer(layer) or any(
+            "__call__" in vars(kind) for kind in kinds[: kinds.index(nn.Module)]
+        )
+    if enclosed:
+        raise VPTError(
+            "reentrant gradient checkpointing would give prompts no gradient here, and no error: "
+            "nothing in front of the checkpoints can be made to require one. Use the other kind: "
+            "timm.layers.set_reentrant_ckpt(False), or in transformers "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )
 
 
 def _recomputing(host: nn.Module, encoder: Encoder, index: int) -> nn.Module | None:
-    """Return the outermost transformers layer around a block that is checkpointing."""
+    """Return what recomputes a transformers block: the outermost layer, or else its encoder."""
     parts = encoder.blocks[index].path.split(".")
-    for end in range(1, len(parts) + 1):
-        layer = module_at(host, ".".join(parts[:end]))
-        if layer.training and keeps_training_flag(layer) and _is_layer(layer):
-            return layer
-    return None
+    around = [module_at(host, ".".join(parts[:end])) for end in range(1, len(parts) + 1)]
+    active = [m for m in around if m.training and keeps_training_flag(m)]
+    return next((m for m in active if _is_layer(m)), active[0] if active else None)
 
 
 def _is_layer(module: nn.Module) -> bool:

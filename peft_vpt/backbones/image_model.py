@@ -16,7 +16,7 @@ from torch import nn
 from ..errors import UnsupportedArchitectureError
 from . import find_encoder
 from .anatomy import Encoder, Head, is_kind, join, module_at
-from .heads import can_replace
+from .timm_vit import classifier_paths, is_simple
 
 _DEFAULT_SIZE = (224, 224)
 _SIZES = (224, 256, 64, 32, 384)
@@ -76,7 +76,7 @@ def describe(host: nn.Module) -> Encoder | None:
     if not takes_images(model):
         return None
     base = getattr(model, "base_model", model)
-    inner = join(path, _name_of(base, model) or "")
+    inner = join(path, next(name for name, part in model.named_modules() if part is base))
     if _is_timm(base):
         return _whole(base, inner, "timm", _timm_head(base, inner))
     return _whole(base, inner, "transformers", _transformers_head(model, path))
@@ -149,15 +149,14 @@ def _whole(model: Any, path: str, library: str, head: Head | None) -> Encoder:
 
 
 def _timm_head(model: Any, path: str) -> Head | None:
-    given = model.get_classifier()
-    layers = list(given) if isinstance(given, tuple | list | nn.ModuleList) else [given]
-    names = [_name_of(layer, model) for layer in layers]
-    if not layers or None in names or not all(can_replace(layer) for layer in layers):
+    names = classifier_paths(model)
+    if not names:
         return None
-    first: Any = layers[0]
+    first: Any = module_at(model, names[0])
     width = getattr(first, "in_features", None) or getattr(first, "in_channels", None)
     width = width or getattr(model, "head_hidden_size", None) or model.num_features
-    return Head(tuple(join(path, n or "") for n in names), "pooled", int(width))
+    paths = tuple(join(path, name) for name in names)
+    return Head(paths, "pooled", int(width), is_simple(model, names))
 
 
 def _transformers_head(model: nn.Module, path: str) -> Head | None:
@@ -172,10 +171,6 @@ def _transformers_head(model: nn.Module, path: str) -> Head | None:
     if not isinstance(classifier, nn.Linear):
         return None
     return Head((join(path, name),), "pooled", int(classifier.in_features))
-
-
-def _name_of(module: nn.Module, model: nn.Module) -> str | None:
-    return next((name for name, child in model.named_modules() if child is module), None)
 
 
 def _timm_facts(model: Any) -> ImageFacts:

@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedArchitectureError
-from .anatomy import Encoder, Head, is_kind, join
+from .anatomy import Encoder, Head, is_kind, join, module_at
 from .discover import Found, find_blocks
+from .heads import can_replace
 from .timm_table import MODELS, rule
 
 PACKAGE = "timm.models."
@@ -54,7 +55,7 @@ def describe(host: nn.Module, path: str, model: Any) -> Encoder:
             (join(path, n) for n in ("norm", "fc_norm", "head.norm") if _has_norm(model, n)), None
         ),
         head=_head(model, path, plain=plain is not None),
-        gate=_gate(model, path),
+        gate=_gate(model, path) if plain else None,
         input_size=_input_size(model),
         plain=plain is not None or found.one_list(),
         known=plain is not None,
@@ -88,22 +89,41 @@ def _gate(model: Any, path: str) -> str | None:
 
 
 def _head(model: Any, path: str, *, plain: bool) -> Head | None:
-    if not hasattr(model, "get_classifier"):
+    if not hasattr(model, "get_classifier") or (plain and not model.global_pool):
         return None
-    heads = model.get_classifier()
-    heads = list(heads) if isinstance(heads, tuple | list) else [heads]
-    paths = {id(module): name for name, module in model.named_modules()}
-    found = [paths[id(head)] for head in heads if id(head) in paths]
-    if not found or len(found) < len(heads) or (plain and not model.global_pool):
+    found = classifier_paths(model)
+    if not found:
         return None
-    width = getattr(heads[0], "in_features", None) or getattr(
+    first: Any = module_at(model, found[0])
+    width = getattr(first, "in_features", None) or getattr(
         model, "head_hidden_size", model.num_features
     )
     return Head(
         paths=tuple(join(path, name) for name in found),
         reads=_reads(model) if plain else _pooled(model, len(found)),
         width=int(width),
+        simple=is_simple(model, found),
     )
+
+
+def classifier_paths(model: Any) -> list[str]:
+    """Return the paths of what timm calls the classifier of a model, layer by layer if it can."""
+    given = model.get_classifier()
+    if isinstance(getattr(given, "fc", None), nn.Module):
+        given = given.fc
+    heads = list(given) if isinstance(given, tuple | list | nn.ModuleList) else [given]
+    heads += [model.aux_head] if getattr(model, "aux_head", None) is not None else []
+    paths = {id(module): name for name, module in model.named_modules()}
+    found = [paths[id(head)] for head in heads if id(head) in paths]
+    return found if len(found) == len(heads) else []
+
+
+def is_simple(model: nn.Module, paths: list[str]) -> bool:
+    """Tell whether linear layers of one width can stand in for all parts of a classifier."""
+    heads = [module_at(model, path) for path in paths]
+    widths = {getattr(head, "in_features", None) for head in heads} - {None}
+    beside = getattr(model, "aux_head", None) is not None
+    return len(widths) < 2 and not beside and all(can_replace(head) for head in heads)
 
 
 def _pooled(model: Any, heads: int) -> str:

@@ -18,7 +18,9 @@ _LEGEND = """\
   stands everywhere. `tests/test_zoo.py` compares members of the families with an independent
   insertion of tokens, or a written-out window attention, in float64.
 - **without prompts**: parts of the model that mix tokens or channels in another way.
-- **pad**: how many of the refused names take `location="pad"`.
+- **pad**: how many of the refused names take `location="pad"`, tried on one of each class.
+
+Names that come out equal when built small (they differ in width, depth or weights) are run once.
 """
 
 
@@ -37,7 +39,7 @@ def render(results: Iterable[Result], versions: Mapping[str, str]) -> str:
         + " and ".join(f"{name} {number}" for name, number in versions.items())
         + ".",
         "Every architecture was built small, with random weights and the module classes of the",
-        "full one, injected, run forward and backward, and removed again.",
+        "full one, injected (dropout 0), run forward and backward, and removed again.",
         "",
         *_LEGEND.splitlines(),
         "",

@@ -75,7 +75,7 @@ def try_one(
         name: Of the architecture.
         build: Makes a model and its inputs.
         seen: Results by structure. Names that differ in width, depth or weights only come out equal
-            when built small, and are not run again.
+            when built small, and are not run again; a border is tried once per class.
     """
     result = Result(library, name)
     seen = {} if seen is None else seen
@@ -90,7 +90,11 @@ def try_one(
         if result.status == "supported":
             result.carried = _accepts(model, deep=False)
         # A border has to fit the patch grid of a model that does not resize it.
-        result.pad = any(_accepts(model, length, location="pad") for length in _BORDERS)
+        kind = hash(type(model))
+        if kind not in seen:
+            fits = any(_accepts(model, length, location="pad") for length in _BORDERS)
+            seen[kind] = Result(library, name, pad=fits)
+        result.pad = seen[kind].pad
     except Exception as error:
         result.status, result.reason = "error", f"{type(error).__name__}: {error}"
     return result
