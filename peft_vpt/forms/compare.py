@@ -103,7 +103,7 @@ def same_keys(rows: Rows, rotates: str) -> str:
         return f"shape {tuple(ours.shape)} against {tuple(theirs.shape)}"
     if _close(ours, theirs):
         return ""
-    if rotates == "yes" and any(_turns_pairs(ours, theirs, axis) for axis in _PAIRINGS):
+    if rotates == "yes" and _turns_pairs(ours, theirs):
         for products in ("sthd,uthd->thsu", "sthd,stgd->sthg"):
             a, b = (torch.einsum(products, x.float(), x.float()) for x in (ours, theirs))
             if float((a - b).abs().max()) <= _tolerance_turned(b, ours.dtype):
@@ -125,14 +125,18 @@ _PAIRINGS: tuple[_Pairing, ...] = (
 )
 
 
-def _turns_pairs(ours: Tensor, theirs: Tensor, pairing: _Pairing) -> bool:
+def _turns_pairs(ours: Tensor, theirs: Tensor) -> bool:
     """Tell whether channel pairs have equal lengths, as a rotation within pairs leaves them.
 
-    Channels that no slot turns are left out, so that a part of a head may be rotated.
+    Where only a part of a head is rotated, the channels that no slot turns are left out.
     """
-    shape, axis = pairing
     turned = (ours - theirs).abs().flatten(0, -2).amax(dim=0) > _tolerance(theirs)
-    ours, theirs = ours[..., turned], theirs[..., turned]
+    parts = ((ours, theirs), (ours[..., turned], theirs[..., turned]))
+    return any(_equal_pairs(a, b, pairing) for a, b in parts for pairing in _PAIRINGS)
+
+
+def _equal_pairs(ours: Tensor, theirs: Tensor, pairing: _Pairing) -> bool:
+    shape, axis = pairing
     if ours.shape[-1] % (4 if len(shape) > 2 else 2):
         return False
     a, b = (x.float().reshape(*x.shape[:-1], *shape).square().sum(axis) for x in (ours, theirs))
