@@ -178,12 +178,7 @@ class SoftmaxOverride(TorchFunctionMode):
 
 def append(own: Tensor, extra: Tensor, heads_axis: int = 1) -> Tensor:
     """Append `extra`, fitted by `fit`, behind `own` along the token axis."""
-    extra = fit(extra, own, heads_axis).to(own.dtype)
-    if own.dim() != 4:
-        return torch.cat([own, extra], dim=-2)
-    # Heads are split from the last axis of a projection; kept in that order, memory is read in
-    # one go.
-    return torch.cat([own.transpose(1, 2), extra.transpose(1, 2)], dim=1).transpose(1, 2)
+    return torch.cat([own, fit(extra, own, heads_axis).to(own.dtype)], dim=-2)
 
 
 def fit(extra: Tensor, own: Tensor, heads_axis: int = 1) -> Tensor:
