@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .adapter_file import Adapter
 from .backbones.anatomy import Encoder, module_at
+from .backbones.heads import class_count
 from .backbones.identity import describe_backbone
 from .errors import (
     AdapterError,
@@ -68,7 +69,8 @@ def check_fit(
     _check_fingerprint(adapter, host, encoder, own, strict=strict is not False)
     if not is_prompted(host):
         try:
-            prepare(host, spec, encoder, num_classes=new_classes(adapter, with_head=with_head))
+            classes = new_classes(adapter, encoder, with_head=with_head)
+            prepare(host, spec, encoder, num_classes=classes)
         except SpecError as error:
             raise AdapterMismatchError(f"{where}: does not fit this model: {error}") from error
     return spec
@@ -123,6 +125,12 @@ def _check_head(
             f"{where}: its head is a {head['class']}, which only the same class can take, "
             f"this model's is a {type(own).__name__}; {hint}"
         )
+    if not encoder.head.simple and class_count(host, encoder.head) != head["classes"]:
+        raise AdapterMismatchError(
+            f"{where}: its head has {head['classes']} classes, this model's, which is more than "
+            f"one linear layer, {class_count(host, encoder.head)}; call the model's own "
+            f"reset_classifier({head['classes']}) first, or {hint}"
+        )
     adapter.expect(_head_shapes(head, host, encoder, width), prefix="head")
 
 
@@ -131,7 +139,7 @@ def _head_shapes(
 ) -> dict[str, tuple[int, ...]]:
     """Return names and shapes of the head's tensors, by the file's metadata."""
     assert encoder.head is not None
-    if head.get("class") is not None:
+    if head.get("class") is not None or not encoder.head.simple:
         return {name: tuple(t.shape) for name, t in head_tensors(host, encoder).items()}
     shapes: dict[str, tuple[int, ...]] = {}
     for name in HEAD_NAMES[: len(encoder.head.paths)]:
@@ -167,10 +175,13 @@ def _check_fingerprint(
     warnings.warn(message, stacklevel=4)
 
 
-def new_classes(adapter: Adapter, *, with_head: bool) -> int | None:
+def new_classes(adapter: Adapter, encoder: Encoder, *, with_head: bool) -> int | None:
     """Return the size of the head to put in, or None where the model's own one is filled."""
     head = adapter.metadata["head"]
-    return head["classes"] if with_head and head.get("class") is None else None
+    filled = head is None or head.get("class") is not None
+    if not with_head or filled or not (encoder.head and encoder.head.simple):
+        return None
+    return int(head["classes"])
 
 
 def head_tensors(host: nn.Module, encoder: Encoder) -> dict[str, Tensor]:

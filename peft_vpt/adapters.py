@@ -151,7 +151,7 @@ def _install(
 ) -> None:
     """Bring the model to the adapter's structure and copy its tensors; all is checked by now."""
     head = adapter.metadata["head"] if with_head else None
-    classes = new_classes(adapter, with_head=with_head)
+    classes = new_classes(adapter, encoder, with_head=with_head)
     bias = head is None or head.get("bias", True)
     kept: dict[str, Tensor] = {}
     names = head["labels"] if head is not None else None

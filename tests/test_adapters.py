@@ -603,3 +603,18 @@ def test_a_head_trained_in_place_stays_when_only_prompts_are_loaded(tmp_path: Pa
 def test_fixed_prompts_fix_their_projection() -> None:
     model = inject_prompts(build("timm/cls"), 2, project=4, train_prompts=False)
     assert list(trainable_parameters(model)) == ["head.weight", "head.bias"]
+
+
+def test_classifier_of_several_layers_keeps_its_structure(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("crossvit_tiny_240", num_classes=3)
+    save_task_adapter(inject_prompts(model, 2), tmp_path)
+    other = timm.create_model("crossvit_tiny_240", num_classes=4).eval()
+    keys = list(other.state_dict())
+    with pytest.raises(AdapterMismatchError, match=r"reset_classifier\(3\)"):
+        load_task_adapter(other, tmp_path, strict=False)
+    assert list(other.state_dict()) == keys
+    other.reset_classifier(3)
+    with pytest.warns(UserWarning, match="fingerprint"):
+        load_task_adapter(other, tmp_path, strict=False)
+    assert torch.equal(other.head[1].weight, model.head[1].weight)
