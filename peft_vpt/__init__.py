@@ -18,6 +18,7 @@ _HOMES = {
     "inject_prompts": "inject",
     "is_prompted": "inject",
     "load_task_adapter": "adapters",
+    "push_task_adapter": "hub",
     "remove_prompts": "inject",
     "save_task_adapter": "adapters",
     "trainable_parameters": "inject",
@@ -31,6 +32,7 @@ __all__ = [
     "inject_prompts",
     "is_prompted",
     "load_task_adapter",
+    "push_task_adapter",
     "remove_prompts",
     "save_task_adapter",
     "trainable_parameters",
@@ -39,6 +41,7 @@ __all__ = [
 if TYPE_CHECKING:
     from .adapters import load_task_adapter, save_task_adapter
     from .errors import VPTError
+    from .hub import push_task_adapter
     from .inject import (
         count_parameters,
         disable_prompts,

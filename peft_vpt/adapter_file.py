@@ -7,25 +7,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
-from .errors import AdapterError, SpecError
+from .adapter_metadata import FORMAT_VERSION, check_metadata
+from .errors import AdapterError
 from .spec import PromptSpec
 
 FILE_NAME = "adapter.safetensors"
-FORMAT_VERSION = 1
 METADATA_KEY = "peft_vpt"
 _DTYPES = {
     torch.float64: "F64",
@@ -33,32 +33,29 @@ _DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-_PREFIXES = ("prompts.", "head.", "head_dist.")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "spec": dict,
-    "backbone": dict,
-    "head": (dict, type(None)),
-    "preprocessing": (dict, type(None)),
-    "task": (str, type(None)),
-    "metrics": (dict, type(None)),
-    "library_version": str,
-}
-_BACKBONE_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "library": str,
-    "architecture": str,
-    "hub_id": (str, type(None)),
-    "revision": (str, type(None)),
-    "dims": list,
-    "depth": int,
-    "fingerprint": (dict, type(None)),
-}
-_HEAD_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "classes": int,
-    "labels": (list, type(None)),
-    "in_features": int,
-    "reads": str,
-}
+_NAME = re.compile(
+    r"prompts\.([0-9]+|shared\.[0-9]+|project\.[0-9]+\.(weight|bias))"
+    r"|prompts\.pixel\.(patches|channels|weight|tb|lr)"
+    r"|head(_dist)?\.(weight|bias|module(\.[A-Za-z0-9_-]+)+)"
+)
+_LARGEST_HEADER = 100_000_000
+# What safetensors and torch raise over bytes that make no sense; MemoryError is not among them.
+_UNREADABLE = (
+    SafetensorError,
+    OSError,
+    ValueError,
+    RuntimeError,
+    TypeError,
+    AttributeError,
+    LookupError,
+    OverflowError,
+)
+_PICKLE = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
+_STATE_DICT = (
+    "a plain state dict does not say how its prompts are put in: call inject_prompts(model, ...) "
+    "with the options it was trained with, then model.load_state_dict(...), and "
+    "save_task_adapter to get a task adapter"
+)
 
 
 @dataclass(frozen=True)
@@ -91,71 +88,27 @@ class Adapter:
                 )
 
 
-def resolve_path(source: str | Path, **hub: Any) -> Path:
-    """Return the local file behind a source, downloading it where it names a Hub repository.
-
-    Raises:
-        AdapterError: There is no such file, or the source is neither a path nor a Hub id.
-    """
-    text = str(source)
-    if not isinstance(source, str | Path):
-        raise AdapterError(f"load_task_adapter: source must be a path or a Hub id, got {source!r}.")
-    try:
-        path = Path(source).expanduser()
-        local = path.exists() or text.startswith((".", "/", "~")) or text.endswith(".safetensors")
-        if not (local or isinstance(source, Path)) and _HUB_ID.fullmatch(text):
-            return _download(text, hub)
-        file = path / FILE_NAME if path.is_dir() else path
-        found = file.is_file()
-    except (RuntimeError, ValueError, OSError) as error:
-        raise AdapterError(f"load_task_adapter: {text!r}: cannot be looked up: {error}") from error
-    if not found:
-        raise AdapterError(
-            f"load_task_adapter: {text!r}: no such adapter; give a folder that holds {FILE_NAME}, "
-            "the file itself, or a Hub id 'owner/name'."
-        )
-    return file
-
-
-def _download(hub_id: str, options: dict[str, Any]) -> Path:
-    from huggingface_hub import hf_hub_download
-
-    return Path(hf_hub_download(hub_id, FILE_NAME, **options))
-
-
-def read_adapter(path: Path) -> Adapter:
+def read_adapter(path: Path, call: str = "load_task_adapter") -> Adapter:
     """Read a file and check everything that can be checked without a model.
+
+    Args:
+        path: The file.
+        call: The verb that reads it, for messages.
 
     Raises:
         AdapterError: Not a safetensors file, another format, damaged, or not finite.
     """
-    where = f"load_task_adapter: {path}"
+    where = f"{call}: {path}"
+    text, tensors = _open(path, where)
     try:
-        with safe_open(path, framework="pt") as file:
-            raw = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{where}: not a readable safetensors file: {error}") from error
-    if set(raw) != {METADATA_KEY}:
-        raise AdapterError(
-            f"{where}: not a peft_vpt task adapter: its metadata must hold exactly the key "
-            f"{METADATA_KEY!r}, it holds {sorted(raw)}."
-        )
-    try:
-        metadata = json.loads(raw[METADATA_KEY])
-        if canonical(metadata) != raw[METADATA_KEY]:
+        metadata = json.loads(text)
+        if canonical(metadata) != text:
             raise ValueError("it is not in canonical form")
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{where}: its metadata is not canonical JSON: {error}") from error
-    spec = _check_metadata(metadata, where)
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _DTYPES:
-            raise AdapterError(
-                f"{where}: tensor {name} is of type {tensor.dtype}, not floating point."
-            )
-    stray = sorted(name for name in tensors if not name.startswith(_PREFIXES))
-    if stray:
-        raise AdapterError(f"{where}: tensors missing: none; not expected: {stray}.")
+    spec = check_metadata(metadata, where)
+    _check_types(tensors, where)
+    _check_names(tensors, spec, where)
     if metadata["checksum"] != checksum(tensors, metadata):
         raise AdapterError(f"{where}: the checksum does not fit; the file was damaged or edited.")
     _check_finite(tensors, where)
@@ -169,13 +122,15 @@ def write_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         AdapterError: Values are not finite, metadata is not JSON, or the folder cannot be written.
     """
     where = f"save_task_adapter: {path}"
+    _check_types(tensors, where)
     _check_finite(tensors, where)
     cpu = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
     full = {"format_version": FORMAT_VERSION, **metadata}
     try:
         # Through JSON once, so that the checksum is over what a reader will parse.
         full = json.loads(canonical(full))
-        _check_metadata(full | {"checksum": ""}, where)
+        spec = check_metadata(full | {"checksum": "0" * 64}, where)
+        _check_names(cpu, spec, where)
         full["checksum"] = checksum(cpu, full)
         data = save(cpu, {METADATA_KEY: canonical(full)})
     except (TypeError, ValueError, RecursionError) as error:
@@ -186,7 +141,7 @@ def write_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         ) from error
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, data)
+        replace_file(path, data)
     except (OSError, ValueError) as error:
         raise AdapterError(f"{where}: cannot be written: {error}") from error
     return path
@@ -209,7 +164,8 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _replace(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all: temporary file beside it, fsync, rename."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         # A plain open, so that the file gets the permissions that the user's umask gives.
@@ -229,60 +185,104 @@ def _replace(path: Path, data: bytes) -> None:
             os.close(folder)
 
 
+def _open(path: Path, where: str) -> tuple[str, dict[str, Tensor]]:
+    """Return the metadata text and the tensors of a file that says it is ours."""
+    try:
+        if not path.is_file():
+            raise ValueError("it is not a file")
+        # Through one handle: safe_open opens a file twice, and a writer may replace it in between.
+        with path.open("rb") as file:
+            start = _read_header(file)
+            raw, names = _parse_header(start[8:])
+            if set(raw) != {METADATA_KEY}:
+                raise _foreign(raw, names, where)
+            tensors = load(start + file.read())
+        if not isinstance(raw[METADATA_KEY], str):
+            raise ValueError("its metadata is not a string")
+        return raw[METADATA_KEY], tensors
+    except AdapterError:
+        raise
+    except _UNREADABLE as error:
+        # The first line: torch adds its C++ stack.
+        reason = str(error).partition("\n")[0]
+        reason = f"unknown dtype {reason}" if isinstance(error, LookupError) else reason
+        hint = f" It looks like a pickle, which is never opened; {_STATE_DICT}."
+        raise AdapterError(
+            f"{where}: not a readable safetensors file: {reason}.{hint if _pickled(path) else ''}"
+        ) from error
+
+
+def _read_header(file: BinaryIO) -> bytes:
+    """Return the length and the header alone: a file of another library may be huge."""
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(8)
+    length = int.from_bytes(start, "little")
+    if len(start) < 8 or not 0 < length <= min(size - 8, _LARGEST_HEADER):
+        raise ValueError(f"it has {size} bytes and says that {length} of them are its header")
+    return start + file.read(length)
+
+
+def _parse_header(header: bytes) -> tuple[dict[str, Any], list[str]]:
+    """Return the metadata and the names of the tensors; `load` checks the rest."""
+    values = json.loads(header)
+    if not isinstance(values, dict):
+        raise ValueError("its header is not a JSON object")
+    metadata = values.pop("__metadata__", {})
+    return metadata if isinstance(metadata, dict) else {}, list(values)
+
+
+def _foreign(raw: Mapping[str, Any], names: list[str], where: str) -> AdapterError:
+    prompted = any("prompts." in name for name in names)
+    hint = f" It looks like the weights of a prompted model; {_STATE_DICT}." if prompted else ""
+    return AdapterError(
+        f"{where}: not a peft_vpt task adapter: its metadata must hold exactly the key "
+        f"{METADATA_KEY!r}, it holds {sorted(raw)[:20]}.{hint}"
+    )
+
+
+def _pickled(path: Path) -> bool:
+    try:
+        # A pipe would wait for a writer for ever.
+        with path.open("rb") if path.is_file() else BytesIO() as file:
+            return file.read(4).startswith(_PICKLE)
+    except (OSError, ValueError):
+        return False
+
+
+def _check_types(tensors: Mapping[str, Tensor], where: str) -> None:
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES:
+            raise AdapterError(
+                f"{where}: tensor {name} is of type {tensor.dtype}, not floating point."
+            )
+
+
+def _check_names(tensors: Mapping[str, Tensor], spec: PromptSpec, where: str) -> None:
+    stray = {name for name in tensors if not _NAME.fullmatch(name)}
+    missing: set[str] = set()
+    shared = spec.sharing in ("inter", "all")
+    if spec.is_pixel or shared:
+        kinds = ["pixel"] if spec.is_pixel else ["shared"]
+    else:
+        kinds = [str(layer) for layer in spec.layers or ()]
+        missing = {f"prompts.{layer}" for layer in kinds} - set(tensors)
+    kinds += ["project"] if spec.project else []
+    stray |= {n for n in tensors if n.startswith("prompts.") and n.split(".")[1] not in kinds}
+    if stray or missing:
+        raise AdapterError(
+            f"{where}: tensors missing: {sorted(missing) or 'none'}; "
+            f"not expected: {sorted(stray) or 'none'}."
+        )
+    # A length that the file does not hold would be built before shapes are compared.
+    stored = 1 if spec.sharing in ("intra", "all") else spec.length
+    numbers = sum(t.numel() for name, t in tensors.items() if name.startswith("prompts."))
+    if numbers < stored:
+        raise AdapterError(f"{where}: prompts of length {spec.length} in {numbers} numbers.")
+
+
 def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     for name, tensor in tensors.items():
         if tensor.is_meta or not bool(torch.isfinite(tensor).all()):
             raise AdapterError(
                 f"{where}: tensor {name} holds values that are not finite (NaN, inf)."
             )
-
-
-def _check_metadata(metadata: Any, where: str) -> PromptSpec:
-    if not isinstance(metadata, dict):
-        raise AdapterError(f"{where}: its metadata is not a JSON object.")
-    version = metadata.get("format_version")
-    if version != FORMAT_VERSION or isinstance(version, bool):
-        raise AdapterError(
-            f"{where}: has format version {version!r}; this release reads version "
-            f"{FORMAT_VERSION}. Update peft_vpt."
-        )
-    _check_fields(metadata, _FIELDS | {"checksum": str}, where)
-    _check_fields(metadata["backbone"], _BACKBONE_FIELDS, f"{where}: backbone")
-    if metadata["head"] is not None:
-        _check_fields(metadata["head"], _HEAD_FIELDS, f"{where}: head")
-        _check_labels(metadata["head"], where)
-    if metadata["backbone"]["fingerprint"] is not None:
-        _check_fingerprint(metadata["backbone"]["fingerprint"], where)
-    try:
-        return PromptSpec.from_dict(metadata["spec"])
-    except SpecError as error:
-        raise AdapterError(f"{where}: its prompt options are wrong: {error}") from error
-
-
-def _check_fields(
-    values: Mapping[str, Any], fields: Mapping[str, type | tuple[type, ...]], where: str
-) -> None:
-    for name, kinds in fields.items():
-        value = values.get(name)
-        if name not in values or not isinstance(value, kinds) or (isinstance(value, bool)):
-            raise AdapterError(f"{where}: metadata field {name!r} is missing or of the wrong type.")
-
-
-def _check_labels(head: Mapping[str, Any], where: str) -> None:
-    labels, classes = head["labels"], head["classes"]
-    fits = labels is None or (
-        len(labels) == classes and all(isinstance(label, str) for label in labels)
-    )
-    if classes < 1 or head["in_features"] < 1 or not fits:
-        raise AdapterError(f"{where}: its head's classes, features and labels do not fit together.")
-
-
-def _check_fingerprint(values: Mapping[str, Any], where: str) -> None:
-    rows = values.get("blocks")
-    lists = [*rows, values.get("norm")] if isinstance(rows, list) else [None]
-    numbers = all(
-        isinstance(row, list) and all(isinstance(x, float) and math.isfinite(x) for x in row)
-        for row in lists
-    )
-    if not numbers or not isinstance(values.get("dtype"), str):
-        raise AdapterError(f"{where}: its backbone fingerprint is not a table of numbers.")

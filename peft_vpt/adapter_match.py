@@ -14,13 +14,14 @@ from .adapter_file import Adapter
 from .backbones.anatomy import Encoder, module_at
 from .backbones.heads import class_count
 from .backbones.identity import describe_backbone
+from .backbones.weights import UnreadableWeightsError
 from .errors import (
     AdapterError,
     AdapterMismatchError,
     SpecError,
     UnsupportedArchitectureError,
 )
-from .fingerprint import fingerprint, largest_difference
+from .fingerprint import compare
 from .forms.places import survey
 from .hosts import device_of, host_and_prompts
 from .inject import is_prompted, prepare
@@ -153,26 +154,43 @@ def _check_fingerprint(
     adapter: Adapter, host: nn.Module, encoder: Encoder, own: dict[str, Any], *, strict: bool
 ) -> None:
     made_for = adapter.metadata["backbone"]
-    weights, saved = fingerprint(host, encoder), made_for["fingerprint"]
-    if weights is None or saved is None:
-        side = (
-            "this model's weights are on the meta device"
-            if weights is None
-            else "the file has none"
-        )
-        problem = f"the backbone's weights cannot be compared, since {side}"
-    else:
-        difference, allowed = largest_difference(saved, weights)
-        if difference <= allowed:
-            return
-        problem = (
-            f"it was made for the weights of {_title(made_for)}, and this {_title(own)} has others "
-            f"(fingerprints differ by {difference:.1e}, allowed {allowed:.0e})"
-        )
-    message = f"load_task_adapter: {adapter.path}: {problem}."
-    if strict:
+    problem = _difference(made_for, host, encoder, _title(own))
+    if problem is None:
+        return
+    text, refuse = problem
+    message = f"load_task_adapter: {adapter.path}: {text}."
+    if strict and refuse:
         raise AdapterMismatchError(message + " strict=False loads it all the same.")
     warnings.warn(message, stacklevel=4)
+
+
+def _difference(
+    made_for: Mapping[str, Any], host: nn.Module, encoder: Encoder, name: str
+) -> tuple[str, bool] | None:
+    """Say how a model's weights differ from the file's, and whether that is a reason to refuse."""
+    saved = made_for["fingerprint"]
+    if saved is None:
+        return "the backbone's weights cannot be compared, since the file has no fingerprint", True
+    try:
+        found = compare(saved, host, encoder)
+    except UnreadableWeightsError as error:
+        return f"the backbone's weights cannot be compared: {error}", True
+    how = (
+        f"(fingerprints differ by {found.difference:.1e} in {found.place}, allowed "
+        f"{found.allowed:.0e})"
+    )
+    if not found.same:
+        return (
+            f"it was made for the weights of {_title(made_for)}, and this {name} has others {how}",
+            True,
+        )
+    if found.loose:
+        return (
+            f"the weights of {_title(made_for)} and of this {name} agree as far as quantized "
+            f"weights can be compared {how}",
+            False,
+        )
+    return None
 
 
 def new_classes(adapter: Adapter, encoder: Encoder, *, with_head: bool) -> int | None:

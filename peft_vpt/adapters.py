@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import __version__
-from .adapter_file import FILE_NAME, Adapter, read_adapter, resolve_path, write_adapter
+from .adapter_file import FILE_NAME, Adapter, read_adapter, write_adapter
 from .adapter_match import HEAD_NAMES, check_fit, head_tensors, new_classes
 from .backbones.anatomy import Encoder, module_at
 from .backbones.heads import FormerHead, class_count, head_owner, set_labels
@@ -23,7 +23,9 @@ from .errors import AdapterError
 from .fingerprint import fingerprint
 from .hosts import host_and_prompts, refuse_unfit, unwrap
 from .inject import freeze, inject_spec, is_prompted, remove_prompts
+from .preprocessing import describe_preprocessing
 from .prompts import Prompts
+from .source import cached_revision, find_adapter
 from .spec import PromptSpec
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -48,7 +50,8 @@ def save_task_adapter(
         path: Folder (made if missing) or file.
         task: Name of the task.
         labels: Class names in the order of the outputs. None: those of a transformers config.
-        preprocessing: `size`, `mean`, `std`, `interpolation`, `crop`. None: what the backbone says.
+        preprocessing: `size`, `mean`, `std`, `interpolation`, `crop`; a timm data config or a
+            transformers image processor. None: what the backbone says.
         metrics: JSON values, `{"accuracy": 0.93}` say.
 
     Returns:
@@ -69,12 +72,11 @@ def save_task_adapter(
     )
     metadata = {
         "spec": prompts.spec.to_dict(),
-        "backbone": describe_backbone(host, prompts.encoder)
-        | {"fingerprint": fingerprint(host, prompts.encoder)},
+        "backbone": _describe_backbone(host, prompts),
         "head": _describe_head(host, prompts, names),
-        "preprocessing": preprocessing
-        or info.get("preprocessing")
-        or _preprocessing(host, prompts),
+        "preprocessing": describe_preprocessing(preprocessing)
+        if preprocessing
+        else info.get("preprocessing") or _preprocessing(host, prompts),
         "task": task if task is not None else info.get("task"),
         "metrics": metrics if metrics is not None else info.get("metrics"),
         "library_version": __version__,
@@ -127,8 +129,9 @@ def load_task_adapter(
         raise AdapterError(
             f"load_task_adapter(strict={strict!r}): must be True, False or 'prompts'."
         )
-    path = resolve_path(
+    path = find_adapter(
         source,
+        call="load_task_adapter",
         revision=revision,
         token=token,
         cache_dir=cache_dir,
@@ -215,6 +218,13 @@ def _has_structure(
 
 def _has_task_head(host: nn.Module) -> bool:
     return isinstance(host_and_prompts(host, "load_task_adapter")[1].undo["head"], FormerHead)
+
+
+def _describe_backbone(host: nn.Module, prompts: Prompts) -> dict[str, Any]:
+    values = describe_backbone(host, prompts.encoder)
+    if values["hub_id"] and values["revision"] is None:
+        values["revision"] = cached_revision(values["hub_id"])
+    return values | {"fingerprint": fingerprint(host, prompts.encoder)}
 
 
 def _preprocessing(host: nn.Module, prompts: Prompts) -> dict[str, Any] | None:

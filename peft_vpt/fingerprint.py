@@ -2,83 +2,180 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .backbones.anatomy import Encoder, join, module_at
+from .backbones.weights import UnreadableWeightsError, Weight, layer_weight, weights_below
 
 Fingerprint = dict[str, Any]
 _TOLERANCE = 1e-6
 # Rounding a weight to fp16 and then to bf16 is not rounding it to bf16: 2.4e-3 on a real ViT-Ti.
 _TOLERANCE_FP16 = 5e-3
+_TOLERANCE_QUANTIZED = 5e-2
+_VECTOR_NUMBERS = 3
+# Less than half the distance of two fp16 numbers, so that only ties between bf16 numbers move.
+_TIE = 2.0**-12
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Comparison:
+    """How far two fingerprints are apart.
+
+    Args:
+        difference: The relative difference of one number, of all the one that is the furthest
+            beyond, or the nearest to, what is allowed.
+        allowed: What is allowed for that number.
+        place: Where it was read: "block 3" or "the final norm".
+        loose: Whether they agree only by the tolerance for quantized weights.
+    """
+
+    difference: float
+    allowed: float
+    place: str
+    loose: bool = False
+
+    @property
+    def same(self) -> bool:
+        """Whether this is the same backbone, as far as fingerprints tell."""
+        return self.difference <= self.allowed
+
+
 def fingerprint(host: nn.Module, encoder: Encoder) -> Fingerprint | None:
     """Return sums over the weights that prompts depend on, or None where they cannot be read.
 
-    That is where weights are on `meta`, or a wrapped projection does not show its `weight`.
+    That is where weights are on `meta`, or a layer does not show its weights.
 
     Per block, nine float64 numbers over parameters rounded to bf16: sums of |w|, w^2 and w^4 over
     vectors, the same over matrices, and sums of w^2 over the rows of queries, keys and values.
     Then three numbers for the final norm. Embeddings and head are left out. An encoder whose
     blocks are not known (a ConvNet) counts as one block of all its parameters but the head's.
+    Quantized weights count dequantized; `quantized` says so, and is absent elsewhere.
 
     Args:
         host: The model, prompted or not.
         encoder: Its anatomy.
     """
-    if any(p.is_meta for p in module_at(host, encoder.path).parameters()):
+    try:
+        return _read(host, encoder)
+    except UnreadableWeightsError:
         return None
+
+
+def compare(saved: Fingerprint, host: nn.Module, encoder: Encoder) -> Comparison:
+    """Compare a saved fingerprint with a model.
+
+    Args:
+        saved: From an adapter's metadata.
+        host: The model, prompted or not.
+        encoder: Its anatomy.
+
+    Raises:
+        UnreadableWeightsError: Its weights cannot be read; the message says why.
+    """
+    own = _read(host, encoder)
+    found = _compare(saved, own, [own])
+    if found.same:
+        return found
+    return _compare(saved, own, [own, *_by_other_ties(saved, own, host, encoder)])
+
+
+def _by_other_ties(
+    saved: Fingerprint, own: Fingerprint, host: nn.Module, encoder: Encoder
+) -> list[Fingerprint]:
+    """Return what the numbers may have been on the other side of a rounding to fp16.
+
+    Where one large weight outweighs all others, its rounding alone can exceed the tolerance.
+    """
+    here, there = (side["dtype"] == "float16" for side in (own, saved))
+    if there and not here:
+        return [_read(host, encoder, Tensor.half)]
+    if here and not there:
+        return [_read(host, encoder, partial(_scaled, by=s)) for s in (1 - _TIE, 1 + _TIE)]
+    return []
+
+
+@torch.no_grad()
+def _read(
+    host: nn.Module, encoder: Encoder, view: Callable[[Tensor], Tensor] = Tensor.detach
+) -> Fingerprint:
+    _refuse_unreadable(host, encoder)
+    blocks = [module_at(host, block.path) for block in encoder.blocks]
+    inside = [weights_below(b) for b in blocks] or [weights_below(*_whole(host, encoder))]
+    result = {
+        "dtype": _precision([w for weights in inside for w in weights]),
+        "blocks": [
+            _moments([w for w in weights if w.values.dim() < 2], view)
+            + _moments([w for w in weights if w.values.dim() >= 2], view)
+            + _rows(host, encoder, index, view)
+            for index, weights in enumerate(inside)
+        ],
+        "norm": _moments(_final_norm(host, encoder), view),
+    }
+    quantized = any(w.quantized for weights in inside for w in weights)
+    return result | {"quantized": True} if quantized else result
+
+
+def _refuse_unreadable(host: nn.Module, encoder: Encoder) -> None:
+    """Refuse weights on `meta`, and projections in wrappers that do not show them."""
+    if any(p.is_meta for p in module_at(host, encoder.path).parameters()):
+        raise UnreadableWeightsError("its weights are on the meta device")
     for block in encoder.blocks:
         for attention in block.attentions:
-            layers = attention.projection.modules(module_at(host, join(block.path, attention.path)))
+            path = join(block.path, attention.path)
+            layer = attention.projection.modules(module_at(host, path))[0]
             # Layers of the libraries hold one weight, if only further down (ConvNorm); a wrapper of
             # somebody else may hold any.
-            own = type(layers[0]).__module__.startswith(("timm.", "transformers.", "torch."))
-            if not own and not hasattr(layers[0], "weight"):
-                return None
-    first = next(module_at(host, encoder.start).parameters())
-    norm = (
-        () if encoder.norm_weights is None else module_at(host, encoder.norm_weights).parameters()
-    )
-    return {
-        "dtype": str(first.dtype).removeprefix("torch."),
-        "blocks": [_block(host, encoder, index) for index in range(encoder.depth)]
-        or [_whole(host, encoder)],
-        "norm": _moments(list(norm)),
-    }
+            own = type(layer).__module__.startswith(("timm.", "transformers.", "torch."))
+            if not own and layer_weight(layer) is None:
+                raise UnreadableWeightsError(
+                    f"{path} ({type(layer).__name__}) does not show its weight"
+                )
 
 
-def _block(host: nn.Module, encoder: Encoder, index: int) -> list[float]:
-    block = module_at(host, encoder.blocks[index].path)
-    parameters = list(block.parameters())
-    numbers = _moments([p for p in parameters if p.dim() < 2])
-    numbers += _moments([p for p in parameters if p.dim() >= 2])
-    rows = [0.0, 0.0, 0.0]
-    for attention in encoder.blocks[index].attentions:
-        weights = attention.projection.rows(module_at(block, attention.path))
-        rows = [total + _sum(_rounded(w).square_()) for total, w in zip(rows, weights, strict=True)]
-    return numbers + rows
-
-
-def _whole(host: nn.Module, encoder: Encoder) -> list[float]:
+def _whole(host: nn.Module, encoder: Encoder) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return the encoder's module, and what in it is not the backbone."""
     head = encoder.head.paths if encoder.head else ()
-    apart = tuple(f"{path}." for path in ("prompts", *head))
-    module = module_at(host, encoder.path)
-    named = [(join(encoder.path, name), p) for name, p in module.named_parameters()]
-    parameters = [p for name, p in named if not name.startswith(apart)]
-    numbers = _moments([p for p in parameters if p.dim() < 2])
-    return numbers + _moments([p for p in parameters if p.dim() >= 2]) + [0.0, 0.0, 0.0]
+    below = f"{encoder.path}." if encoder.path else ""
+    apart = ("prompts", *(path.removeprefix(below) for path in head if path.startswith(below)))
+    return module_at(host, encoder.path), apart
 
 
-def _moments(tensors: list[Tensor]) -> list[float]:
+def _final_norm(host: nn.Module, encoder: Encoder) -> list[Weight]:
+    if encoder.norm_weights is None:
+        return []
+    return weights_below(module_at(host, encoder.norm_weights))
+
+
+def _precision(weights: Sequence[Weight]) -> str:
+    """Return the dtype that weights were stored in; float16 if any of them was."""
+    names = [str(w.values.dtype).removeprefix("torch.") for w in weights]
+    return "float16" if "float16" in names else (names or ["float32"])[0]
+
+
+def _rows(
+    host: nn.Module, encoder: Encoder, index: int, view: Callable[[Tensor], Tensor]
+) -> list[float]:
+    """Return the sums of w^2 over the rows of queries, keys and values of one block."""
+    totals = [0.0, 0.0, 0.0]
+    for attention in encoder.blocks[index].attentions if encoder.blocks else ():
+        path = join(encoder.blocks[index].path, attention.path)
+        rows = attention.projection.rows(module_at(host, path))
+        squares = (_sum(_rounded(view(w)).square_()) for w in rows)
+        totals = [total + square for total, square in zip(totals, squares, strict=True)]
+    return totals
+
+
+def _moments(weights: Sequence[Weight], view: Callable[[Tensor], Tensor]) -> list[float]:
     """Return the sums of |w|, w^2 and w^4."""
     totals = [0.0, 0.0, 0.0]
-    for tensor in tensors:
-        values = _rounded(tensor)
+    for weight in weights:
+        values = _rounded(view(weight.values))
         totals[0] += _sum(values.abs_())
         totals[1] += _sum(values.square_())
         totals[2] += _sum(values.square_())
@@ -90,19 +187,41 @@ def _rounded(tensor: Tensor) -> Tensor:
     return tensor.detach().to(torch.bfloat16).to(torch.float32)
 
 
+def _scaled(tensor: Tensor, by: float) -> Tensor:
+    return tensor.detach().float() * by
+
+
 def _sum(values: Tensor) -> float:
     return float(values.sum(dtype=torch.float64))
 
 
-def largest_difference(saved: Fingerprint, own: Fingerprint) -> tuple[float, float]:
-    """Return the largest relative difference of two fingerprints, and what is allowed.
-
-    Fingerprints of another shape differ infinitely.
-    """
+def _compare(saved: Fingerprint, own: Fingerprint, candidates: Sequence[Fingerprint]) -> Comparison:
+    """Return the worst number; each counts by the candidate that is nearest to it."""
+    if _shape(saved) != _shape(own):
+        return Comparison(float("inf"), _TOLERANCE, "the number of blocks")
     half = "float16" in (saved["dtype"], own["dtype"])
-    allowed = _TOLERANCE_FP16 if half else _TOLERANCE
-    pairs = [*zip(saved["blocks"], own["blocks"], strict=False), (saved["norm"], own["norm"])]
-    if len(saved["blocks"]) != len(own["blocks"]) or any(len(a) != len(b) for a, b in pairs):
-        return float("inf"), allowed
-    numbers = [(x, y) for a, b in pairs for x, y in zip(a, b, strict=True)]
-    return max(abs(x - y) / max(abs(x), abs(y), 1e-30) for x, y in numbers), allowed
+    tight = _TOLERANCE_FP16 if half else _TOLERANCE
+    quantized = bool(saved.get("quantized") or own.get("quantized"))
+    worst, loose = Comparison(0.0, tight, "block 0"), False
+    for place, index, number, *others in _numbers(saved, *candidates):
+        difference = min(abs(number - n) / max(abs(number), abs(n), 1e-30) for n in others)
+        # Norms and biases stay as they are in a quantized model.
+        allowed = _TOLERANCE_QUANTIZED if quantized and index >= _VECTOR_NUMBERS else tight
+        loose |= difference > tight
+        if difference / allowed > worst.difference / worst.allowed:
+            worst = Comparison(difference, allowed, place)
+    return replace(worst, loose=loose and worst.same)
+
+
+def _shape(values: Fingerprint) -> list[int]:
+    return [len(row) for row in (*values["blocks"], values["norm"])]
+
+
+def _numbers(*fingerprints: Fingerprint) -> Iterator[tuple[Any, ...]]:
+    """Yield place, index in its row, and one number of each fingerprint."""
+    tables = [[*values["blocks"], values["norm"]] for values in fingerprints]
+    for row, lines in enumerate(zip(*tables, strict=True)):
+        norm = row == len(tables[0]) - 1
+        place = "the final norm" if norm else f"block {row}"
+        for index, numbers in enumerate(zip(*lines, strict=True)):
+            yield (place, index, *numbers)

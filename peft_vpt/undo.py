@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 from torch import nn
 
 from .backbones.anatomy import is_kind, module_at
@@ -21,7 +23,7 @@ def remember(prompts: Prompts, model: nn.Module) -> None:
         "head": None,
         # A list, empty where the attribute is absent: it survives a deepcopy, a sentinel does not.
         "ignored": [value for name, value in vars(model).items() if name == _IGNORED],
-        "head_state": {p: {n: t.clone() for n, t in s.items()} for p, s in states.items()},
+        "head_state": {p: deepcopy(dict(state)) for p, state in states.items()},
     }
 
 

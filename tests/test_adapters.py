@@ -1,16 +1,10 @@
-"""Task adapters: round trips, other hosts, bytes, mismatches, damage, killed saves."""
+"""Task adapters: round trips, other hosts, bytes, mismatches, damage."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
-import textwrap
-import time
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +24,7 @@ from peft_vpt import (
     save_task_adapter,
     trainable_parameters,
 )
-from peft_vpt.adapter_file import canonical, checksum, read_adapter
+from peft_vpt.adapter_file import canonical, checksum
 from peft_vpt.errors import AdapterError, AdapterMismatchError, NotPromptedError
 
 VARIANTS: list[dict[str, Any]] = [
@@ -376,52 +370,6 @@ def test_a_meta_backbone_is_refused_or_gets_the_values_unverified(tmp_path: Path
     torch.testing.assert_close(out(model.double().eval()), out(source), rtol=1e-5, atol=1e-5)
 
 
-def swap_query_and_key(model: nn.Module) -> None:
-    weight = model.blocks[1].attn.qkv.weight
-    query, key, value = weight.detach().clone().chunk(3)
-    weight.copy_(torch.cat([key, query, value]))
-
-
-CHANGES: dict[str, Any] = {
-    "one norm by 1 %": lambda m: m.blocks[1].norm1.weight.mul_(1.01),
-    "final norm by 1 %": lambda m: m.norm.weight.mul_(1.01),
-    "q and k swapped": swap_query_and_key,
-    "0.1 % noise": lambda m: [
-        p.add_(1e-3 * p.std() * torch.randn_like(p)) for p in m.blocks[0].parameters()
-    ],
-}
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_the_fingerprint_sees_small_changes(change: str, tmp_path: Path) -> None:
-    save_task_adapter(trained("timm/cls"), tmp_path)
-    other = build("timm/cls")
-    with torch.no_grad():
-        CHANGES[change](other)
-    with pytest.raises(AdapterMismatchError):
-        load_task_adapter(other, tmp_path)
-
-
-HARMLESS: dict[str, Any] = {
-    "float32": lambda m: m.float(),
-    "bfloat16": lambda m: m.bfloat16(),
-    "float16": lambda m: m.half(),
-    "checkpointing": lambda m: m.set_grad_checkpointing(),
-    "another head": lambda m: m.reset_classifier(11),
-    "another input size": lambda m: m.set_input_size(img_size=64),
-}
-
-
-@pytest.mark.parametrize("change", HARMLESS)
-def test_the_fingerprint_forgives_harmless_differences(change: str, tmp_path: Path) -> None:
-    save_task_adapter(trained("timm/cls"), tmp_path)
-    other = build("timm/cls")
-    HARMLESS[change](other)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        load_task_adapter(other, tmp_path)
-
-
 def test_bad_saves(tmp_path: Path) -> None:
     with pytest.raises(
         NotPromptedError, match="save_task_adapter: VisionTransformer carries no prompts"
@@ -457,36 +405,6 @@ def test_a_failing_write_leaves_the_old_file(
                 save_task_adapter(trained("timm/cls", 7), tmp_path)
         assert path.read_bytes() == old
         assert os.listdir(tmp_path) == ["adapter.safetensors"]
-
-
-def test_a_killed_save_leaves_the_old_file_or_the_new_one(tmp_path: Path) -> None:
-    script = textwrap.dedent(
-        """
-        import sys, torch
-        from timm.models.vision_transformer import VisionTransformer
-        from peft_vpt import inject_prompts, save_task_adapter
-        torch.set_num_threads(1)
-        options = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=2)
-        model = inject_prompts(VisionTransformer(**options, num_classes=500), 200)
-        print("ready", flush=True)
-        while True:
-            torch.nn.init.normal_(model.head.bias)
-            save_task_adapter(model, sys.argv[1])
-        """
-    )
-    folder = tmp_path / "killed"
-    for delay in (0.0, 0.01, 0.03):
-        worker = subprocess.Popen(
-            [sys.executable, "-c", script, str(folder)], stdout=subprocess.PIPE, text=True
-        )
-        assert worker.stdout is not None
-        assert worker.stdout.readline().strip() == "ready"
-        while not (folder / "adapter.safetensors").exists():
-            assert worker.poll() is None
-        time.sleep(delay)
-        worker.send_signal(signal.SIGKILL)
-        worker.wait()
-        read_adapter(folder / "adapter.safetensors")
 
 
 def test_local_files_touch_no_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

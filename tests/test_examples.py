@@ -81,6 +81,31 @@ def test_quickstart_as_it_is(tmp_path):
     assert min(map(float, scores)) > 90
 
 
+def test_push_and_load_offline_prints_the_card(monkeypatch, capsys):
+    script = ROOT / "examples" / "push_and_load.py"
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    runpy.run_path(str(script), run_name="__main__")
+    card = capsys.readouterr().out
+    assert "base_model: timm/test_vit.r160_in1k" in card
+    assert "library_name: peft-vpt" in card
+
+
+def test_push_and_load_through_a_hub(monkeypatch, tmp_path, capsys):
+    from hub_server import Hub, client
+    from test_hub import TIMM_BASE, TOKEN, timm_vit, upload_backbone
+
+    script = ROOT / "examples" / "push_and_load.py"
+    with Hub(tokens={TOKEN}) as hub:
+        client(hub, monkeypatch, tmp_path / "cache", token=TOKEN)
+        upload_backbone(timm_vit(), TIMM_BASE, tmp_path / "base")
+        monkeypatch.setattr(sys, "argv", [str(script), "--repo", "user/pets"])
+        runpy.run_path(str(script), run_name="__main__")
+        assert set(hub.files("user/pets")) >= {"adapter.safetensors", "config.json", "README.md"}
+    scores = re.findall(r"^(?:cat|dog): ([\d.]+)$", capsys.readouterr().out, re.M)
+    # Two probabilities, each rounded to three digits.
+    assert abs(sum(map(float, scores)) - 1) <= 1e-3
+
+
 def test_quickstart_is_short():
     lines = QUICKSTART.read_text(encoding="utf-8").splitlines()
     assert len(lines) <= 80

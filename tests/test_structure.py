@@ -19,9 +19,22 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "peft_vpt"
 # From the top down; a file may import from its own layer and from those below.
 LAYERS = (
+    ("cli", "__main__"),
+    ("experiments",),
+    ("training",),
     ("matrix",),
-    ("adapters", "adapter_match", "adapter_file", "fingerprint"),
-    ("inject",),
+    ("data", "segmentation"),
+    ("hub", "card", "pretrained"),
+    (
+        "adapters",
+        "adapter_match",
+        "adapter_file",
+        "adapter_metadata",
+        "preprocessing",
+        "source",
+    ),
+    ("protocols",),
+    ("inject", "fingerprint"),
     ("undo",),
     ("forms",),
     ("hosts",),

@@ -6,19 +6,23 @@ from typing import Any
 
 from torch import nn
 
-from .anatomy import Encoder, module_at
+from .anatomy import Encoder, is_kind, module_at
 from .heads import head_owner
 
 
 def describe_backbone(host: nn.Module, encoder: Encoder) -> dict[str, Any]:
     """Return library, architecture, Hub id, revision, widths per stage and depth."""
-    model = module_at(host, encoder.path)
     widths = encoder.widths
-    names = _timm_names(model) if encoder.library == "timm" else _transformers_names(model)
+    if encoder.library == "timm":
+        names = _timm_names(module_at(host, encoder.path))
+    else:
+        names = _transformers_names(_outermost(host, encoder.path))
+    hub_id, _, revision = (names["hub_id"] or "").partition("@")
     return {
         "library": encoder.library,
-        **names,
-        "revision": None,
+        "architecture": names["architecture"],
+        "hub_id": hub_id or None,
+        "revision": revision or None,
         "dims": [widths[stage] for stage in sorted(widths)],
         "depth": encoder.depth,
     }
@@ -31,6 +35,14 @@ def _timm_names(model: nn.Module) -> dict[str, Any]:
         tag = config.get("tag")
         hub_id += f"{architecture}.{tag}" if tag else str(architecture)
     return {"architecture": architecture or type(model).__name__, "hub_id": hub_id}
+
+
+def _outermost(host: nn.Module, path: str) -> nn.Module:
+    """Return the transformers model that an encoder belongs to: the one with the head, say."""
+    parts = path.split(".") if path else []
+    around = (module_at(host, ".".join(parts[:count])) for count in range(len(parts)))
+    models = (module for module in around if is_kind(module, "PreTrainedModel", "transformers"))
+    return next(models, module_at(host, path))
 
 
 def _transformers_names(model: nn.Module) -> dict[str, Any]:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .weights import layer_weight, weights_below
+
 _HEAD_DIMS = ("head_dim", "attention_head_size", "dim_head", "key_dim", "key_value_proj_dim")
 _HEADS = ("num_heads", "num_attention_heads", "heads", "n_heads")
 _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", *_HEADS)
@@ -226,10 +228,14 @@ def _takes_maps(module: nn.Module) -> bool:
 
 
 def weight_of(module: nn.Module) -> Tensor:
-    """Return the weight `(out, in)` of a layer, or of the first layer inside a wrapper."""
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, Tensor):
-        weight = next(p for p in module.parameters() if p.dim() > 1)
+    """Return the weight `(out, in)` of a layer, or of the first layer inside a wrapper.
+
+    Raises:
+        UnreadableWeightsError: It is stored in a way that is not known.
+    """
+    weight = layer_weight(module)
+    if weight is None:
+        weight = next(w.values for w in weights_below(module) if w.values.dim() > 1)
     return weight.flatten(1)
 
 

@@ -1,0 +1,239 @@
+"""What the metadata of a task adapter must be: fields, types, ranges.
+
+The tensors and the bytes are `adapter_file`'s business.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import AdapterError, SpecError
+from .spec import PromptSpec
+
+FORMAT_VERSION = 1
+INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+_BLOCK_NUMBERS, _NORM_NUMBERS = 9, 3
+# Bounds that no adapter reaches: they keep a small file from asking for gigabytes.
+_MOST_NESTING = 32
+_MOST_DEPTH = 10_000
+_MOST_PIXELS = 2**14
+_MOST_PROMPTS = 2**20
+_MOST_WIDTH = 2**31
+_UNSAFE = re.compile(r"^[./~]|\\|(^|/)\.\.(/|$)|[\x00-\x1f\x7f]")
+
+
+@dataclass(frozen=True)
+class _Field:
+    what: str
+    fits: Callable[[Any], bool]
+    required: bool = True
+
+
+def check_metadata(metadata: Any, where: str) -> PromptSpec:
+    """Check parsed metadata, and return the prompt options in it.
+
+    Args:
+        metadata: What the JSON text holds.
+        where: The call and the file, for messages.
+
+    Raises:
+        AdapterError: Another format version; a field that is missing, unknown, of the wrong type or
+            out of range; fields that contradict each other.
+    """
+    if not isinstance(metadata, dict):
+        raise AdapterError(f"{where}: its metadata is not a JSON object.")
+    version = metadata.get("format_version")
+    if version != FORMAT_VERSION or type(version) is not int:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        advice = (
+            "It was written by a newer release. Update peft_vpt." if newer else "It is damaged."
+        )
+        raise AdapterError(
+            f"{where}: has format version {_short(version)}; this release reads version "
+            f"{FORMAT_VERSION}. {advice}"
+        )
+    _check_plain(metadata, where)
+    _check_fields(metadata, _FIELDS, where)
+    _check_fields(metadata["backbone"], _BACKBONE, f"{where}: backbone")
+    if metadata["head"] is not None:
+        _check_fields(metadata["head"], _HEAD, f"{where}: head")
+        _check_labels(metadata["head"], where)
+    if metadata["preprocessing"] is not None:
+        _check_fields(metadata["preprocessing"], _PREPROCESSING, f"{where}: preprocessing")
+        if len(metadata["preprocessing"]["mean"]) != len(metadata["preprocessing"]["std"]):
+            raise AdapterError(f"{where}: its preprocessing has unlike numbers of means and stds.")
+    _check_backbone(metadata["backbone"], where)
+    return _spec(metadata["spec"], metadata["backbone"]["depth"], where)
+
+
+def _integer(low: int, high: int) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _list_of(fits: Callable[[Any], bool], least: int = 1) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and len(value) >= least and all(map(fits, value))
+
+
+def _or_null(field: _Field) -> _Field:
+    return _Field(f"{field.what} or null", lambda value: value is None or field.fits(value))
+
+
+def _optional(field: _Field) -> _Field:
+    return _Field(field.what, field.fits, required=False)
+
+
+_TEXT = _Field("a string", lambda value: isinstance(value, str))
+_NAME = _Field("a string that is not empty", lambda value: isinstance(value, str) and value != "")
+_OBJECT = _Field("an object", lambda value: isinstance(value, dict))
+_COUNT = _Field("an integer of at least 1", _integer(1, _MOST_WIDTH))
+_FIELDS = {
+    "format_version": _COUNT,
+    "spec": _OBJECT,
+    "backbone": _OBJECT,
+    "head": _or_null(_OBJECT),
+    "preprocessing": _or_null(_OBJECT),
+    "task": _or_null(_TEXT),
+    "metrics": _or_null(_OBJECT),
+    "library_version": _TEXT,
+    "checksum": _Field(
+        "64 hexadecimal digits",
+        lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
+    ),
+}
+_BACKBONE = {
+    "library": _NAME,
+    "architecture": _NAME,
+    "hub_id": _or_null(
+        _Field(
+            "the name of a Hub repository",
+            lambda value: isinstance(value, str) and value != "" and not _UNSAFE.search(value),
+        )
+    ),
+    "revision": _or_null(_NAME),
+    "dims": _Field("a list of widths", _list_of(_COUNT.fits, least=0)),
+    "depth": _Field(f"an integer from 0 to {_MOST_DEPTH}", _integer(0, _MOST_DEPTH)),
+    "fingerprint": _or_null(_OBJECT),
+}
+_HEAD = {
+    "classes": _COUNT,
+    "labels": _or_null(_Field("a list of strings", _list_of(_TEXT.fits))),
+    "in_features": _COUNT,
+    "reads": _NAME,
+    "class": _optional(_NAME),
+    "bias": _optional(_Field("true or false", lambda value: isinstance(value, bool))),
+}
+_PREPROCESSING = {
+    "size": _Field(
+        f"[height, width], each from 1 to {_MOST_PIXELS}",
+        lambda value: _list_of(_integer(1, _MOST_PIXELS), least=2)(value) and len(value) == 2,
+    ),
+    "mean": _Field("a list of numbers", _list_of(_number)),
+    "std": _Field(
+        "a list of numbers above 0", _list_of(lambda value: _number(value) and value > 0)
+    ),
+    "interpolation": _Field(f"one of {', '.join(INTERPOLATIONS)}", INTERPOLATIONS.__contains__),
+    "crop": _optional(
+        _or_null(
+            _Field(
+                "a number from 0.01 to 100", lambda value: _number(value) and 0.01 <= value <= 100
+            )
+        )
+    ),
+}
+_FINGERPRINT = {
+    "dtype": _NAME,
+    "blocks": _Field("a list", lambda value: isinstance(value, list)),
+    "norm": _Field("a list", lambda value: isinstance(value, list)),
+    "quantized": _optional(_Field("true", lambda value: value is True)),
+}
+
+
+def _check_plain(metadata: Mapping[str, Any], where: str) -> None:
+    """Refuse nesting and integers that other JSON readers stumble over."""
+    level: list[Any] = [metadata]
+    for _ in range(_MOST_NESTING):
+        inner: list[Any] = []
+        for value in level:
+            if isinstance(value, dict | list):
+                inner.extend(value.values() if isinstance(value, dict) else value)
+            elif type(value) is int and not -(2**63) <= value < 2**63:
+                raise AdapterError(
+                    f"{where}: its metadata holds an integer of more than 64 bits; a JSON reader "
+                    "may round it, so store it as a string."
+                )
+        level = inner
+        if not level:
+            return
+    raise AdapterError(f"{where}: its metadata is nested more than {_MOST_NESTING} deep.")
+
+
+def _check_fields(values: Mapping[str, Any], fields: Mapping[str, _Field], where: str) -> None:
+    for name, field in fields.items():
+        if not (field.fits(values[name]) if name in values else not field.required):
+            raise AdapterError(
+                f"{where}: metadata field {name!r} is missing or of the wrong type; it must be "
+                f"{field.what}."
+            )
+    unknown = sorted(set(values) - set(fields))
+    if unknown:
+        raise AdapterError(
+            f"{where}: metadata fields {_short(unknown)} are not known to this release; if a newer "
+            "one wrote the file, update peft_vpt."
+        )
+
+
+def _check_labels(head: Mapping[str, Any], where: str) -> None:
+    if head["labels"] is not None and len(head["labels"]) != head["classes"]:
+        raise AdapterError(f"{where}: its head's classes, features and labels do not fit together.")
+
+
+def _check_backbone(backbone: Mapping[str, Any], where: str) -> None:
+    depth, dims, table = (backbone[name] for name in ("depth", "dims", "fingerprint"))
+    if bool(dims) != bool(depth):
+        raise AdapterError(f"{where}: its backbone's depth {depth} and dims {dims} contradict.")
+    if table is None:
+        return
+    rows = table.get("blocks")
+    # A backbone whose blocks are not known has one row for all of it.
+    lengths = [_BLOCK_NUMBERS] * max(depth, 1) + [_NORM_NUMBERS]
+    lists = [*rows, table.get("norm")] if isinstance(rows, list) else []
+    right = [isinstance(row, list) and all(map(_sum, row)) and len(row) for row in lists]
+    if right != lengths:
+        raise AdapterError(
+            f"{where}: its backbone fingerprint is not a table of numbers, {_BLOCK_NUMBERS} for "
+            f"each of {max(depth, 1)} blocks and {_NORM_NUMBERS} for the final norm."
+        )
+    _check_fields(table, _FINGERPRINT, f"{where}: fingerprint")
+
+
+def _sum(value: Any) -> bool:
+    return type(value) is float and math.isfinite(value) and value >= 0
+
+
+def _spec(values: Mapping[str, Any], depth: int, where: str) -> PromptSpec:
+    wrong = f"{where}: its prompt options are wrong"
+    try:
+        spec = PromptSpec.from_dict(values)
+        # Filling in "all layers" of a depth that a file made up could take any time.
+        settled = isinstance(values["layers"], list) and spec.dropout is not None
+        resolved = settled and spec.resolve(depth) == spec
+    except SpecError as error:
+        raise AdapterError(f"{wrong}: {_short(error)}") from error
+    if not resolved:
+        raise AdapterError(f"{wrong}: they are not resolved, as a saved file's are.")
+    if spec.length > _MOST_PROMPTS:
+        raise AdapterError(f"{wrong}: length {spec.length} is beyond {_MOST_PROMPTS}.")
+    return spec
+
+
+def _short(value: Any) -> str:
+    text = str(value) if isinstance(value, Exception) else repr(value)
+    return text if len(text) <= 400 else f"{text[:400]}..."

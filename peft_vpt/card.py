@@ -1,0 +1,246 @@
+"""The model card of a task adapter, written from the file itself, for the Hugging Face Hub."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .adapter_file import FILE_NAME, Adapter
+from .errors import AdapterError
+
+LIBRARY = "peft-vpt"
+_MARK = re.compile(r"\n<!-- written by peft_vpt, text ([0-9a-f]{16}) -->\n*$")
+
+
+def write_card(
+    adapter: Adapter,
+    repo_id: str,
+    *,
+    former: str | None = None,
+    license: str | None = None,
+    datasets: Sequence[str] = (),
+    total: int | None = None,
+) -> str:
+    """Return the README of an adapter's repository.
+
+    Args:
+        adapter: The adapter that is pushed.
+        repo_id: `owner/name`.
+        former: The README that is there. Its metadata is merged; its text is kept where somebody
+            edited it, and written anew where it is still ours.
+        license: Licence id of the Hub, `apache-2.0` say.
+        datasets: Dataset ids of the Hub.
+        total: Number of parameters of backbone, prompts and head, if known.
+
+    Raises:
+        AdapterError: The metadata of `former` is not YAML.
+    """
+    from huggingface_hub import RepoCard
+
+    own = _metadata(adapter, repo_id, license, datasets)
+    try:
+        old = RepoCard(former) if former else None
+    except Exception as error:
+        # A YAML error of one of two libraries, or a ValueError.
+        raise AdapterError(
+            f"push_task_adapter: the metadata of {repo_id}/README.md cannot be read: {error}. "
+            "Mend or delete that file first."
+        ) from error
+    text = _text(adapter, repo_id, total)
+    if old is not None:
+        own = _merge(dict(vars(old.data)), own)
+        if _edited(old.text):
+            text = old.text.lstrip("\n")
+    return f"---\n{_yaml(own)}---\n\n{text}"
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    import yaml
+
+    return str(yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True))
+
+
+def _metadata(
+    adapter: Adapter, repo_id: str, license: str | None, datasets: Sequence[str]
+) -> dict[str, Any]:
+    """Return the card's metadata, in the words of the Hub."""
+    from huggingface_hub import EvalResult, ModelCardData
+
+    meta = adapter.metadata
+    task = "image-feature-extraction" if meta["head"] is None else "image-classification"
+    name = meta["task"] or "task"
+    numbers = _numbers(meta["metrics"])
+    results = [
+        EvalResult(
+            task_type=task,
+            dataset_type=datasets[0] if datasets else re.sub(r"[^\w./-]+", "-", name),
+            dataset_name=name,
+            metric_type=metric,
+            metric_value=value,
+        )
+        for metric, value in numbers.items()
+    ]
+    base = meta["backbone"]["hub_id"]
+    relation = {"base_model": base, "base_model_relation": "adapter"} if base else {}
+    data: Any = ModelCardData(
+        library_name=LIBRARY,
+        license=license,
+        datasets=list(datasets) or None,
+        metrics=list(numbers) or None,
+        pipeline_tag=task,
+        tags=[LIBRARY, "visual-prompt-tuning", meta["backbone"]["library"]],
+        eval_results=results or None,
+        model_name=repo_id.split("/")[-1],
+        **relation,
+    )
+    return dict(data.to_dict())
+
+
+def _numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:
+    found = (metrics or {}).items()
+    return {k: v for k, v in found if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
+def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Lay new metadata over what is there: lists are united, what we do not know is kept."""
+    merged = old | new
+    for name in ("tags", "datasets", "metrics"):
+        before = old.get(name) or []
+        both = [*(before if isinstance(before, list) else [before]), *new.get(name, [])]
+        if both:
+            merged[name] = list(dict.fromkeys(both))
+    if "pipeline_tag" in old:
+        merged["pipeline_tag"] = old["pipeline_tag"]
+    index = [entry for entry in _entries(old) if entry.get("name") not in _names(new)]
+    if index or _entries(new):
+        merged["model-index"] = [*index, *_entries(new)]
+    return merged
+
+
+def _entries(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    index = data.get("model-index") or []
+    return [entry for entry in index if isinstance(entry, dict)]
+
+
+def _names(data: Mapping[str, Any]) -> set[str]:
+    return {entry["name"] for entry in _entries(data)}
+
+
+def _edited(text: str) -> bool:
+    """Tell whether a card's text is somebody's own, by the digest that ends ours."""
+    mark = _MARK.search(text)
+    if mark is None:
+        return bool(text.strip())
+    return _digest(text[: mark.start()]) != mark.group(1)
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:16]
+
+
+def _text(adapter: Adapter, repo_id: str, total: int | None) -> str:
+    parts = [
+        _introduction(adapter, repo_id),
+        "## Use\n\n" + _use(adapter, repo_id),
+        "## What is in it\n\n" + _facts(adapter, total),
+        _labels(adapter),
+        "## How it was made\n\nVisual Prompt Tuning ([Jia et al., ECCV 2022]"
+        "(https://arxiv.org/abs/2203.12119)) with the Python library `peft_vpt`, version "
+        f"{adapter.metadata['library_version']}. The backbone's own weights were not changed and "
+        "are not in this repository.",
+    ]
+    text = "\n\n".join(part for part in parts if part)
+    return f"{text}\n\n<!-- written by peft_vpt, text {_digest(text)} -->\n"
+
+
+def _introduction(adapter: Adapter, repo_id: str) -> str:
+    meta = adapter.metadata
+    base = meta["backbone"]["hub_id"]
+    where = f"[{base}](https://huggingface.co/{base})" if base else "a backbone without a Hub name"
+    task = f" for the task *{_plain(meta['task'])}*" if meta["task"] else ""
+    return (
+        f"# {repo_id.split('/')[-1]}\n\nA task adapter{task}: learnable prompt tokens and a "
+        f"classification head for {where} (`{meta['backbone']['architecture']}`, "
+        f"{meta['backbone']['library']})."
+    )
+
+
+def _use(adapter: Adapter, repo_id: str) -> str:
+    meta = adapter.metadata
+    if meta["backbone"]["hub_id"] is None:
+        return (
+            "```python\nfrom peft_vpt import load_task_adapter\n\n"
+            "# model: the backbone this adapter was made for\n"
+            f'load_task_adapter(model, "{repo_id}")\n```'
+        )
+    height, width = (meta["preprocessing"] or {}).get("size", (224, 224))
+    if meta["backbone"]["library"] == "timm":
+        pixels, logits = "preprocess(image).unsqueeze(0)", "model(pixels)"
+    else:
+        pixels = 'preprocess(images=image, return_tensors="pt")["pixel_values"]'
+        logits = "model(pixels).logits"
+    lines = [
+        "import torch",
+        "from PIL import Image",
+        "from peft_vpt.hub import load_backbone_with_adapter",
+        "",
+        f'model, preprocess = load_backbone_with_adapter("{repo_id}")',
+        f'image = Image.new("RGB", ({width}, {height}))  # Image.open("image.jpg").convert("RGB")',
+        f"pixels = {pixels}",
+        "with torch.inference_mode():",
+    ]
+    if meta["head"] is None:
+        lines += ["    output = model(pixels)"]
+    else:
+        lines += [f"    scores = {logits}.softmax(-1)[0]", "best = int(scores.argmax())"]
+        named = meta["head"]["labels"] is not None
+        label = 'model.prompts.info["labels"][best]' if named else "best"
+        lines += [f"print({label}, float(scores[best]))"]
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _facts(adapter: Adapter, total: int | None) -> str:
+    meta, spec = adapter.metadata, adapter.spec
+    trained = sum(tensor.numel() for tensor in adapter.tensors.values())
+    share = f" of {total:,} ({100 * trained / total:.2f} %)" if total else ""
+    options = {k: v for k, v in spec.to_dict().items() if k != "layers"}
+    head = meta["head"]
+    rows = {
+        "file": f"`{FILE_NAME}`, task adapter format {meta['format_version']}",
+        "trained parameters": f"{trained:,}{share}",
+        "prompts": ", ".join(f"`{k}={v!r}`" for k, v in options.items()),
+        "blocks where prompts enter": _blocks(spec.layers),
+        "classes": None if head is None else head["classes"],
+        "preprocessing": _inline(meta["preprocessing"]),
+        "backbone revision": meta["backbone"]["revision"],
+        "measured": _inline(meta["metrics"]),
+    }
+    lines = [f"| {name} | {value} |" for name, value in rows.items() if value is not None]
+    return "\n".join(["| | |", "|---|---|", *lines])
+
+
+def _blocks(layers: Any) -> str:
+    return "" if layers is None else ", ".join(str(index) for index in layers)
+
+
+def _inline(values: Mapping[str, Any] | None) -> str | None:
+    if not values:
+        return None
+    return ", ".join(f"{k} {_plain(json.dumps(v, ensure_ascii=False))}" for k, v in values.items())
+
+
+def _labels(adapter: Adapter) -> str:
+    head = adapter.metadata["head"]
+    if head is None or not head["labels"]:
+        return ""
+    shown = ", ".join(_plain(label) for label in head["labels"][:50])
+    more = len(head["labels"]) - 50
+    return f"## Labels\n\n{shown}" + (f" and {more} more" if more > 0 else "")
+
+
+def _plain(text: str) -> str:
+    """Take from a text what would break a table or start markup."""
+    return re.sub(r"([|<>`*_\[\]])", r"\\\1", " ".join(text.split()))

@@ -1,0 +1,173 @@
+"""`info` and `check`: what an adapter is, and whether it fits a backbone."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from enum import Enum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .output import Json, Offline, Revision, Source, quiet_stdout, write_facts, write_json
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..adapter_file import Adapter
+
+_LABELS_SHOWN = 5
+
+
+class Library(str, Enum):
+    """Where a backbone comes from."""
+
+    timm = "timm"
+    transformers = "transformers"
+
+
+def info(
+    source: Source, as_json: Json = False, revision: Revision = None, offline: Offline = False
+) -> None:
+    """Say what an adapter is, for which backbone, and how large.
+
+    The JSON is the file's metadata, with its path and sizes.
+    """
+    adapter = find(source, "peft-vpt info", revision, offline)
+    sizes = _sizes(adapter)
+    if as_json:
+        write_json({**adapter.metadata, "path": str(adapter.path), "sizes": sizes})
+    else:
+        write_facts(_facts(adapter, sizes))
+
+
+def check(
+    source: Source,
+    model: Annotated[str, typer.Option(metavar="NAME", help="timm name or Hub id of a backbone.")],
+    library: Annotated[
+        Library | None, typer.Option(help="Whose backbone it is; else the adapter's own library.")
+    ] = None,
+    no_weights: Annotated[
+        bool, typer.Option("--no-weights", help="Compare structure only; download no weights.")
+    ] = False,
+    revision: Revision = None,
+    offline: Offline = False,
+) -> None:
+    """Say whether an adapter fits a backbone: its structure, and its weights by their fingerprint.
+
+    Without weights, a Hub id still needs its configuration file.
+    """
+    from ..adapters import load_task_adapter
+    from ..errors import AdapterMismatchError, UnsupportedArchitectureError
+
+    adapter = find(source, "peft-vpt check", revision, offline)
+    kind = adapter.metadata["backbone"]["library"] if library is None else library.value
+    with quiet_stdout(), warnings.catch_warnings():
+        backbone = _build(adapter, kind, model, not no_weights, offline)
+        if no_weights:
+            # All that it has to say is that weights differ.
+            warnings.simplefilter("ignore", UserWarning)
+        try:
+            load_task_adapter(backbone, adapter.path, strict=not no_weights)
+            reason = None
+        except (AdapterMismatchError, UnsupportedArchitectureError) as error:
+            reason = str(error)
+    if reason is not None:
+        write_facts({"does not fit": reason})
+        raise typer.Exit(1)
+    write_facts({"fits": f"{model} (weights not compared)" if no_weights else model})
+
+
+def find(source: str, call: str, revision: str | None, offline: bool) -> Adapter:
+    """Read the adapter behind a path or a Hub id."""
+    from ..adapter_file import read_adapter
+    from ..source import find_adapter
+
+    with quiet_stdout():
+        path = find_adapter(source, call=call, revision=revision, local_files_only=offline)
+    return read_adapter(path, call)
+
+
+def _build(adapter: Adapter, library: str, name: str, weights: bool, offline: bool) -> nn.Module:
+    from ..pretrained import build_backbone
+
+    made_for, images = adapter.metadata["backbone"], adapter.metadata["preprocessing"]
+    own = library == made_for["library"] == "transformers"
+    sized = images is not None and adapter.spec.location != "pad"
+    return build_backbone(
+        library,
+        name,
+        architecture=made_for["architecture"] if own else None,
+        pretrained=weights,
+        image_size=tuple(images["size"]) if sized else None,
+        local_files_only=offline,
+    )
+
+
+def _sizes(adapter: Adapter) -> dict[str, Any]:
+    counts = {name: tensor.numel() for name, tensor in adapter.tensors.items()}
+    total = sum(counts.values())
+    prompts = sum(count for name, count in counts.items() if name.startswith("prompts."))
+    return {
+        "file": adapter.path.stat().st_size,
+        "parameters": {"prompts": prompts, "head": total - prompts, "total": total},
+        "tensors": {
+            name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+            for name, tensor in sorted(adapter.tensors.items())
+        },
+    }
+
+
+def _facts(adapter: Adapter, sizes: Mapping[str, Any]) -> dict[str, str]:
+    from rich.filesize import decimal
+
+    metadata, counts = adapter.metadata, sizes["parameters"]
+    dtypes = ", ".join(sorted({tensor["dtype"] for tensor in sizes["tensors"].values()}))
+    return {
+        "file": f"{adapter.path}, {decimal(sizes['file'])}",
+        "task": metadata["task"] or "",
+        **_backbone(metadata["backbone"]),
+        "prompts": _prompts(metadata["spec"]),
+        **_head(metadata["head"]),
+        "preprocessing": _pairs(metadata["preprocessing"]),
+        "metrics": _pairs(metadata["metrics"]),
+        "parameters": f"{counts['total']:,} ({counts['prompts']:,} of prompts, {counts['head']:,} "
+        f"of the head), {dtypes}",
+        "format": f"version {metadata['format_version']}, written by peft_vpt "
+        f"{metadata['library_version']}",
+    }
+
+
+def _backbone(backbone: Mapping[str, Any]) -> dict[str, str]:
+    at = f" at {backbone['revision']}" if backbone["revision"] else ""
+    return {
+        "backbone": f"{backbone['library']} {backbone['architecture']}, {backbone['depth']} blocks "
+        f"of width {', '.join(map(str, backbone['dims']))}",
+        "base model": f"{backbone['hub_id']}{at}" if backbone["hub_id"] else "not named",
+    }
+
+
+def _prompts(spec: Mapping[str, Any]) -> str:
+    # Blocks are listed as such; what follows are values that say something.
+    layers = spec["layers"] or []
+    where = f"blocks {', '.join(map(str, layers))}; " if layers else ""
+    kind = "deep" if spec["deep"] else "shallow"
+    rest = {k: v for k, v in spec.items() if k not in ("length", "deep", "layers")}
+    return f"{kind}, length {spec['length']}, {where}{_pairs(rest)}"
+
+
+def _head(head: Mapping[str, Any] | None) -> dict[str, str]:
+    if head is None:
+        return {"head": "none"}
+    labels = head["labels"] or []
+    more = f" and {len(labels) - _LABELS_SHOWN} more" if len(labels) > _LABELS_SHOWN else ""
+    return {
+        "head": f"{head['classes']} classes, {head['in_features']} features, reads {head['reads']}",
+        "labels": ", ".join(labels[:_LABELS_SHOWN]) + more,
+    }
+
+
+def _pairs(values: Mapping[str, Any] | None) -> str:
+    return ", ".join(
+        f"{name} {value}" for name, value in (values or {}).items() if value is not None
+    )
