@@ -2,7 +2,7 @@
 
 >>> import peft_vpt
 >>> sorted(peft_vpt.__all__)[:3]
-['PromptSpec', 'VPTError', 'count_parameters']
+['PromptSpec', 'VPTError', 'apply_protocol']
 """
 
 from importlib import import_module
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
+    "apply_protocol": "protocols",
     "PromptSpec": "spec",
     "VPTError": "errors",
     "count_parameters": "inject",
@@ -27,6 +28,7 @@ _HOMES = {
 __all__ = [
     "PromptSpec",
     "VPTError",
+    "apply_protocol",
     "count_parameters",
     "disable_prompts",
     "inject_prompts",
@@ -50,6 +52,7 @@ if TYPE_CHECKING:
         remove_prompts,
         trainable_parameters,
     )
+    from .protocols import apply_protocol
     from .spec import PromptSpec
 
 

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from .adapter_metadata import FORMAT_VERSION, check_metadata
 from .errors import AdapterError
-from .spec import PromptSpec
+from .protocols.options import Protocol
+from .spec import NOWHERE, PromptSpec
 
 FILE_NAME = "adapter.safetensors"
 METADATA_KEY = "peft_vpt"
@@ -36,6 +37,7 @@ _DTYPES = {
 _NAME = re.compile(
     r"prompts\.([0-9]+|shared\.[0-9]+|project\.[0-9]+\.(weight|bias))"
     r"|prompts\.pixel\.(patches|channels|weight|tb|lr)"
+    r"|delta(\.[A-Za-z0-9_-]+)+"
     r"|head(_dist)?\.(weight|bias|module(\.[A-Za-z0-9_-]+)+)"
 )
 _LARGEST_HEADER = 100_000_000
@@ -66,6 +68,12 @@ class Adapter:
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
     spec: PromptSpec
+
+    @property
+    def protocol(self) -> Protocol | None:
+        """The protocol it was made by, None where it holds prompts and head alone."""
+        values = self.metadata.get("protocol")
+        return None if values is None else Protocol.from_dict(values)
 
     def expect(self, shapes: Mapping[str, tuple[int, ...]], *, prefix: str) -> None:
         """Raise unless the tensors whose names start with `prefix` are exactly these.
@@ -108,7 +116,7 @@ def read_adapter(path: Path, call: str = "load_task_adapter") -> Adapter:
         raise AdapterError(f"{where}: its metadata is not canonical JSON: {error}") from error
     spec = check_metadata(metadata, where)
     _check_types(tensors, where)
-    _check_names(tensors, spec, where)
+    _check_names(tensors, spec, where, protocol="protocol" in metadata)
     if metadata["checksum"] != checksum(tensors, metadata):
         raise AdapterError(f"{where}: the checksum does not fit; the file was damaged or edited.")
     _check_finite(tensors, where)
@@ -130,7 +138,7 @@ def write_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
         # Through JSON once, so that the checksum is over what a reader will parse.
         full = json.loads(canonical(full))
         spec = check_metadata(full | {"checksum": "0" * 64}, where)
-        _check_names(cpu, spec, where)
+        _check_names(cpu, spec, where, protocol="protocol" in metadata)
         full["checksum"] = checksum(cpu, full)
         data = save(cpu, {METADATA_KEY: canonical(full)})
     except (TypeError, ValueError, RecursionError) as error:
@@ -257,8 +265,12 @@ def _check_types(tensors: Mapping[str, Tensor], where: str) -> None:
             )
 
 
-def _check_names(tensors: Mapping[str, Tensor], spec: PromptSpec, where: str) -> None:
+def _check_names(
+    tensors: Mapping[str, Tensor], spec: PromptSpec, where: str, *, protocol: bool
+) -> None:
     stray = {name for name in tensors if not _NAME.fullmatch(name)}
+    if not protocol:
+        stray |= {name for name in tensors if name.startswith("delta.")}
     missing: set[str] = set()
     shared = spec.sharing in ("inter", "all")
     if spec.is_pixel or shared:
@@ -273,6 +285,8 @@ def _check_names(tensors: Mapping[str, Tensor], spec: PromptSpec, where: str) ->
             f"{where}: tensors missing: {sorted(missing) or 'none'}; "
             f"not expected: {sorted(stray) or 'none'}."
         )
+    if spec.location == NOWHERE:
+        return
     # A length that the file does not hold would be built before shapes are compared.
     stored = 1 if spec.sharing in ("intra", "all") else spec.length
     numbers = sum(t.numel() for name, t in tensors.items() if name.startswith("prompts."))

@@ -21,12 +21,14 @@ from .errors import (
     SpecError,
     UnsupportedArchitectureError,
 )
-from .fingerprint import compare
+from .fingerprint import Fingerprint, compare
 from .forms.places import survey
-from .hosts import device_of, host_and_prompts
-from .inject import is_prompted, prepare
+from .hosts import carries, device_of, host_and_prompts
+from .inject import prepare
 from .pixels import PixelPlace
 from .prompts import prompt_shapes
+from .protocols.delta import Delta
+from .protocols.modules import MlpHead
 from .spec import PromptSpec
 
 HEAD_NAMES = ("head", "head_dist")
@@ -46,9 +48,7 @@ def check_fit(
             )
     spec = adapter.spec
     if strict == "prompts":
-        own_pooling = (
-            host_and_prompts(host, where)[1].spec.pooling if is_prompted(host) else "default"
-        )
+        own_pooling = host_and_prompts(host, where)[1].spec.pooling if carries(host) else "default"
         spec = dataclasses.replace(spec, pooling=own_pooling)
     try:
         spec = spec.resolve(encoder.depth)
@@ -68,7 +68,8 @@ def check_fit(
     if strict != "prompts":
         _check_head(adapter, host, encoder, spec, where)
     _check_fingerprint(adapter, host, encoder, own, strict=strict is not False)
-    if not is_prompted(host):
+    _check_protocol(adapter, host, encoder, with_head=strict != "prompts")
+    if not carries(host):
         try:
             classes = new_classes(adapter, encoder, with_head=with_head)
             prepare(host, spec, encoder, num_classes=classes)
@@ -79,7 +80,7 @@ def check_fit(
 
 def _place(host: nn.Module, encoder: Encoder, spec: PromptSpec, where: str) -> PixelPlace | None:
     """Return where pixel prompts meet this model, after the checks of every location."""
-    prompted = is_prompted(host)
+    prompted = carries(host)
     bare = host_and_prompts(host, where)[1].disable() if prompted else nullcontext()
     try:
         with bare:
@@ -121,6 +122,13 @@ def _check_head(
             f"{width}; {hint}"
         )
     own = module_at(host, encoder.head.paths[0])
+    protocol = adapter.protocol
+    if protocol is not None and protocol.kind == "mlp":
+        module = MlpHead(width, head["classes"], protocol.number)
+        state = {n: t for n, t in module.state_dict().items() if t.is_floating_point()}
+        shapes = {f"head.module.{n}": tuple(t.shape) for n, t in state.items()}
+        adapter.expect(shapes, prefix="head")
+        return
     if head.get("class") not in (None, type(own).__name__):
         raise AdapterMismatchError(
             f"{where}: its head is a {head['class']}, which only the same class can take, "
@@ -172,7 +180,7 @@ def _difference(
     if saved is None:
         return "the backbone's weights cannot be compared, since the file has no fingerprint", True
     try:
-        found = compare(saved, host, encoder)
+        found = compare(saved, host, encoder, _first_fingerprint(host))
     except UnreadableWeightsError as error:
         return f"the backbone's weights cannot be compared: {error}", True
     how = (
@@ -193,10 +201,47 @@ def _difference(
     return None
 
 
+def _first_fingerprint(host: nn.Module) -> Fingerprint | None:
+    """Return the fingerprint of weights that a protocol has moved since, None for others."""
+    delta = host_and_prompts(host, "")[1].delta if carries(host) else None
+    return None if delta is None else delta.fingerprint
+
+
+def _check_protocol(
+    adapter: Adapter, host: nn.Module, encoder: Encoder, *, with_head: bool
+) -> None:
+    """Compare what a protocol adds or moves with the file; the model is left alone."""
+    protocol, where = adapter.protocol, f"load_task_adapter: {adapter.path}"
+    present = host_and_prompts(host, where)[1].delta if carries(host) else None
+    if present is not None and not present.protocol.same(protocol):
+        present.check_restorable("load_task_adapter")
+    if protocol is None:
+        adapter.expect({}, prefix="delta.")
+        return
+    if protocol.kind == "mlp" and not with_head:
+        raise AdapterError(
+            f"{where}: it holds a head and nothing else, so strict='prompts' leaves nothing."
+        )
+    try:
+        delta = Delta(protocol, host, encoder)
+    except (SpecError, UnsupportedArchitectureError) as error:
+        raise AdapterMismatchError(f"{where}: does not fit this model: {error}") from error
+    shapes = {name: tuple(t.shape) for name, t in delta.tensors(host).items()}
+    have = {n: tuple(t.shape) for n, t in adapter.tensors.items() if n.startswith("delta.")}
+    if have != shapes:
+        names = sorted(n for n in {*have, *shapes} if have.get(n) != shapes.get(n))
+        raise AdapterMismatchError(
+            f"{where}: its weights of protocol {protocol.name!r} do not fit this model: "
+            f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}."
+        )
+
+
 def new_classes(adapter: Adapter, encoder: Encoder, *, with_head: bool) -> int | None:
     """Return the size of the head to put in, or None where the model's own one is filled."""
     head = adapter.metadata["head"]
-    filled = head is None or head.get("class") is not None
+    protocol = adapter.protocol
+    mlp = protocol is not None and protocol.kind == "mlp"
+    filled = head is None or (head.get("class") is not None and not mlp)
     if not with_head or filled or not (encoder.head and encoder.head.simple):
         return None
     return int(head["classes"])

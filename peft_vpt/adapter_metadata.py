@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import AdapterError, SpecError
+from .protocols.options import PROMPTED, Protocol
 from .spec import PromptSpec
 
 FORMAT_VERSION = 1
@@ -67,6 +68,9 @@ def check_metadata(metadata: Any, where: str) -> PromptSpec:
         if len(metadata["preprocessing"]["mean"]) != len(metadata["preprocessing"]["std"]):
             raise AdapterError(f"{where}: its preprocessing has unlike numbers of means and stds.")
     _check_backbone(metadata["backbone"], where)
+    _check_protocol(metadata, where)
+    if metadata["spec"] is None:
+        return PromptSpec.none()
     return _spec(metadata["spec"], metadata["backbone"]["depth"], where)
 
 
@@ -96,7 +100,8 @@ _OBJECT = _Field("an object", lambda value: isinstance(value, dict))
 _COUNT = _Field("an integer of at least 1", _integer(1, _MOST_WIDTH))
 _FIELDS = {
     "format_version": _COUNT,
-    "spec": _OBJECT,
+    "spec": _or_null(_OBJECT),
+    "protocol": _optional(_OBJECT),
     "backbone": _OBJECT,
     "head": _or_null(_OBJECT),
     "preprocessing": _or_null(_OBJECT),
@@ -232,6 +237,23 @@ def _spec(values: Mapping[str, Any], depth: int, where: str) -> PromptSpec:
     if spec.length > _MOST_PROMPTS:
         raise AdapterError(f"{wrong}: length {spec.length} is beyond {_MOST_PROMPTS}.")
     return spec
+
+
+def _check_protocol(metadata: Mapping[str, Any], where: str) -> None:
+    if "protocol" not in metadata:
+        if metadata["spec"] is None:
+            raise AdapterError(f"{where}: it names neither prompts nor a protocol.")
+        return
+    try:
+        protocol = Protocol.from_dict(metadata["protocol"])
+    except SpecError as error:
+        raise AdapterError(
+            f"{where}: its protocol is wrong: {_short(error)} If a newer release wrote the file, "
+            "update peft_vpt."
+        ) from error
+    prompted = protocol.kind in PROMPTED
+    if protocol.to_dict() != metadata["protocol"] or prompted != (metadata["spec"] is not None):
+        raise AdapterError(f"{where}: its protocol and its prompts contradict.")
 
 
 def _short(value: Any) -> str:

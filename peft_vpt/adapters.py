@@ -21,12 +21,14 @@ from .backbones.identity import default_preprocessing, describe_backbone, label_
 from .backbones.image_model import encoder_for
 from .errors import AdapterError
 from .fingerprint import fingerprint
-from .hosts import host_and_prompts, refuse_unfit, unwrap
-from .inject import freeze, inject_spec, is_prompted, remove_prompts
+from .hosts import carries, host_and_prompts, refuse_unfit, unwrap
+from .inject import freeze, inject_spec, remove_prompts
 from .preprocessing import describe_preprocessing
 from .prompts import Prompts
+from .protocols import apply_delta
+from .protocols.options import Protocol
 from .source import cached_revision, find_adapter
-from .spec import PromptSpec
+from .spec import NOWHERE, PromptSpec
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -71,7 +73,7 @@ def save_task_adapter(
         else info.get("labels") or label_names(host, prompts.encoder)
     )
     metadata = {
-        "spec": prompts.spec.to_dict(),
+        "spec": None if prompts.spec.location == NOWHERE else prompts.spec.to_dict(),
         "backbone": _describe_backbone(host, prompts),
         "head": _describe_head(host, prompts, names),
         "preprocessing": describe_preprocessing(preprocessing)
@@ -81,14 +83,15 @@ def save_task_adapter(
         "metrics": metrics if metrics is not None else info.get("metrics"),
         "library_version": __version__,
     }
+    if prompts.delta is not None:
+        metadata["protocol"] = prompts.delta.protocol.to_dict()
     try:
         target = Path(path).expanduser()
     except (RuntimeError, TypeError) as error:
         raise AdapterError(f"save_task_adapter: {path!r}: not a path: {error}") from error
     if target.suffix != ".safetensors":
         target = target / FILE_NAME
-    tensors = {f"prompts.{name}": p for name, p in prompts.named_parameters()}
-    return write_adapter(target, tensors | head_tensors(host, prompts.encoder), metadata)
+    return write_adapter(target, _tensors(host, with_head=True), metadata)
 
 
 def load_task_adapter(
@@ -138,11 +141,12 @@ def load_task_adapter(
         local_files_only=local_files_only,
     )
     adapter, host = read_adapter(path), unwrap(model)
-    if is_prompted(host):
+    if carries(host):
         encoder = host_and_prompts(host, "load_task_adapter")[1].encoder
     else:
         refuse_unfit(host)
-        encoder = encoder_for(host, adapter.spec.location)
+        any_image_model = adapter.spec.location == NOWHERE
+        encoder = encoder_for(host, "pad" if any_image_model else adapter.spec.location)
     with_head = strict != "prompts" and adapter.metadata["head"] is not None
     spec = check_fit(adapter, host, encoder, strict, with_head=with_head)
     _install(host, adapter, spec, encoder, with_head=with_head)
@@ -158,8 +162,8 @@ def _install(
     bias = head is None or head.get("bias", True)
     kept: dict[str, Tensor] = {}
     names = head["labels"] if head is not None else None
-    if not _has_structure(host, spec, encoder, classes, bias):
-        if is_prompted(host):
+    if not _has_structure(host, adapter, spec, encoder, classes, bias):
+        if carries(host):
             if head is None and encoder.head is not None:
                 kept = {n: t.detach().clone() for n, t in head_tensors(host, encoder).items()}
                 names, bias = label_names(host, encoder), "head.bias" in kept
@@ -167,12 +171,10 @@ def _install(
             remove_prompts(host)
         # Every value is overwritten below, so the global random state is left alone.
         generator = torch.Generator().manual_seed(0)
-        inject_spec(host, spec, encoder, num_classes=classes, head_bias=bias, generator=generator)
+        _inject(host, adapter.protocol, spec, encoder, classes, bias, generator)
     prompts = host_and_prompts(host, "load_task_adapter")[1]
     source = adapter.tensors | kept
-    targets: dict[str, Tensor] = {f"prompts.{n}": p for n, p in prompts.named_parameters()}
-    if with_head or kept:
-        targets |= head_tensors(host, encoder)
+    targets = _tensors(host, with_head=with_head or bool(kept))
     _copy(host, encoder, {name: (target, source[name]) for name, target in targets.items()})
     freeze(host, encoder)
     prompts.clear_cache()
@@ -180,6 +182,32 @@ def _install(
     prompts.info["labels"] = names
     if (with_head or kept) and _has_task_head(host):
         _name_labels(host, encoder, names)
+
+
+def _inject(
+    host: nn.Module,
+    protocol: Protocol | None,
+    spec: PromptSpec,
+    encoder: Encoder,
+    classes: int | None,
+    bias: bool,
+    generator: torch.Generator,
+) -> None:
+    if protocol is None:
+        inject_spec(host, spec, encoder, num_classes=classes, head_bias=bias, generator=generator)
+        return
+    apply_delta(
+        host, protocol, spec, encoder, num_classes=classes, head_bias=bias, generator=generator
+    )
+
+
+def _tensors(host: nn.Module, *, with_head: bool) -> dict[str, Tensor]:
+    """Return what a file holds of a model, under the names there."""
+    prompts = host_and_prompts(host, "save_task_adapter")[1]
+    found: dict[str, Tensor] = {f"prompts.{n}": p for n, p in prompts.own_parameters().items()}
+    if prompts.delta is not None:
+        found |= prompts.delta.tensors(host)
+    return found | (head_tensors(host, prompts.encoder) if with_head else {})
 
 
 @torch.no_grad()
@@ -204,16 +232,32 @@ def _host_name(encoder: Encoder, name: str) -> str:
 
 
 def _has_structure(
-    host: nn.Module, spec: PromptSpec, encoder: Encoder, classes: int | None, bias: bool
+    host: nn.Module,
+    adapter: Adapter,
+    spec: PromptSpec,
+    encoder: Encoder,
+    classes: int | None,
+    bias: bool,
 ) -> bool:
     """Tell whether a model already carries such prompts and a task head of that size."""
-    if not is_prompted(host) or host_and_prompts(host, "load_task_adapter")[1].spec != spec:
+    if not carries(host):
+        return False
+    prompts = host_and_prompts(host, "load_task_adapter")[1]
+    protocol = adapter.protocol
+    same = prompts.delta is None if protocol is None else protocol.same(_protocol(prompts))
+    if prompts.spec != spec or not same:
         return False
     if classes is None or encoder.head is None:
         return True
     head: Any = module_at(host, encoder.head.paths[0])
-    same = class_count(host, encoder.head) == classes and (head.bias is not None) == bias
+    has_bias = getattr(head, "bias", None) is not None or not isinstance(head, nn.Linear)
+    same = class_count(host, encoder.head) == classes and has_bias == bias
     return _has_task_head(host) and same
+
+
+def _protocol(prompts: Prompts) -> Protocol | None:
+    found: Protocol | None = None if prompts.delta is None else prompts.delta.protocol
+    return found
 
 
 def _has_task_head(host: nn.Module) -> bool:
@@ -224,7 +268,9 @@ def _describe_backbone(host: nn.Module, prompts: Prompts) -> dict[str, Any]:
     values = describe_backbone(host, prompts.encoder)
     if values["hub_id"] and values["revision"] is None:
         values["revision"] = cached_revision(values["hub_id"])
-    return values | {"fingerprint": fingerprint(host, prompts.encoder)}
+    moved = prompts.delta is not None and prompts.delta.protocol.moves
+    found = prompts.delta.fingerprint if moved else fingerprint(host, prompts.encoder)
+    return values | {"fingerprint": found}
 
 
 def _preprocessing(host: nn.Module, prompts: Prompts) -> dict[str, Any] | None:

@@ -206,13 +206,16 @@ def _facts(adapter: Adapter, total: int | None) -> str:
     meta, spec = adapter.metadata, adapter.spec
     trained = sum(tensor.numel() for tensor in adapter.tensors.values())
     share = f" of {total:,} ({100 * trained / total:.2f} %)" if total else ""
-    options = {k: v for k, v in spec.to_dict().items() if k != "layers"}
+    prompted = meta["spec"] is not None
+    options = {k: v for k, v in spec.to_dict().items() if k != "layers"} if prompted else {}
+    if "protocol" in meta:
+        options = {"protocol": meta["protocol"]["name"]} | options
     head = meta["head"]
     rows = {
         "file": f"`{FILE_NAME}`, task adapter format {meta['format_version']}",
         "trained parameters": f"{trained:,}{share}",
         "prompts": ", ".join(f"`{k}={v!r}`" for k, v in options.items()),
-        "blocks where prompts enter": _blocks(spec.layers),
+        "blocks where prompts enter": _blocks(spec.layers) if prompted else None,
         "classes": None if head is None else head["classes"],
         "preprocessing": _inline(meta["preprocessing"]),
         "backbone revision": meta["backbone"]["revision"],

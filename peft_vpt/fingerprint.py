@@ -67,17 +67,22 @@ def fingerprint(host: nn.Module, encoder: Encoder) -> Fingerprint | None:
         return None
 
 
-def compare(saved: Fingerprint, host: nn.Module, encoder: Encoder) -> Comparison:
+def compare(
+    saved: Fingerprint, host: nn.Module, encoder: Encoder, own: Fingerprint | None = None
+) -> Comparison:
     """Compare a saved fingerprint with a model.
 
     Args:
         saved: From an adapter's metadata.
         host: The model, prompted or not.
         encoder: Its anatomy.
+        own: The model's fingerprint, where its weights are no longer those it began with.
 
     Raises:
         UnreadableWeightsError: Its weights cannot be read; the message says why.
     """
+    if own is not None:
+        return _compare(saved, own, [own])
     own = _read(host, encoder)
     found = _compare(saved, own, [own])
     if found.same:

@@ -31,6 +31,11 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def carries(model: nn.Module) -> bool:
+    """Tell whether a model carries prompts or a protocol."""
+    return isinstance(getattr(unwrap(model), "prompts", None), Prompts)
+
+
 def host_and_prompts(model: nn.Module, call: str) -> tuple[nn.Module, Prompts]:
     """Return what carries the prompts, and the prompts.
 

@@ -13,7 +13,7 @@ from .backbones.anatomy import Encoder, first_conv_kernel, module_at
 from .backbones.checkpointing import outermost_checkpoint
 from .backbones.heads import host_dtype, replace_head
 from .backbones.image_model import encoder_for
-from .errors import SpecError
+from .errors import SpecError, VPTError
 from .forms.attach import Form, ForwardPatch
 from .forms.carrycheck import check_carried
 from .forms.choose import build_forms, every_attention
@@ -22,8 +22,9 @@ from .forms.pixel import check_host
 from .forms.places import survey
 from .forms.selfcheck import self_check
 from .hosts import check_blocks, check_head, device_of, host_and_prompts, refuse_unfit, unwrap
-from .prompts import Prompts, check_values, initialise, prompt_shapes
-from .spec import PromptSpec
+from .initialise import check_values, initialise
+from .prompts import Prompts, prompt_shapes
+from .spec import NOWHERE, PromptSpec
 from .undo import ignore_frozen_on_save, remember, restore
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -217,6 +218,8 @@ def remove_prompts(model: Model) -> Model:
         VPTError: Another library has wrapped a `forward` since; take that wrapper off first.
     """
     host, prompts = host_and_prompts(model, "remove_prompts")
+    if prompts.delta is not None:
+        prompts.delta.check_restorable("remove_prompts")
     patches = [form for form in prompts.forms if isinstance(form, ForwardPatch)]
     outermost = {(id(form.target), form.method): form for form in patches}
     for form in outermost.values():
@@ -225,6 +228,8 @@ def remove_prompts(model: Model) -> Model:
         part.detach()
     for handle in prompts.undo["handles"]:
         handle.remove()
+    if prompts.delta is not None:
+        prompts.delta.detach(host)
     del host.prompts
     restore(host, prompts)
     return model
@@ -237,13 +242,21 @@ def disable_prompts(model: nn.Module) -> AbstractContextManager[None]:
 
     Raises:
         NotPromptedError: The model carries no prompts.
+        VPTError: A protocol has trained the backbone itself.
     """
-    return host_and_prompts(model, "disable_prompts")[1].disable()
+    prompts = host_and_prompts(model, "disable_prompts")[1]
+    if prompts.delta is not None and prompts.delta.protocol.moves:
+        raise VPTError(
+            f"disable_prompts: under the protocol {prompts.delta.protocol.name!r} weights of the "
+            "backbone itself have trained; use a copy of the bare model, or remove_prompts."
+        )
+    return prompts.disable()
 
 
 def is_prompted(model: nn.Module) -> bool:
     """Tell whether a model, or what a wrapper holds, carries prompts."""
-    return isinstance(getattr(unwrap(model), "prompts", None), Prompts)
+    prompts = getattr(unwrap(model), "prompts", None)
+    return isinstance(prompts, Prompts) and prompts.spec.location != NOWHERE
 
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -275,6 +288,8 @@ def freeze(model: nn.Module, encoder: Encoder) -> None:
         module_at(model, path).requires_grad_(True)
     prompts = host_and_prompts(model, "freeze")[1]
     prompts.requires_grad_(prompts.spec.train_prompts)
+    if prompts.delta is not None:
+        prompts.delta.unfreeze(model)
 
 
 def _attach(prompts: Prompts, model: nn.Module) -> None:
@@ -283,9 +298,15 @@ def _attach(prompts: Prompts, model: nn.Module) -> None:
         if isinstance(part, KeyValueForm) and not prompts.checked:
             part.check_at_first_forward()
     prompts.undo["handles"] = [model.register_forward_pre_hook(prompts.check_forward)]
-    if prompts.entries:
-        first = prompts.encoder.blocks[prompts.entries[0]].path
-        gate = module_at(model, prompts.encoder.gate or outermost_checkpoint(model, first))
-        prompts.undo["handles"].append(
-            gate.register_forward_pre_hook(prompts.require_input_grad, with_kwargs=True)
-        )
+    watch_input(prompts, model)
+
+
+def watch_input(prompts: Prompts, model: nn.Module) -> None:
+    """Let the input of the first block in which something trains require grad where it must."""
+    if prompts.first_block is None:
+        return
+    first = prompts.encoder.blocks[prompts.first_block].path
+    gate = module_at(model, prompts.encoder.gate or outermost_checkpoint(model, first))
+    prompts.undo["handles"].append(
+        gate.register_forward_pre_hook(prompts.require_input_grad, with_kwargs=True)
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,9 +19,9 @@ from .backbones.checkpointing import (
     keeps_training_flag,
     refuse_cut_off,
 )
-from .errors import SpecError, VPTError
-from .pixels import PixelPlace, PixelPrompts, initialise_pixels, pixel_shapes
-from .spec import PromptSpec, xavier_bound
+from .errors import VPTError
+from .pixels import PixelPlace, PixelPrompts, pixel_shapes
+from .spec import NOWHERE, PromptSpec
 
 _DISABLED: ContextVar[frozenset[int]] = ContextVar("peft_vpt_disabled", default=frozenset())
 
@@ -85,6 +84,10 @@ class Prompts(nn.Module):
                 nn.Linear, spec.project, width
             )
         self.forms = nn.ModuleList()
+        # What a protocol adds to prompts or puts in their place; `protocols.Delta`.
+        self.delta: Any = None
+        # The first block in which something trains, for reentrant checkpointing.
+        self.first_block = self.entries[0] if self.entries else None
 
     def _register(self, name: str, values: Tensor) -> None:
         owner, _, last = name.rpartition(".")
@@ -175,11 +178,21 @@ class Prompts(nn.Module):
             return self
         host = self._host[0]
         own = {id(module) for module in (host, *self.modules(), *self._head_modules())}
-        for module in host.modules():
-            trains = any(p.requires_grad for p in module.parameters(recurse=False))
-            if id(module) not in own and not trains and not keeps_training_flag(module):
-                module.training = False
+        for path, module in host.named_modules():
+            if id(module) in own or keeps_training_flag(module) or self._trains(path, module):
+                continue
+            module.training = False
         return self
+
+    def _trains(self, path: str, module: nn.Module) -> bool:
+        """Tell whether a module of the backbone follows the host into train mode."""
+        if self.delta is not None and self.delta.protocol.moves:
+            return bool(self.delta.keeps_mode(path))
+        return any(p.requires_grad for p in module.parameters(recurse=False))
+
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the prompts and their projection by name, without what a protocol adds."""
+        return {n: p for n, p in self.named_parameters() if not n.startswith("delta.")}
 
     def _head_modules(self) -> Iterator[nn.Module]:
         for path in self.encoder.head.paths if self.encoder.head else ():
@@ -209,12 +222,12 @@ class Prompts(nn.Module):
                 "gradients of the prompts. Use DistributedDataParallel with torchrun."
             )
         self._keep_checkpointing(host)
-        if not self.entries:
+        if self.first_block is None:
             # In front of all blocks, where nothing is recomputed.
             return
-        checkpointing = is_checkpointing(host, self.encoder, self.entries[0])
+        checkpointing = is_checkpointing(host, self.encoder, self.first_block)
         if checkpointing and torch.is_grad_enabled():
-            refuse_cut_off(host, self.encoder, self.entries[0])
+            refuse_cut_off(host, self.encoder, self.first_block)
         if checkpointing and torch.is_grad_enabled() and self.disabled():
             raise VPTError(
                 "disable_prompts: gradient checkpointing recomputes blocks in backward, where "
@@ -242,7 +255,7 @@ class Prompts(nn.Module):
         hidden = first_argument(args, kwargs)
         if not torch.is_grad_enabled() or hidden.requires_grad:
             return None
-        if not is_reentrant(self._host[0], self.encoder, self.entries[0]):
+        if not is_reentrant(self._host[0], self.encoder, self.first_block or 0):
             return None
         hidden = hidden.detach().requires_grad_()
         if args:
@@ -252,6 +265,8 @@ class Prompts(nn.Module):
     def extra_repr(self) -> str:
         """Say how many prompts enter where, and how many parameters that makes."""
         spec, count = self.spec, sum(p.numel() for p in self.parameters())
+        if spec.location == NOWHERE:
+            return "no prompts"
         kind = "deep" if spec.deep else "shallow"
         if spec.location != "prepend":
             kind += f", location={spec.location}"
@@ -277,69 +292,3 @@ def prompt_shapes(
         stages = sorted({encoder.blocks[entry].stage for entry in entries})
         return {f"shared.{s}": (length, spec.project or encoder.widths[s]) for s in stages}
     return {str(e): (length, spec.project or encoder.blocks[e].width) for e in entries}
-
-
-@torch.no_grad()
-def initialise(
-    prompts: Prompts,
-    patch: tuple[int, int],
-    values: Tensor | list[Tensor] | None,
-    generator: torch.Generator | None,
-) -> None:
-    """Fill prompts and projection with their first values.
-
-    Draws are made on the generator's device (the CPU without one) in float32, so a seed gives the
-    same values on every device.
-
-    Args:
-        prompts: On any device.
-        patch: Kernel of the patch or stem convolution, for the xavier bound.
-        values: One tensor per stored prompt, or a stacked one, for init="tensor".
-        generator: Source of randomness; None: torch's global one.
-
-    Source: bound of Jia et al. 2022, section A.1; projection kaiming normal, fan out.
-    """
-    if prompts.pixel is not None and prompts.place is not None:
-        initialise_pixels(prompts.pixel, prompts.spec, prompts.place, values, generator)
-        return
-    stored = [p for name, p in prompts.named_parameters() if not name.startswith("project.")]
-    device = generator.device if generator is not None else torch.device("cpu")
-    first_width = prompts.encoder.blocks[0].width
-    bound = xavier_bound(patch, prompts.spec.project or first_width)
-    for i, parameter in enumerate(stored):
-        drawn = torch.zeros(parameter.shape, dtype=torch.float32, device=device)
-        if values is not None:
-            drawn = values[i].float() if parameter.dtype != torch.float64 else values[i]
-        elif prompts.spec.init == "xavier":
-            drawn.uniform_(-bound, bound, generator=generator)
-        elif prompts.spec.init == "normal":
-            drawn.normal_(0.0, 0.02, generator=generator)
-        parameter.copy_(drawn)
-    for layer in prompts.project.values() if prompts.project is not None else ():
-        assert isinstance(layer, nn.Linear)
-        std = math.sqrt(2.0 / layer.weight.shape[0])
-        drawn = torch.empty(layer.weight.shape, device=device).normal_(0, std, generator=generator)
-        layer.weight.copy_(drawn)
-        layer.bias.zero_()
-
-
-def check_values(values: Tensor | list[Tensor], shapes: dict[str, tuple[int, ...]]) -> list[Tensor]:
-    """Return initial values as one tensor per stored prompt.
-
-    Raises:
-        SpecError: Another number of tensors, a wrong shape or type, or a value that is not finite.
-    """
-    given = [values] if isinstance(values, Tensor) and not values.dim() else list(values)
-    fits = len(given) == len(shapes) and all(
-        isinstance(v, Tensor) and tuple(v.shape) == shape and v.is_floating_point()
-        for v, shape in zip(given, shapes.values(), strict=False)
-    )
-    if not fits:
-        got = [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in given]
-        raise SpecError(
-            f"inject_prompts(init=...): needs {len(shapes)} floating point tensors of the shapes "
-            f"{list(shapes.values())} (or one tensor that stacks them), got {got}."
-        )
-    if not all(bool(torch.isfinite(v).all()) for v in given):
-        raise SpecError("inject_prompts(init=...): holds values that are not finite.")
-    return given

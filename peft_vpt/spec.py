@@ -25,6 +25,7 @@ _PIXEL_LAYERS: dict[str, tuple[int, ...]] = {
     "concat-channel": (),
     "pad": (),
 }
+NOWHERE = "none"
 _WITHOUT_TOKENS = ("concat-channel", "pad")
 
 
@@ -79,14 +80,23 @@ class PromptSpec:
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, getattr(self, name), "must be True or False")
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
+            if getattr(self, name) not in allowed and not self._is_none(name):
                 raise _wrong(name, getattr(self, name), f"must be one of {', '.join(allowed)}")
         if self.layers is not None:
-            _set(self, "layers", _ascending(self.layers, self.is_pixel))
+            may_be_empty = self.is_pixel or self.location == NOWHERE
+            _set(self, "layers", _ascending(self.layers, may_be_empty))
         if self.dropout is not None:
             _set(self, "dropout", _rate(self.dropout))
         if self.project is not None:
             _set(self, "project", _count("project", self.project))
+
+    def _is_none(self, name: str) -> bool:
+        return name == "location" and self.location == NOWHERE and self.layers == ()
+
+    @classmethod
+    def none(cls) -> PromptSpec:
+        """Return the spec of a model without prompts, for protocols that need none."""
+        return cls(length=1, deep=False, layers=(), location=NOWHERE, dropout=0.0)
 
     def resolve(self, depth: int) -> PromptSpec:
         """Return the spec with every None that depends on the model filled in.
@@ -97,6 +107,8 @@ class PromptSpec:
         Raises:
             SpecError: A layer outside the model, or a pair of options that excludes itself.
         """
+        if self.location == NOWHERE:
+            return self
         self._check_location()
         if self.is_pixel:
             entries = _PIXEL_LAYERS[self.location]

@@ -250,7 +250,7 @@ def test_what_could_not_be_read_is_not_written(changes: dict[str, Any], tmp_path
 def test_a_newer_file_asks_for_an_update(tmp_path: Path) -> None:
     one, path = damage.samples(tmp_path)[0], tmp_path / "new.safetensors"
     newer = {"format_version": 2, "layout": [1], "checksum": "x"}
-    for values in (one.metadata | newer, newer, one.metadata | {"protocol": {"name": "bias"}}):
+    for values in (one.metadata | newer, newer, one.metadata | {"protocol": {"name": "lora"}}):
         path.write_bytes(damage.signed(one.tensors, values))
         with pytest.raises(AdapterError, match=r"[Uu]pdate peft_vpt") as caught:
             read_adapter(path)

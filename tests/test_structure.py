@@ -37,7 +37,7 @@ LAYERS = (
     ("inject", "fingerprint"),
     ("undo",),
     ("forms",),
-    ("hosts",),
+    ("hosts", "initialise"),
     ("prompts",),
     ("pixels",),
     ("backbones",),

@@ -85,6 +85,13 @@ def replace_head(
     return former
 
 
+def swap_head(host: nn.Module, head: Head, module: nn.Module) -> None:
+    """Put another classifier in the place of the one that `replace_head` made."""
+    old = module_at(host, head.paths[0])
+    like = next(old.parameters())
+    _set_module(host, head.paths[0], module.to(like.device, like.dtype).train(old.training))
+
+
 def restore_head(host: nn.Module, former: FormerHead) -> None:
     """Undo `replace_head`; the former head follows the model's device and dtype."""
     like, dtype = _first_floating(host), host_dtype(host)

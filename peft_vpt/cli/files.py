@@ -110,7 +110,11 @@ def _sizes(adapter: Adapter) -> dict[str, Any]:
     prompts = sum(count for name, count in counts.items() if name.startswith("prompts."))
     return {
         "file": adapter.path.stat().st_size,
-        "parameters": {"prompts": prompts, "head": total - prompts, "total": total},
+        "parameters": {
+            "prompts": prompts,
+            "head": sum(n for name, n in counts.items() if name.startswith("head")),
+            "total": total,
+        },
         "tensors": {
             name: {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
             for name, tensor in sorted(adapter.tensors.items())
@@ -127,7 +131,8 @@ def _facts(adapter: Adapter, sizes: Mapping[str, Any]) -> dict[str, str]:
         "file": f"{adapter.path}, {decimal(sizes['file'])}",
         "task": metadata["task"] or "",
         **_backbone(metadata["backbone"]),
-        "prompts": _prompts(metadata["spec"]),
+        "protocol": _pairs(metadata.get("protocol")),
+        "prompts": "" if metadata["spec"] is None else _prompts(metadata["spec"]),
         **_head(metadata["head"]),
         "preprocessing": _pairs(metadata["preprocessing"]),
         "metrics": _pairs(metadata["metrics"]),

@@ -70,7 +70,7 @@ def pull(
     offline: Offline = False,
 ) -> None:
     """Copy an adapter from the Hub into a folder, whole or not at all, and print its path."""
-    from ..adapter_file import FILE_NAME, replace_file, read_adapter
+    from ..adapter_file import FILE_NAME, read_adapter, replace_file
     from ..errors import AdapterError
     from ..source import download
 

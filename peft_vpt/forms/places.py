@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..backbones.anatomy import Encoder, join, module_at
 from ..errors import SpecError, UnsupportedArchitectureError
 from ..pixels import PixelPlace
-from ..spec import PromptSpec
+from ..spec import NOWHERE, PromptSpec
 from .add import check_addable
 from .probe import ENTRANCES, Probe, Trial
 
@@ -38,7 +38,7 @@ def survey(
         SpecError: A length that the model cannot take at this location.
         UnsupportedArchitectureError: The model offers no place for it.
     """
-    if spec.location == "prepend":
+    if spec.location in ("prepend", NOWHERE):
         return None
     probe = Probe(host, encoder, device)
     if spec.location == "add":

@@ -1,0 +1,200 @@
+"""`model.prompts.delta`: what a protocol adds to a model or changes in it, and how it goes away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones.anatomy import Encoder, module_at
+from ..errors import UnsupportedArchitectureError, VPTError
+from ..fingerprint import Fingerprint, fingerprint
+from .modules import Bottleneck, SideNetwork, fill
+from .moved import moved_buffers, moved_names, trained_paths
+from .names import Place, file_names
+from .options import Protocol
+
+if TYPE_CHECKING:
+    from ..prompts import Prompts
+
+_FEED_FORWARD = ("mlp", "ffn", "feed_forward", "mlp_channels", "output")
+
+
+class Delta(nn.Module):
+    """The state of a protocol: modules that it adds, and backbone weights that it trains.
+
+    Args:
+        protocol: What trains.
+        host: The model, before it changes.
+        encoder: Its anatomy.
+        features: Of the side network, for "sidetune".
+
+    Raises:
+        SpecError: More blocks than there are.
+        UnsupportedArchitectureError: The protocol has no place in this model.
+    """
+
+    def __init__(
+        self,
+        protocol: Protocol,
+        host: nn.Module,
+        encoder: Encoder,
+        features: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.protocol = protocol
+        self.names = moved_names(host, encoder, protocol)
+        self.trained_paths = trained_paths(host, encoder, protocol)
+        buffers = moved_buffers(host, encoder, protocol)
+        self.places: dict[str, Place] = file_names(host, encoder, [*self.names, *buffers])
+        # Outside the module tree, so that `.to()` leaves them on the CPU.
+        self.originals: dict[str, Tensor] = {}
+        self.fingerprint: Fingerprint | None = None
+        self.adapters: nn.ModuleDict | None = None
+        self.side: SideNetwork | None = None
+        # Filled by `materialise`, so that a check of what fits draws no random numbers.
+        with torch.device("meta"):
+            if protocol.kind == "adapter":
+                self.adapters = nn.ModuleDict(_bottlenecks(protocol, host, encoder))
+            if protocol.kind == "sidetune":
+                self.side = SideNetwork(_head_width(host, encoder), features)
+        if any(p.is_meta for p in host.parameters()) and (
+            self.places or self.adapters or self.side
+        ):
+            raise UnsupportedArchitectureError(
+                f"apply_protocol({protocol.name!r}): {type(host).__name__} is on the meta device; "
+                "materialise it first."
+            )
+        self._handles: list[Any] = []
+
+    def materialise(
+        self, device: torch.device, dtype: torch.dtype, generator: torch.Generator | None
+    ) -> None:
+        """Bring what the protocol adds to a device, with its first values."""
+        for part in self._parts():
+            fill(part, device, dtype, generator)
+
+    def attach(self, host: nn.Module, prompts: Prompts) -> None:
+        """Keep what will change, and hook what was added into the model."""
+        encoder = prompts.encoder
+        if self.protocol.moves:
+            # Later the weights are others, and the file must name those that they came from.
+            self.fingerprint = fingerprint(host, encoder)
+        if self.protocol.restores:
+            self.originals = self._copies(host)
+        for part in self._parts():
+            part.serve(prompts)
+        for index, bottleneck in self._bottlenecks().items():
+            block = module_at(host, encoder.blocks[int(index)].path)
+            layer = module_at(block, _feed_forward(block) or "")
+            self._handles.append(layer.register_forward_hook(bottleneck.behind))
+        if self.side is not None and encoder.head is not None:
+            head = module_at(host, encoder.head.paths[0])
+            self._handles.append(host.register_forward_pre_hook(self.side.see, with_kwargs=True))
+            self._handles.append(head.register_forward_pre_hook(self.side.blend))
+
+    def detach(self, host: nn.Module) -> None:
+        """Take hooks off and put the backbone's own weights back.
+
+        Raises:
+            VPTError: They were not kept.
+        """
+        self.check_restorable("remove_prompts")
+        for handle in self._handles:
+            handle.remove()
+        tensors = _tensors(host)
+        with torch.no_grad():
+            for name, original in self.originals.items():
+                tensors[name].copy_(original)
+                tensors[name].grad = None
+
+    def check_restorable(self, call: str) -> None:
+        """Raise where the backbone's own weights are gone."""
+        if not self.protocol.restores:
+            raise VPTError(
+                f"{call}: the whole model was trained, and its former weights were not kept; use "
+                "apply_protocol(model, 'full', keep_original=True), or build the model anew."
+            )
+
+    def unfreeze(self, host: nn.Module) -> None:
+        """Let train what the protocol trains beside prompts and head."""
+        parameters = dict(host.named_parameters())
+        for name in self.names:
+            parameters[name].requires_grad_(True)
+        for parameter in self.parameters():
+            parameter.requires_grad_(True)
+
+    def tensors(self, host: nn.Module) -> dict[str, Tensor]:
+        """Return everything that an adapter holds of this, under the names in the file."""
+        known = _tensors(host)
+        found = {f"delta.{name}": place.of(known) for name, place in self.places.items()}
+        for index, part in self._bottlenecks().items():
+            for name, parameter in part.named_parameters():
+                found[f"delta.{index}.adapter.{name}"] = parameter
+        if self.side is not None:
+            found |= {f"delta.side.{n}": p for n, p in self.side.named_parameters()}
+        return found
+
+    def keeps_mode(self, path: str) -> bool:
+        """Tell whether a module of the host follows it into train mode."""
+        return any(not p or path == p or path.startswith(f"{p}.") for p in self.trained_paths)
+
+    def _copies(self, host: nn.Module) -> dict[str, Tensor]:
+        known = _tensors(host)
+        names = {place.name for place in self.places.values()}
+        counters = [n for n in known if n.endswith("num_batches_tracked")]
+        names |= {n for n in counters if self.keeps_mode(n.rpartition(".")[0])}
+        return {name: known[name].detach().to("cpu", copy=True) for name in sorted(names)}
+
+    def _parts(self) -> Iterator[Bottleneck | SideNetwork]:
+        yield from self._bottlenecks().values()
+        if self.side is not None:
+            yield self.side
+
+    def _bottlenecks(self) -> dict[str, Bottleneck]:
+        return cast("dict[str, Bottleneck]", dict(self.adapters or {}))
+
+    def extra_repr(self) -> str:
+        """Say which protocol this is, and how much of the backbone trains."""
+        return f"protocol={self.protocol.name}, tensors of the backbone={len(self.names)}"
+
+
+def _head_width(host: nn.Module, encoder: Encoder) -> int:
+    if encoder.head is None or len(encoder.head.paths) > 1:
+        what = "no classifier" if encoder.head is None else "two classifiers (distillation)"
+        raise UnsupportedArchitectureError(
+            f"apply_protocol('sidetune'): {type(host).__name__} has {what}, so there is no one "
+            "place where a side network could be blended in."
+        )
+    return encoder.head.width
+
+
+def _tensors(host: nn.Module) -> dict[str, Any]:
+    return dict(host.named_parameters()) | dict(host.named_buffers())
+
+
+def _bottlenecks(protocol: Protocol, host: nn.Module, encoder: Encoder) -> dict[str, nn.Module]:
+    assert protocol.reduction is not None
+    found: dict[str, nn.Module] = {}
+    for index, block in enumerate(encoder.blocks):
+        if _feed_forward(module_at(host, block.path)) is None:
+            raise UnsupportedArchitectureError(
+                f"apply_protocol('adapter'): block {index} ({block.path}) of "
+                f"{type(host).__name__} shows no feed-forward layer called "
+                f"{' or '.join(_FEED_FORWARD)}."
+            )
+        hidden = max(1, block.width // protocol.reduction)
+        found[str(index)] = Bottleneck(block.width, hidden)
+    if not found:
+        raise UnsupportedArchitectureError(
+            f"apply_protocol('adapter'): {type(host).__name__} has no transformer blocks."
+        )
+    return found
+
+
+def _feed_forward(block: nn.Module) -> str | None:
+    """Return the name of the block's feed-forward layer, in front of the residual sum."""
+    children = dict(block.named_children())
+    return next((name for name in _FEED_FORWARD if name in children), None)

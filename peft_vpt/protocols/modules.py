@@ -1,0 +1,188 @@
+"""What some protocols add to a model: bottlenecks, a side network, a head of several layers."""
+
+from __future__ import annotations
+
+import math
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from ..prompts import Prompts
+
+_SIDE_SIZE = 256 * 6 * 6
+_MLP_DROPOUT = 0.1
+
+
+class Bottleneck(nn.Module):
+    """A bottleneck with a residual connection behind the feed-forward layer of a block.
+
+    `y + up(GELU(down(y)))`, inside the block's own residual branch. `up` is zero at first, so the
+    model starts as it was; `down` is not, or neither would ever learn.
+
+    Args:
+        width: Of the tokens.
+        hidden: Of the bottleneck.
+
+    Source: Jia et al. 2022, section 4.1 (Adapter, in the form of Pfeiffer et al. 2020).
+    """
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, hidden)
+        self.up = nn.Linear(hidden, width)
+        self._prompts: tuple[Prompts, ...] = ()
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator | None) -> None:
+        """Draw `down` on the generator's device, and let the rest be zero."""
+        bound = 1 / math.sqrt(self.down.in_features)
+        self.down.weight.copy_(_uniform(self.down.weight, bound, generator))
+        for parameter in (self.down.bias, self.up.weight, self.up.bias):
+            parameter.zero_()
+
+    def serve(self, prompts: Prompts) -> None:
+        """Look to these prompts, outside the module tree, for whether they are disabled."""
+        self._prompts = (prompts,)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map tokens `(..., width)` to tokens."""
+        dtype = self.down.weight.dtype
+        change = self.up(F.gelu(self.down(hidden.to(dtype))))
+        return hidden + cast(Tensor, change).to(hidden.dtype)
+
+    def behind(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """Forward hook of a feed-forward layer."""
+        if any(prompts.disabled() for prompts in self._prompts):
+            return output
+        if isinstance(output, tuple):
+            return (self(output[0]), *output[1:])
+        return self(output)
+
+
+class SideNetwork(nn.Module):
+    """A small network beside the backbone, blended into what the head receives.
+
+    `sigmoid(alpha) * base + (1 - sigmoid(alpha)) * side`, with the features of an AlexNet and a
+    linear map to the head's width. It sees the pixels that the backbone sees.
+
+    Args:
+        width: Number of features that the head takes.
+        features: Module from pixels `(batch, 3, H, W)` to maps `(batch, 256, h, w)`. None:
+            torchvision's AlexNet features, with random weights.
+
+    Source: Jia et al. 2022, section 4.1 (Sidetune, after Zhang et al. 2020).
+    """
+
+    def __init__(self, width: int, features: nn.Module | None = None) -> None:
+        super().__init__()
+        self.given = features is not None
+        self.features = _alexnet() if features is None else features
+        self.project = nn.Linear(_SIDE_SIZE, width, bias=False)
+        self.alpha = nn.Parameter(torch.zeros(()))
+        self._prompts: tuple[Prompts, ...] = ()
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator | None) -> None:
+        """Draw every matrix on the generator's device; biases are zero, given features stay."""
+        given = {id(p) for p in self.features.parameters()} if self.given else set()
+        for parameter in self.parameters():
+            if id(parameter) in given:
+                continue
+            if parameter.dim() < 2:
+                parameter.zero_()
+                continue
+            bound = 1 / math.sqrt(parameter[0].numel())
+            parameter.copy_(_uniform(parameter, bound, generator))
+
+    def serve(self, prompts: Prompts) -> None:
+        """Look to these prompts, outside the module tree, for whether they are disabled."""
+        self._prompts = (prompts,)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Map pixels `(batch, 3, H, W)` to features `(batch, width)`."""
+        maps = F.adaptive_avg_pool2d(self.features(pixels.to(self.project.weight.dtype)), 6)
+        return cast(Tensor, self.project(maps.flatten(1)))
+
+    def see(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the host: keep the pixels of this call."""
+        seen = args[0] if args else kwargs.get("pixel_values", next(iter(kwargs.values()), None))
+        _PIXELS.set(_PIXELS.get() | {id(self): seen})
+
+    def blend(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Forward pre-hook of the head: blend the side network into its input."""
+        if any(prompts.disabled() for prompts in self._prompts):
+            return None
+        pixels = _PIXELS.get().get(id(self))
+        if not isinstance(pixels, Tensor):
+            raise RuntimeError("sidetune: call the whole model with an image, not its head alone.")
+        base, share = args[0], torch.sigmoid(self.alpha)
+        side = self(pixels).to(base.dtype).reshape(base.shape)
+        return (share * base + (1 - share) * side, *args[1:])
+
+
+# Per thread or task, so that a model may serve several at once.
+_PIXELS: ContextVar[dict[int, Any]] = ContextVar("peft_vpt_side_pixels", default={})  # noqa: B039
+
+
+class MlpHead(nn.Sequential):
+    """A head of several layers: `layers - 1` hidden ones of the input's width, then a linear one.
+
+    Args:
+        width: Number of input features.
+        classes: Number of outputs.
+        layers: Number of linear layers, the k of Mlp-k.
+
+    Source: Jia et al. 2022, section 4.1 (Mlp-k).
+    """
+
+    def __init__(self, width: int, classes: int, layers: int) -> None:
+        hidden: list[nn.Module] = []
+        for _ in range(layers - 1):
+            hidden += [nn.Linear(width, width), nn.ReLU(), nn.BatchNorm1d(width)]
+            hidden.append(nn.Dropout(_MLP_DROPOUT))
+        super().__init__(*hidden, nn.Linear(width, classes))
+        self.in_features, self.out_features = width, classes
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator | None) -> None:
+        """Draw hidden layers kaiming normal (fan out), the last one with deviation 0.02."""
+        for layer in self:
+            if isinstance(layer, nn.BatchNorm1d):
+                layer.reset_parameters()
+        linear = [layer for layer in self if isinstance(layer, nn.Linear)]
+        for layer in linear:
+            std = 0.02 if layer is linear[-1] else math.sqrt(2 / layer.out_features)
+            source = generator.device if generator is not None else torch.device("cpu")
+            drawn = torch.empty(layer.weight.shape, device=source)
+            layer.weight.copy_(drawn.normal_(0.0, std, generator=generator))
+            layer.bias.zero_()
+
+
+def fill(
+    part: Bottleneck | SideNetwork | MlpHead,
+    device: torch.device,
+    dtype: torch.dtype,
+    generator: torch.Generator | None,
+) -> None:
+    """Bring a module made on `meta` to a device, with its first values."""
+    for module in part.modules():
+        if any(p.is_meta for p in module.parameters(recurse=False)):
+            module.to_empty(device=device, recurse=False)
+    part.to(device=device, dtype=dtype)
+    part.initialise(generator)
+
+
+def _uniform(like: Tensor, bound: float, generator: torch.Generator | None) -> Tensor:
+    source = generator.device if generator is not None else torch.device("cpu")
+    return torch.empty(like.shape, device=source).uniform_(-bound, bound, generator=generator)
+
+
+def _alexnet() -> nn.Module:
+    from torchvision.models import alexnet
+
+    features: nn.Module = alexnet(weights=None).features
+    return features
