@@ -1,0 +1,203 @@
+"""SETR-PUP over prompted encoders, sliding windows, mean intersection over union."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import jaccard_score
+from torch import Tensor, nn
+from zoo import build, image
+
+from peft_vpt import inject_prompts
+from peft_vpt.errors import SpecError, UnsupportedArchitectureError
+from peft_vpt.segmentation import IGNORE, PupHead, Segmenter, apply_to_encoder, predict, score
+
+NAMES = ("timm/cls", "timm/registers", "transformers/vit", "transformers/dinov2")
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "bias": {},
+    "vpt-deep": {"length": 3},
+    "vpt-shallow": {"length": 3},
+    "vpt+bias": {"length": 3},
+    "full": {},
+}
+
+
+def segmenter(name: str, protocol: str | None, **options: Any) -> Segmenter:
+    torch.manual_seed(0)
+    return Segmenter(build(name), 4, protocol, channels=8, **options).eval()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_decoder_sees_the_image_tokens_and_nothing_else(name: str) -> None:
+    model = segmenter(name, "vpt-shallow", length=3, dropout=0.0)
+    tokens: list[Tensor] = []
+    model.decoder.register_forward_hook(lambda m, args, out: tokens.append(args[0]))
+    x = image()
+    assert model(x).shape == (2, 4, 32, 32)
+    path = model.backbone.prompts.encoder.final_norm
+    whole: list[Tensor] = []
+    model.backbone.get_submodule(path).register_forward_hook(lambda m, args, out: whole.append(out))
+    model(x)
+    first = model.backbone.prompts.encoder.prefix_tokens
+    assert tokens[0].shape == (2, 16, 32)
+    assert torch.equal(tokens[1], whole[0][:, first : first + 16])
+
+
+@pytest.mark.parametrize("name", NAMES[:3])
+def test_forms_agree_and_auxiliary_heads_see_no_prompts(name: str) -> None:
+    scores = []
+    for form in ("kv", "token"):
+        model = segmenter(
+            name, "vpt-deep", length=3, dropout=0.0, form=form, auxiliary=(0, 1),
+            generator=torch.Generator().manual_seed(3),
+        )  # fmt: skip
+        model.decoder.train()
+        model.auxiliary.train()
+        model.training = True
+        scores.append(model._scores(image()))
+    assert [s.shape for s in scores[0]] == [(2, 4, 32, 32)] * 3
+    for one, other in zip(*scores, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["timm/cls", "transformers/vit"])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_what_trains(name: str, protocol: str) -> None:
+    model = segmenter(name, protocol, **PROTOCOLS[protocol])
+    trains = {n for n, p in model.named_parameters() if p.requires_grad}
+    decoder = {n for n, _ in model.named_parameters() if n.startswith("decoder.")}
+    assert decoder < trains or protocol == "linear"
+    inside = {n.removeprefix("backbone.") for n in trains - decoder}
+    assert not any(n.startswith(("head", "classifier")) for n in inside)
+    kinds = {
+        "linear": set(),
+        "bias": {"bias"},
+        "vpt-deep": {"prompts"},
+        "vpt-shallow": {"prompts"},
+        "vpt+bias": {"prompts", "bias"},
+        "full": None,
+    }[protocol]
+    found = {"prompts" if n.startswith("prompts.") else n.rpartition(".")[2] for n in inside}
+    assert kinds is None or found == kinds
+    model.train()
+    masks = torch.zeros(2, 32, 32, dtype=torch.int64)
+    masks[:, :, 16:], masks[0, :5] = 1, IGNORE
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if n not in trains}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(12):
+        loss = model.loss(image(), masks)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    after = dict(model.named_parameters())
+    assert all(torch.equal(after[n], t) for n, t in frozen.items())
+
+
+def test_counts_of_the_papers_decoder() -> None:
+    # One decoder and three auxiliary heads over ViT-L, 150 classes: the 13.18 M of table 3, up to
+    # 0.3 %.
+    with torch.device("meta"):
+        heads = [PupHead(1024, 150), *(PupHead(1024, 150, steps=2) for _ in range(3))]
+    count = sum(p.numel() for head in heads for p in head.parameters())
+    conv = 9 * 1024 * 256 + 2 * 256
+    more = 9 * 256 * 256 + 2 * 256
+    closed = 4 * (2 * 1024 + conv + 256 * 150 + 150) + (3 + 3) * more
+    assert count == closed == 13_143_640
+    assert abs(count / 13.18e6 - 1) < 0.003
+
+
+def test_scores_equal_scikit_learn() -> None:
+    rng = np.random.default_rng(0)
+    truth, found = rng.integers(0, 4, (3, 9, 7)), rng.integers(0, 4, (3, 9, 7))
+    truth[0, :2] = IGNORE
+    known = truth != IGNORE
+    pairs = [(torch.tensor(f), torch.tensor(t)) for f, t in zip(found, truth, strict=True)]
+    result = score(pairs, 5)
+    wanted = jaccard_score(truth[known], found[known], labels=range(4), average=None)
+    assert result.iou[:4] == pytest.approx(list(wanted))
+    assert np.isnan(result.iou[4])
+    assert result.miou == pytest.approx(wanted.mean())
+    assert result.pixel_accuracy == pytest.approx((truth[known] == found[known]).mean())
+
+
+def test_windows_and_scales() -> None:
+    model = segmenter("timm/cls", "vpt-deep", length=2)
+    x = image()
+    plain = model(x).softmax(1)
+    torch.testing.assert_close(predict(model, x, window=(32, 32)), plain)
+    both = predict(model, x, window=(32, 32), flip=True)
+    mirrored = model(x.flip(-1)).softmax(1).flip(-1)
+    torch.testing.assert_close(both, (plain + mirrored) / 2)
+    seen: list[torch.Size] = []
+    model.register_forward_hook(lambda m, args, out: seen.append(args[0].shape))
+    large = predict(model, image(size=50), window=(32, 32), scales=(0.5, 1.0, 1.75))
+    assert large.shape == (2, 4, 50, 50)
+    torch.testing.assert_close(large.sum(1), torch.ones(2, 50, 50, dtype=torch.float64))
+    assert {tuple(s) for s in seen} == {(2, 3, 32, 32)}
+    # 32, 50 and 88 pixels in steps of 21: 1, 2 and 4 windows a side.
+    assert len(seen) == 1 + 4 + 16
+
+
+class Oracle(nn.Module):
+    """Scores every pixel by its own value, so that windows must be put together in place."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return torch.stack([pixels[:, 0], -pixels[:, 0]], 1)
+
+
+def test_windows_are_put_together_in_place() -> None:
+    x = image(size=53)
+    found = predict(Oracle(), x, window=(32, 24))
+    torch.testing.assert_close(found, Oracle()(x).softmax(1))
+
+
+@pytest.mark.parametrize("kind", ["segformer", "upernet"])
+def test_prompts_inside_a_segmentation_model_of_transformers(kind: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if kind == "segformer":
+        config = transformers.SegformerConfig(
+            num_labels=4, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1],
+            num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=16,
+        )  # fmt: skip
+        model = transformers.SegformerForSemanticSegmentation(config)
+    else:
+        swin = transformers.SwinConfig(
+            image_size=64, patch_size=4, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2],
+            window_size=2, out_features=["stage1", "stage2", "stage3", "stage4"],
+        )  # fmt: skip
+        config = transformers.UperNetConfig(
+            backbone_config=swin, num_labels=4, hidden_size=16, auxiliary_in_channels=32
+        )
+        model = transformers.UperNetForSemanticSegmentation(config)
+    apply_to_encoder(model, "vpt-deep", length=2)
+    trains = {n for n, p in model.named_parameters() if p.requires_grad}
+    encoder = model.prompts.encoder.path
+    assert {n for n in trains if n.startswith(f"{encoder}.")} == set()
+    assert any(n.startswith("prompts.") for n in trains)
+    assert any("decode" in n for n in trains)
+    model.train()
+    out = model(image(2, torch.float32, 64), labels=torch.randint(0, 4, (2, 64, 64)))
+    out.loss.backward()
+    assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "prompts." in n)
+
+
+def test_bad_input() -> None:
+    with pytest.raises(SpecError, match="blocks are 0 to 2"):
+        segmenter("timm/cls", "bias", auxiliary=(3,))
+    timm = pytest.importorskip("timm")
+    swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=2)
+    with pytest.raises(UnsupportedArchitectureError, match="apply_to_encoder"):
+        Segmenter(swin, 3)
+    assert not hasattr(swin, "prompts")
+    with pytest.raises(SpecError, match="without a decoder"):
+        apply_to_encoder(build("timm/cls"), "bias")
+    model = inject_prompts(build("timm/cls"), 2)
+    assert Segmenter(model, 3, None, channels=4)(image()).shape == (2, 3, 32, 32)
