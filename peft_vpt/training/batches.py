@@ -1,0 +1,157 @@
+"""Training batches whose order and augmentation depend on seed and epoch alone."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Iterator, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+
+from ..errors import SpecError
+from .recipes import Recipe
+
+Key = tuple[int, int]
+_KEPT = (
+    "num_workers",
+    "collate_fn",
+    "pin_memory",
+    "drop_last",
+    "timeout",
+    "worker_init_fn",
+    "multiprocessing_context",
+    "prefetch_factor",
+    "persistent_workers",
+)
+
+
+class Order(Sampler[Key]):
+    """Keys `(epoch, index)` in the order of an epoch, the same whenever the epoch is begun.
+
+    Args:
+        sampler: The caller's; a random one is drawn anew from seed and epoch.
+        seed: The recipe's.
+    """
+
+    def __init__(self, sampler: Sampler[int], seed: int) -> None:
+        self.sampler, self._seed = sampler, seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        assert isinstance(self.sampler, Sized)
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Key]:
+        drawn = derive(self._seed, "order", self.epoch)
+        own = getattr(self.sampler, "generator", None)
+        with seeded(drawn):
+            if isinstance(own, torch.Generator):
+                own.manual_seed(drawn)
+            indices = list(self.sampler)
+        return iter([(self.epoch, index) for index in indices])
+
+
+class Drawn(Dataset[Any]):
+    """A dataset whose random transforms depend on seed, epoch and index alone.
+
+    So they are the same with any number of workers and processes, and after a resume.
+    """
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self.dataset, self._seed = dataset, seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: Key) -> Any:
+        epoch, index = key
+        with seeded(derive(self._seed, "image", epoch, index)):
+            return self.dataset[index]
+
+
+def training_loader(loader: Any, seed: int) -> tuple[DataLoader[Any], Order]:
+    """Return a loader like the given one with `Order` and `Drawn` in it.
+
+    Raises:
+        SpecError: It has no map-style dataset, no batch size, or no images.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        raise SpecError(
+            f"fit(train={type(loader).__name__}): must be a DataLoader over a dataset with "
+            "indices, so that a run can be resumed in the middle of an epoch."
+        )
+    if loader.batch_size is None:
+        raise SpecError("fit(train=...): the DataLoader has no batch_size; give it one.")
+    if not len(loader):
+        raise SpecError(
+            f"fit(train=...): the DataLoader has {len(loader.sampler)} images and makes no batch"  # type: ignore[arg-type]
+            f"{' of ' + str(loader.batch_size) if loader.drop_last else ''}; give it more images."
+        )
+    order = Order(loader.sampler, seed)  # type: ignore[arg-type]
+    return DataLoader(
+        Drawn(loader.dataset, seed),
+        batch_size=loader.batch_size,
+        sampler=order,
+        **{name: getattr(loader, name) for name in _KEPT},
+    ), order
+
+
+def loader_batch_size(recipe: Recipe, accumulation: int = 1) -> int:
+    """Return the batch size for a DataLoader, so that a step is over `recipe.batch_size` images.
+
+    Args:
+        recipe: The recipe.
+        accumulation: Batches per optimizer step.
+
+    Raises:
+        SpecError: The batch cannot be shared out evenly.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    # The flag of `accelerate launch`, which an Accelerator reads and a PartialState does not.
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    parts: int = state.num_processes * accumulation
+    if recipe.batch_size % parts:
+        raise SpecError(
+            f"loader_batch_size: a batch of {recipe.batch_size} cannot be shared out among "
+            f"{parts // accumulation} processes x {accumulation} accumulated batches; make "
+            f"batch_size a multiple of {parts}."
+        )
+    return recipe.batch_size // parts
+
+
+def derive(*parts: Any) -> int:
+    """Return a seed below 2**32 that follows from the parts."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big")
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the CPU's global generators inside the `with`, and put them back."""
+    import numpy as np
+
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    # Not torch.manual_seed, which would reach out to the GPU from a worker.
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
+
+
+def seed_step(seed: int) -> None:
+    """Seed every global generator, so that a step's dropout follows from its number."""
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

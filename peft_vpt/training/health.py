@@ -1,0 +1,97 @@
+"""Whether training goes well: losses that rise, values that are not finite."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import VPTError
+
+_SHORTEST, _LONGEST = 5, 50
+_MARGIN = 1.05
+
+
+class DivergedError(VPTError):
+    """Training stopped at values that are not finite."""
+
+
+class LossWatch:
+    """Warns once when the running mean of the loss has risen above its start.
+
+    Start and running mean are each over as many steps as an epoch has, 5 at least and 50 at most;
+    5 % more than the start are noise.
+
+    Args:
+        steps_per_epoch: Optimizer steps in an epoch.
+        state: What `state` returned earlier.
+    """
+
+    def __init__(self, steps_per_epoch: int, state: Mapping[str, Any] | None = None) -> None:
+        self._window = min(max(steps_per_epoch, _SHORTEST), _LONGEST)
+        self._first: list[float] = list(state["first"]) if state else []
+        self._last: list[float] = list(state["last"]) if state else []
+        self._warned = bool(state["warned"]) if state else False
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Plain values from which a watch goes on."""
+        return {"first": self._first, "last": self._last, "warned": self._warned}
+
+    def see(self, loss: float) -> str | None:
+        """Take the loss of a step, and return a warning the first time it has risen."""
+        if len(self._first) < self._window:
+            self._first.append(loss)
+            return None
+        self._last = [*self._last, loss][-self._window :]
+        start, now = _mean(self._first), _mean(self._last)
+        if self._warned or len(self._last) < self._window or now <= start * _MARGIN:
+            return None
+        self._warned = True
+        return (
+            f"fit: the mean loss of the last {self._window} steps is {now:.4g}, above the "
+            f"{start:.4g} of the first ones: the learning rate is most likely too high. Lower "
+            "base_lr, or use preset(protocol, kind='default')."
+        )
+
+
+def warn(message: str) -> None:
+    """Warn the caller of `fit`."""
+    warnings.warn(message, UserWarning, stacklevel=5)
+
+
+class Shadow:
+    """A copy of what trains, on its own device, to go back to when a step goes wrong.
+
+    Args:
+        tensors: The live tensors.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._live = list(tensors.values())
+        self._kept = [tensor.detach().clone() for tensor in self._live]
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Copy the tensors as they are now."""
+        for kept, live in zip(self._kept, self._live, strict=True):
+            kept.copy_(live)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put the copies back."""
+        for kept, live in zip(self._kept, self._live, strict=True):
+            live.copy_(kept)
+
+    @torch.no_grad()
+    def finite(self) -> bool:
+        """Tell whether every value is finite now."""
+        flags = [t.isfinite().all() for t in self._live if t.is_floating_point()]
+        return not flags or bool(torch.stack(flags).all())
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

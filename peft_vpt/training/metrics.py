@@ -1,0 +1,139 @@
+"""Metrics of a classifier over batches, exact over several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import SpecError, VPTError
+from ..preprocessing import output_logits
+
+
+def evaluate(model: nn.Module, batches: Iterable[Any], accelerator: Any = None) -> dict[str, float]:
+    """Measure a classifier in eval mode; its mode is put back.
+
+    Args:
+        model: Returns logits `(batch, classes)`, or a transformers output that holds them.
+        batches: Of `(pixels, labels)`. With an accelerator of several processes: a DataLoader,
+            which is shared out among them, every image counted once.
+        accelerator: accelerate's; None: this process alone, on the model's device.
+
+    Returns:
+        `top1`, `top5` (of 5 classes, or of all where there are fewer), `mean_class` (mean of the
+        per-class accuracies), `loss` (mean cross-entropy), and for two classes `roc_auc` (absent
+        where all images are of one class). Shares, not percent.
+
+    Raises:
+        VPTError: No images, or a label that is no class of the model.
+    """
+    if accelerator is not None:
+        batches = _shared_out(batches, accelerator)
+    was_training = model.training
+    model.eval()
+    try:
+        logits, labels = _collect(model, batches, accelerator)
+    finally:
+        model.train(was_training)
+    return classification_metrics(logits, labels)
+
+
+def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
+    """Return the metrics of `evaluate` for logits `(images, classes)` and labels `(images,)`."""
+    classes = logits.shape[1]
+    ranked = logits.topk(min(5, classes), dim=1).indices
+    hits = ranked == labels[:, None]
+    correct = hits[:, 0].double()
+    counts = torch.bincount(labels, minlength=classes)
+    per_class = torch.bincount(labels, weights=correct, minlength=classes)[counts > 0]
+    found = {
+        "top1": correct.mean().item(),
+        "top5": hits.any(dim=1).double().mean().item(),
+        "mean_class": (per_class / counts[counts > 0]).mean().item(),
+        "loss": F.cross_entropy(logits.double(), labels).item(),
+    }
+    if classes == 2 and bool((counts > 0).all()):
+        found["roc_auc"] = roc_auc(logits[:, 1].double() - logits[:, 0].double(), labels)
+    return found
+
+
+def roc_auc(scores: Tensor, labels: Tensor) -> float:
+    """Return the area under the ROC curve, for labels 0 and 1 that both occur.
+
+    The share of pairs of a positive and a negative in which the positive scores higher, ties
+    counted half, from the mean ranks.
+    """
+    _, where, counts = torch.unique(scores, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    ranks = (last - (counts.double() - 1) / 2)[where]
+    positive = int(labels.sum())
+    negative = len(labels) - positive
+    above = float(ranks[labels == 1].sum()) - positive * (positive + 1) / 2
+    return above / (positive * negative)
+
+
+def forward_logits(model: nn.Module, pixels: Tensor, accelerator: Any = None) -> Tensor:
+    """Return a model's logits in single precision or better, in the accelerator's autocast."""
+    with nullcontext() if accelerator is None else accelerator.autocast():
+        logits = output_logits(model(pixels))
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def check_labels(labels: Tensor, classes: int, call: str) -> None:
+    """Raise unless all labels are classes.
+
+    Raises:
+        VPTError: One is not.
+    """
+    low, high = (int(x) for x in labels.aminmax())
+    if low < 0 or high >= classes:
+        raise VPTError(
+            f"{call}: a batch has the label {low if low < 0 else high}, but the model has "
+            f"{classes} classes, 0 to {classes - 1}; give num_classes when prompts are injected, "
+            "or correct the labels."
+        )
+
+
+def place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Return device and dtype of the model's first floating point parameter."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            return parameter.device, parameter.dtype
+    raise SpecError(f"{type(model).__name__} has no floating point parameters.")
+
+
+@torch.no_grad()
+def _collect(model: nn.Module, batches: Iterable[Any], accelerator: Any) -> tuple[Tensor, Tensor]:
+    device, dtype = place(model)
+    logits: list[Tensor] = []
+    labels: list[Tensor] = []
+    for pixels, target in batches:
+        if not len(target):
+            continue
+        found = forward_logits(model, pixels.to(device, dtype), accelerator)
+        target = target.to(device)
+        check_labels(target, found.shape[1], "evaluate")
+        if accelerator is not None and accelerator.num_processes > 1:
+            found, target = accelerator.gather_for_metrics((found, target))
+        logits.append(found.cpu())
+        labels.append(target.cpu())
+    if not logits:
+        raise VPTError("evaluate: there are no images; give batches that hold some.")
+    return torch.cat(logits), torch.cat(labels)
+
+
+def _shared_out(batches: Iterable[Any], accelerator: Any) -> Any:
+    from torch.utils.data import DataLoader
+
+    if accelerator.num_processes == 1 or batches in accelerator._dataloaders:
+        return batches
+    if not isinstance(batches, DataLoader):
+        raise SpecError(
+            f"evaluate(batches={type(batches).__name__}): with {accelerator.num_processes} "
+            "processes it must be a DataLoader, so that the images can be shared out."
+        )
+    return accelerator.prepare_data_loader(batches)

@@ -1,0 +1,170 @@
+"""What stands around the loop: checks of options, the accelerator, progress bars."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from ..errors import SpecError
+from .recipes import Recipe
+
+_PRECISIONS = (None, "no", "bf16", "fp16")
+
+
+def check_options(
+    recipe: Any,
+    evaluate_every: Any,
+    checkpoint_every: Any,
+    accumulation: Any,
+    data: Mapping[str, Any] | None,
+) -> None:
+    """Check the plain options of `fit`.
+
+    Raises:
+        SpecError: One is wrong.
+    """
+    if not isinstance(recipe, Recipe):
+        raise SpecError(f"fit(recipe={recipe!r}): must be a Recipe, as preset(protocol) gives.")
+    counts = {
+        "evaluate_every": evaluate_every,
+        "checkpoint_every": 1 if checkpoint_every is None else checkpoint_every,
+        "accumulation": accumulation,
+    }
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise SpecError(f"fit({name}={value!r}): must be an integer >= 1.")
+    try:
+        json.dumps(data, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"fit(data=...): must be plain, finite JSON values: {error}.") from error
+
+
+def make_accelerator(
+    given: Any, mixed_precision: str | None, recipe: Recipe, loader: Any, accumulation: int
+) -> Any:
+    """Return the accelerator of a run, given or new, and check the batch against the recipe.
+
+    Raises:
+        SpecError: An unknown or impossible precision, or another batch than the recipe's.
+    """
+    if mixed_precision not in _PRECISIONS:
+        raise SpecError(
+            f"fit(mixed_precision={mixed_precision!r}): must be 'no', 'bf16', 'fp16' or None."
+        )
+    if given is not None and (mixed_precision is not None or given.gradient_accumulation_steps > 1):
+        raise SpecError(
+            "fit(accelerator=...): mixed_precision is the accelerator's own, and accumulation "
+            "belongs to fit; give the accelerator alone, with gradient_accumulation_steps=1."
+        )
+    accelerator = _new(mixed_precision) if given is None else given
+    parts = accelerator.num_processes * accumulation
+    if loader.batch_size * parts != recipe.batch_size:
+        raise SpecError(
+            f"fit: the loader's {loader.batch_size} images x {accelerator.num_processes} processes "
+            f"x {accumulation} accumulated batches make a batch of {loader.batch_size * parts}, "
+            f"the recipe says {recipe.batch_size}, from which its learning rate follows. Use "
+            f"loader_batch_size(recipe, {accumulation}) for the loader, or another batch_size in "
+            "the recipe."
+        )
+    return accelerator
+
+
+def _new(mixed_precision: str | None) -> Any:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    wanted = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != wanted:
+        # One per process, which would refuse a second run with another precision.
+        AcceleratorState._reset_state()
+    try:
+        made = Accelerator(mixed_precision=wanted)
+        if wanted == "fp16" and made.scaler is None:
+            # On a CPU it would train in single precision without a word.
+            raise ValueError(f"the device ({made.device.type}) cannot scale losses; use 'bf16'")
+        return made
+    except ValueError as error:
+        AcceleratorState._reset_state()
+        raise SpecError(f"fit(mixed_precision={mixed_precision!r}): {error}") from error
+
+
+@contextmanager
+def wrapped(model: nn.Module, accelerator: Any) -> Iterator[nn.Module]:
+    """Put the model on its device, and inside DistributedDataParallel where there are several.
+
+    The model itself is left unwrapped at the end.
+    """
+    if accelerator.num_processes == 1:
+        model.to(accelerator.device)
+        yield model
+        return
+    own = "forward" in vars(model)
+    prepared = accelerator.prepare_model(model)
+    try:
+        yield prepared
+    finally:
+        accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        if not own:
+            vars(model).pop("forward", None)
+
+
+class Bars:
+    """Progress bars on a terminal, in the main process; silent elsewhere.
+
+    Args:
+        accelerator: accelerate's.
+        wanted: Whether to show any.
+    """
+
+    def __init__(self, accelerator: Any, wanted: bool) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+
+        console = Console(stderr=True)
+        shown = wanted and accelerator.is_main_process and console.is_terminal
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            Remaining(),
+            TextColumn("{task.fields[note]}"),
+            console=console,
+            disable=not shown,
+        )
+        self._epochs = self._progress.add_task("epochs", total=None, note="")
+        self._steps = self._progress.add_task("steps", total=None, note="")
+
+    def __enter__(self) -> Bars:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def epoch(self, epoch: int, epochs: int, steps: int, done: int) -> None:
+        """Begin an epoch."""
+        self._progress.update(self._epochs, completed=epoch, total=epochs)
+        self._progress.reset(self._steps, total=steps, completed=done)
+
+    def step(self, loss: float) -> None:
+        """Show a step."""
+        self._progress.update(self._steps, advance=1, note=f"loss {loss:.4f}")
+
+    def finish_epoch(self, row: Mapping[str, Any]) -> None:
+        """Show what an epoch came to."""
+        note = f"train loss {row['train_loss']:.4f}"
+        if row["val"]:
+            note += f", val top1 {row['val']['top1']:.4f}"
+        self._progress.update(self._epochs, completed=row["epoch"], note=note)

@@ -1,0 +1,152 @@
+"""`Recipe`: how a model is trained, as a plain value."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import SpecError
+
+OPTIMIZERS = ("sgd", "adamw")
+CLASS_WEIGHTS = ("none", "inv", "inv_sqrt")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Optimizer, schedule and loss of one training run.
+
+    Args:
+        optimizer: "sgd" or "adamw".
+        base_lr: Peak learning rate for a batch of `reference_batch`; it scales with the batch.
+        prompt_lr_scale: What the peak rate of prompts and of what a protocol adds is multiplied by.
+        weight_decay: L2 penalty under SGD, decoupled under AdamW.
+        epochs: Passes over the training images.
+        warmup_epochs: Epochs of linear warm-up, also a fraction; the rest is cosine decay to 0.
+        batch_size: Images per optimizer step, over all processes and accumulated batches.
+        reference_batch: Batch that `base_lr` is meant for.
+        momentum: Of SGD.
+        betas: Of AdamW.
+        eps: Of AdamW.
+        clip_norm: Largest norm of the gradient; None: as it comes.
+        label_smoothing: Share of a label that is spread over all classes.
+        class_weights: "none"; "inv" or "inv_sqrt": weights by the (root of the) inverse number of
+            training images of a class, 1 in the mean over the images.
+        seed: Of the order of images, augmentation and dropout.
+
+    Source: Jia et al. 2022, section A.1 and Table 6.
+    """
+
+    optimizer: str = "adamw"
+    base_lr: float = 8e-3
+    prompt_lr_scale: float = 1.0
+    weight_decay: float = 1e-4
+    epochs: int = 100
+    warmup_epochs: float = 10.0
+    batch_size: int = 64
+    reference_batch: int = 256
+    momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip_norm: float | None = None
+    label_smoothing: float = 0.0
+    class_weights: str = "none"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every field.
+
+        Raises:
+            SpecError: A wrong value, or a warm-up that leaves no epoch to the rest.
+        """
+        self._one_of("optimizer", OPTIMIZERS)
+        self._one_of("class_weights", CLASS_WEIGHTS)
+        for name in ("epochs", "batch_size", "reference_batch"):
+            self._count(name, 1)
+        self._count("seed", 0)
+        for name in ("base_lr", "prompt_lr_scale", "eps"):
+            self._number(name, above=0.0)
+        if self.clip_norm is not None:
+            self._number("clip_norm", above=0.0)
+        for name in ("weight_decay", "warmup_epochs"):
+            self._number(name, least=0.0)
+        for name in ("momentum", "label_smoothing"):
+            self._number(name, least=0.0, below=1.0)
+        self._check_betas()
+        if self.warmup_epochs >= self.epochs:
+            raise SpecError(
+                f"Recipe(epochs={self.epochs}, warmup_epochs={self.warmup_epochs}): the warm-up "
+                "must end before training does; 10 of 100 epochs is usual."
+            )
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate at the end of the warm-up, before any scale of a group."""
+        return self.base_lr * self.batch_size / self.reference_batch
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the recipe as plain JSON values."""
+        return dataclasses.asdict(self) | {"betas": list(self.betas)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Build a recipe from `to_dict` values; fields that are absent have their defaults.
+
+        Raises:
+            SpecError: An unknown field or a wrong value.
+        """
+        check_fields("Recipe.from_dict", values)
+        values = dict(values)
+        if isinstance(values.get("betas"), list):
+            values["betas"] = tuple(values["betas"])
+        return cls(**values)
+
+    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
+        if getattr(self, name) not in allowed:
+            self._refuse(name, f"must be one of {', '.join(map(repr, allowed))}")
+
+    def _count(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            self._refuse(name, f"must be an integer >= {least}")
+
+    def _number(
+        self,
+        name: str,
+        *,
+        above: float = -math.inf,
+        least: float = -math.inf,
+        below: float = math.inf,
+    ) -> None:
+        value = getattr(self, name)
+        if not _is_number(value) or not (above < value < below and value >= least):
+            low = f"> {above}" if math.isfinite(above) else f">= {least}"
+            high = f" and < {below}" if math.isfinite(below) else ""
+            self._refuse(name, f"must be a finite number {low}{high}")
+
+    def _check_betas(self) -> None:
+        betas: Any = self.betas
+        pair = isinstance(betas, tuple) and len(betas) == 2
+        if not pair or not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
+            self._refuse("betas", "must be a pair of numbers >= 0 and < 1")
+
+    def _refuse(self, name: str, rule: str) -> None:
+        raise SpecError(f"Recipe({name}={getattr(self, name)!r}): {rule}.")
+
+
+def check_fields(call: str, values: Any) -> None:
+    """Raise unless every key is a field of `Recipe`.
+
+    Raises:
+        SpecError: Another one.
+    """
+    names = [field.name for field in dataclasses.fields(Recipe)]
+    unknown = sorted(set(values) - set(names)) if isinstance(values, Mapping) else [values]
+    if unknown:
+        raise SpecError(f"{call}: unknown {unknown}; a recipe has the fields {', '.join(names)}.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
