@@ -132,7 +132,7 @@ def write_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     where = f"save_task_adapter: {path}"
     _check_types(tensors, where)
     _check_finite(tensors, where)
-    cpu = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
+    cpu = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
     full = {"format_version": FORMAT_VERSION, **metadata}
     try:
         # Through JSON once, so that the checksum is over what a reader will parse.

@@ -254,7 +254,8 @@ def head_tensors(host: nn.Module, encoder: Encoder) -> dict[str, Tensor]:
         module = module_at(host, path)
         prefix = name if isinstance(module, nn.Linear) else f"{name}.module"
         state = module.state_dict(keep_vars=True)
-        tensors |= {f"{prefix}.{key}": t for key, t in state.items() if t.is_floating_point()}
+        floats = {k: t for k, t in state.items() if isinstance(t, Tensor) and t.is_floating_point()}
+        tensors |= {f"{prefix}.{key}": t for key, t in floats.items()}
     return tensors
 
 

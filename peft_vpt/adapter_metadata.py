@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .backbones.identity import is_hub_name
 from .errors import AdapterError, SpecError
 from .protocols.options import PROMPTED, Protocol
 from .spec import PromptSpec
@@ -21,10 +22,9 @@ _BLOCK_NUMBERS, _NORM_NUMBERS = 9, 3
 # Bounds that no adapter reaches: they keep a small file from asking for gigabytes.
 _MOST_NESTING = 32
 _MOST_DEPTH = 10_000
-_MOST_PIXELS = 2**14
+_MOST_PIXELS = 2**12
 _MOST_PROMPTS = 2**20
 _MOST_WIDTH = 2**31
-_UNSAFE = re.compile(r"^[./~]|\\|(^|/)\.\.(/|$)|[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,10 @@ def check_metadata(metadata: Any, where: str) -> PromptSpec:
         _check_fields(metadata["head"], _HEAD, f"{where}: head")
         _check_labels(metadata["head"], where)
     if metadata["preprocessing"] is not None:
-        _check_fields(metadata["preprocessing"], _PREPROCESSING, f"{where}: preprocessing")
-        if len(metadata["preprocessing"]["mean"]) != len(metadata["preprocessing"]["std"]):
+        images = metadata["preprocessing"]
+        known = {name: value for name, value in images.items() if name in _PREPROCESSING}
+        _check_fields(known, _PREPROCESSING, f"{where}: preprocessing")
+        if len(images.get("mean", [])) != len(images.get("std", [])):
             raise AdapterError(f"{where}: its preprocessing has unlike numbers of means and stds.")
     _check_backbone(metadata["backbone"], where)
     _check_protocol(metadata, where)
@@ -96,6 +98,10 @@ def _optional(field: _Field) -> _Field:
 
 _TEXT = _Field("a string", lambda value: isinstance(value, str))
 _NAME = _Field("a string that is not empty", lambda value: isinstance(value, str) and value != "")
+# Values that end up in names of classes, in addresses, and in a card's text.
+_WORD = _Field(
+    "a word", lambda v: isinstance(v, str) and re.fullmatch(r"[\w.+!/-]{1,200}", v) is not None
+)
 _OBJECT = _Field("an object", lambda value: isinstance(value, dict))
 _COUNT = _Field("an integer of at least 1", _integer(1, _MOST_WIDTH))
 _FIELDS = {
@@ -107,7 +113,7 @@ _FIELDS = {
     "preprocessing": _or_null(_OBJECT),
     "task": _or_null(_TEXT),
     "metrics": _or_null(_OBJECT),
-    "library_version": _TEXT,
+    "library_version": _WORD,
     "checksum": _Field(
         "64 hexadecimal digits",
         lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
@@ -115,14 +121,14 @@ _FIELDS = {
 }
 _BACKBONE = {
     "library": _NAME,
-    "architecture": _NAME,
+    "architecture": _WORD,
     "hub_id": _or_null(
         _Field(
             "the name of a Hub repository",
-            lambda value: isinstance(value, str) and value != "" and not _UNSAFE.search(value),
+            lambda value: isinstance(value, str) and is_hub_name(value),
         )
     ),
-    "revision": _or_null(_NAME),
+    "revision": _or_null(_WORD),
     "dims": _Field("a list of widths", _list_of(_COUNT.fits, least=0)),
     "depth": _Field(f"an integer from 0 to {_MOST_DEPTH}", _integer(0, _MOST_DEPTH)),
     "fingerprint": _or_null(_OBJECT),
@@ -132,24 +138,29 @@ _HEAD = {
     "labels": _or_null(_Field("a list of strings", _list_of(_TEXT.fits))),
     "in_features": _COUNT,
     "reads": _NAME,
-    "class": _optional(_NAME),
+    "class": _optional(_WORD),
     "bias": _optional(_Field("true or false", lambda value: isinstance(value, bool))),
 }
 _PREPROCESSING = {
-    "size": _Field(
-        f"[height, width], each from 1 to {_MOST_PIXELS}",
-        lambda value: _list_of(_integer(1, _MOST_PIXELS), least=2)(value) and len(value) == 2,
+    "size": _optional(
+        _Field(
+            f"[height, width], each from 1 to {_MOST_PIXELS}",
+            lambda value: _list_of(_integer(1, _MOST_PIXELS), least=2)(value) and len(value) == 2,
+        )
     ),
-    "mean": _Field("a list of numbers", _list_of(_number)),
-    "std": _Field(
-        "a list of numbers above 0", _list_of(lambda value: _number(value) and value > 0)
+    "mean": _optional(_Field("a list of numbers", _list_of(_number))),
+    "std": _optional(
+        _Field("a list of numbers above 0", _list_of(lambda value: _number(value) and value > 0))
     ),
-    "interpolation": _Field(f"one of {', '.join(INTERPOLATIONS)}", INTERPOLATIONS.__contains__),
+    "interpolation": _optional(
+        _Field(
+            f"one of {', '.join(INTERPOLATIONS)}",
+            lambda value: isinstance(value, str) and value in INTERPOLATIONS,
+        )
+    ),
     "crop": _optional(
         _or_null(
-            _Field(
-                "a number from 0.01 to 100", lambda value: _number(value) and 0.01 <= value <= 100
-            )
+            _Field("a number from 0.1 to 10", lambda value: _number(value) and 0.1 <= value <= 10)
         )
     ),
 }
@@ -157,6 +168,9 @@ _FINGERPRINT = {
     "dtype": _NAME,
     "blocks": _Field("a list", lambda value: isinstance(value, list)),
     "norm": _Field("a list", lambda value: isinstance(value, list)),
+    "rest": _optional(
+        _Field("six numbers", lambda value: _list_of(_sum, least=6)(value) and len(value) == 6)
+    ),
     "quantized": _optional(_Field("true", lambda value: value is True)),
 }
 
@@ -168,7 +182,12 @@ def _check_plain(metadata: Mapping[str, Any], where: str) -> None:
         inner: list[Any] = []
         for value in level:
             if isinstance(value, dict | list):
-                inner.extend(value.values() if isinstance(value, dict) else value)
+                inner.extend([*value.keys(), *value.values()] if isinstance(value, dict) else value)
+            elif isinstance(value, str) and not _is_text(value):
+                raise AdapterError(
+                    f"{where}: its metadata holds {value!r:.80}, which no text file can: half of a "
+                    "surrogate pair."
+                )
             elif type(value) is int and not -(2**63) <= value < 2**63:
                 raise AdapterError(
                     f"{where}: its metadata holds an integer of more than 64 bits; a JSON reader "
@@ -178,6 +197,14 @@ def _check_plain(metadata: Mapping[str, Any], where: str) -> None:
         if not level:
             return
     raise AdapterError(f"{where}: its metadata is nested more than {_MOST_NESTING} deep.")
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _check_fields(values: Mapping[str, Any], fields: Mapping[str, _Field], where: str) -> None:

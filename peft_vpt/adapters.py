@@ -27,7 +27,7 @@ from .preprocessing import describe_preprocessing
 from .prompts import Prompts
 from .protocols import apply_delta
 from .protocols.options import Protocol
-from .source import cached_revision, find_adapter
+from .source import find_adapter
 from .spec import NOWHERE, PromptSpec
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -65,8 +65,7 @@ def save_task_adapter(
     """
     host, prompts = host_and_prompts(model, "save_task_adapter")
     info = prompts.info
-    if isinstance(labels, str):
-        raise AdapterError(f"save_task_adapter(labels={labels!r}): give a list of names.")
+    check_labels(labels, "save_task_adapter")
     names = (
         list(labels)
         if labels is not None
@@ -231,6 +230,15 @@ def _host_name(encoder: Encoder, name: str) -> str:
     return f"{encoder.head.paths[HEAD_NAMES.index(kind)]}.{rest.removeprefix('module.')}"
 
 
+def check_labels(labels: Any, call: str) -> None:
+    """Refuse label names that are no list of strings."""
+    if labels is None:
+        return
+    listed = isinstance(labels, Sequence) and not isinstance(labels, str | bytes)
+    if not listed or not all(isinstance(label, str) for label in labels):
+        raise AdapterError(f"{call}(labels={labels!r}): give a list of names.")
+
+
 def _has_structure(
     host: nn.Module,
     adapter: Adapter,
@@ -266,8 +274,6 @@ def _has_task_head(host: nn.Module) -> bool:
 
 def _describe_backbone(host: nn.Module, prompts: Prompts) -> dict[str, Any]:
     values = describe_backbone(host, prompts.encoder)
-    if values["hub_id"] and values["revision"] is None:
-        values["revision"] = cached_revision(values["hub_id"])
     moved = prompts.delta is not None and prompts.delta.protocol.moves
     found = prompts.delta.fingerprint if moved else fingerprint(host, prompts.encoder)
     return values | {"fingerprint": found}

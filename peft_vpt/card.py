@@ -38,23 +38,29 @@ def write_card(
     Raises:
         AdapterError: The metadata of `former` is not YAML.
     """
+    old = _read(former, repo_id)
+    known = dict(vars(old.data)) if old is not None else {}
+    # Without a dataset in this call, results belong to the one that the card names.
+    own = _metadata(adapter, repo_id, license, datasets or _list(known.get("datasets")))
+    text = _text(adapter, repo_id, total)
+    if old is not None:
+        own = _merge(known, own)
+        if _edited(old.text):
+            text = old.text.lstrip("\n")
+    return f"---\n{_yaml(own)}---\n\n{text}"
+
+
+def _read(former: str | None, repo_id: str) -> Any:
     from huggingface_hub import RepoCard
 
-    own = _metadata(adapter, repo_id, license, datasets)
     try:
-        old = RepoCard(former) if former else None
+        return RepoCard(former.removeprefix("\ufeff")) if former else None
     except Exception as error:
         # A YAML error of one of two libraries, or a ValueError.
         raise AdapterError(
             f"push_task_adapter: the metadata of {repo_id}/README.md cannot be read: {error}. "
             "Mend or delete that file first."
         ) from error
-    text = _text(adapter, repo_id, total)
-    if old is not None:
-        own = _merge(dict(vars(old.data)), own)
-        if _edited(old.text):
-            text = old.text.lstrip("\n")
-    return f"---\n{_yaml(own)}---\n\n{text}"
 
 
 def _yaml(values: Mapping[str, Any]) -> str:
@@ -84,7 +90,9 @@ def _metadata(
         for metric, value in numbers.items()
     ]
     base = meta["backbone"]["hub_id"]
-    relation = {"base_model": base, "base_model_relation": "adapter"} if base else {}
+    relation: dict[str, Any] = (
+        {"base_model": base, "base_model_relation": "adapter"} if base else {}
+    )
     data: Any = ModelCardData(
         library_name=LIBRARY,
         license=license,
@@ -93,8 +101,7 @@ def _metadata(
         pipeline_tag=task,
         tags=[LIBRARY, "visual-prompt-tuning", meta["backbone"]["library"]],
         eval_results=results or None,
-        model_name=repo_id.split("/")[-1],
-        **relation,
+        **(relation | ({"model_name": repo_id.split("/")[-1]} if results else {})),
     )
     return dict(data.to_dict())
 
@@ -108,25 +115,48 @@ def _merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """Lay new metadata over what is there: lists are united, what we do not know is kept."""
     merged = old | new
     for name in ("tags", "datasets", "metrics"):
-        before = old.get(name) or []
-        both = [*(before if isinstance(before, list) else [before]), *new.get(name, [])]
+        both = [*_list(old.get(name)), *_list(new.get(name))]
         if both:
-            merged[name] = list(dict.fromkeys(both))
-    if "pipeline_tag" in old:
-        merged["pipeline_tag"] = old["pipeline_tag"]
-    index = [entry for entry in _entries(old) if entry.get("name") not in _names(new)]
-    if index or _entries(new):
-        merged["model-index"] = [*index, *_entries(new)]
+            merged[name] = [value for i, value in enumerate(both) if value not in both[:i]]
+    kept = ["pipeline_tag"]
+    if new.get("base_model") in _list(old.get("base_model")):
+        kept += ["base_model", "base_model_relation"]
+    merged |= {name: old[name] for name in kept if name in old}
+    index = _united(_entries(old), _entries(new))
+    if index:
+        merged["model-index"] = index
     return merged
 
 
+def _united(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return results under their models; of the same metric on the same data the new one stays."""
+    united = [dict(entry) for entry in old]
+    for entry in new:
+        same = next((e for e in united if e.get("name") == entry["name"]), None)
+        if same is None:
+            united.append(entry)
+            continue
+        measured = [_measured(result) for result in entry["results"]]
+        before = [r for r in _list(same.get("results")) if _measured(r) not in measured]
+        same["results"] = [*before, *entry["results"]]
+    return united
+
+
+def _measured(result: Any) -> Any:
+    """Return what tells one result from another: data and metric."""
+    if not isinstance(result, dict):
+        return result
+    metrics = [m.get("type") for m in _list(result.get("metrics")) if isinstance(m, dict)]
+    data = result.get("dataset")
+    return (data.get("name") if isinstance(data, dict) else data), metrics
+
+
 def _entries(data: Mapping[str, Any]) -> list[dict[str, Any]]:
-    index = data.get("model-index") or []
-    return [entry for entry in index if isinstance(entry, dict)]
+    return [entry for entry in _list(data.get("model-index")) if isinstance(entry, dict)]
 
 
-def _names(data: Mapping[str, Any]) -> set[str]:
-    return {entry["name"] for entry in _entries(data)}
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _edited(text: str) -> bool:
@@ -149,11 +179,17 @@ def _text(adapter: Adapter, repo_id: str, total: int | None) -> str:
         _labels(adapter),
         "## How it was made\n\nVisual Prompt Tuning ([Jia et al., ECCV 2022]"
         "(https://arxiv.org/abs/2203.12119)) with the Python library `peft_vpt`, version "
-        f"{adapter.metadata['library_version']}. The backbone's own weights were not changed and "
-        "are not in this repository.",
+        f"{adapter.metadata['library_version']}. {_backbone_weights(adapter)}",
     ]
     text = "\n\n".join(part for part in parts if part)
     return f"{text}\n\n<!-- written by peft_vpt, text {_digest(text)} -->\n"
+
+
+def _backbone_weights(adapter: Adapter) -> str:
+    protocol = adapter.protocol
+    if protocol is not None and protocol.moves:
+        return f"The weights of the backbone that `{protocol.name}` trained are in the file too."
+    return "The backbone's own weights were not changed and are not in this repository."
 
 
 def _introduction(adapter: Adapter, repo_id: str) -> str:
@@ -161,9 +197,11 @@ def _introduction(adapter: Adapter, repo_id: str) -> str:
     base = meta["backbone"]["hub_id"]
     where = f"[{base}](https://huggingface.co/{base})" if base else "a backbone without a Hub name"
     task = f" for the task *{_plain(meta['task'])}*" if meta["task"] else ""
+    what = "learnable prompts" if meta["spec"] is not None else "what a protocol trains"
+    head = "" if meta["head"] is None else " and a classification head"
     return (
-        f"# {repo_id.split('/')[-1]}\n\nA task adapter{task}: learnable prompt tokens and a "
-        f"classification head for {where} (`{meta['backbone']['architecture']}`, "
+        f"# {repo_id.split('/')[-1]}\n\nA task adapter{task}: {what}{head} "
+        f"for {where} (`{meta['backbone']['architecture']}`, "
         f"{meta['backbone']['library']})."
     )
 
@@ -232,7 +270,9 @@ def _blocks(layers: Any) -> str:
 def _inline(values: Mapping[str, Any] | None) -> str | None:
     if not values:
         return None
-    return ", ".join(f"{k} {_plain(json.dumps(v, ensure_ascii=False))}" for k, v in values.items())
+    return ", ".join(
+        f"{_plain(k)} {_plain(json.dumps(v, ensure_ascii=False))}" for k, v in values.items()
+    )
 
 
 def _labels(adapter: Adapter) -> str:
@@ -246,4 +286,4 @@ def _labels(adapter: Adapter) -> str:
 
 def _plain(text: str) -> str:
     """Take from a text what would break a table or start markup."""
-    return re.sub(r"([|<>`*_\[\]])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&=$-])", r"\\\1", " ".join(text.split()))

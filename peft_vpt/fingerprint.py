@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +21,11 @@ _TOLERANCE = 1e-6
 _TOLERANCE_FP16 = 5e-3
 _TOLERANCE_QUANTIZED = 5e-2
 _VECTOR_NUMBERS = 3
+# Parts of an encoder that another input size or task changes, by the names of both libraries.
+_EMBEDDING = re.compile(
+    r"(patch|pos|position)_?embed\w*|embeddings?|patch_embedding|rope|rotary\w*|.*pool\w*"
+    r"|head\w*|fc_norm|classifier\w*|prompts|aux_head|lm_head"
+)
 # Less than half the distance of two fp16 numbers, so that only ties between bf16 numbers move.
 _TIE = 2.0**-12
 
@@ -53,7 +60,9 @@ def fingerprint(host: nn.Module, encoder: Encoder) -> Fingerprint | None:
 
     Per block, nine float64 numbers over parameters rounded to bf16: sums of |w|, w^2 and w^4 over
     vectors, the same over matrices, and sums of w^2 over the rows of queries, keys and values.
-    Then three numbers for the final norm. Embeddings and head are left out. An encoder whose
+    Then three numbers for the final norm, and the first six over what stands between and around the
+    blocks, where there is any: patch merging, convolutions of a hybrid. Statistics of batch norms
+    count as vectors. Embeddings, pooling and head are left out. An encoder whose
     blocks are not known (a ConvNet) counts as one block of all its parameters but the head's.
     Quantized weights count dequantized; `quantized` says so, and is absent elsewhere.
 
@@ -110,20 +119,61 @@ def _read(
     host: nn.Module, encoder: Encoder, view: Callable[[Tensor], Tensor] = Tensor.detach
 ) -> Fingerprint:
     _refuse_unreadable(host, encoder)
-    blocks = [module_at(host, block.path) for block in encoder.blocks]
-    inside = [weights_below(b) for b in blocks] or [weights_below(*_whole(host, encoder))]
+    seen: list[Weight] = []
+    rows = [_row(host, encoder, index, view, seen) for index in range(max(encoder.depth, 1))]
+    beside = _beside(host, encoder)
     result = {
-        "dtype": _precision([w for weights in inside for w in weights]),
-        "blocks": [
-            _moments([w for w in weights if w.values.dim() < 2], view)
-            + _moments([w for w in weights if w.values.dim() >= 2], view)
-            + _rows(host, encoder, index, view)
-            for index, weights in enumerate(inside)
-        ],
+        "dtype": _precision(seen),
+        "blocks": rows,
         "norm": _moments(_final_norm(host, encoder), view),
     }
-    quantized = any(w.quantized for weights in inside for w in weights)
-    return result | {"quantized": True} if quantized else result
+    if beside:
+        result["rest"] = _by_shape(beside, view)
+    for place, _, *numbers in _numbers(result):
+        if not all(map(math.isfinite, numbers)):
+            raise UnreadableWeightsError(f"{place} holds weights that are not finite")
+    return result | {"quantized": True} if any(w.quantized for w in seen) else result
+
+
+def _row(
+    host: nn.Module,
+    encoder: Encoder,
+    index: int,
+    view: Callable[[Tensor], Tensor],
+    seen: list[Weight],
+) -> list[float]:
+    """Return the nine numbers of one block, and note how its weights are stored."""
+    if encoder.blocks:
+        weights = weights_below(module_at(host, encoder.blocks[index].path))
+    else:
+        weights = weights_below(*_whole(host, encoder))
+    # Empty ones: dequantized weights of all blocks would not fit where the packed ones do.
+    seen.extend(Weight(w.values.new_empty(0), w.quantized) for w in weights)
+    return _by_shape(weights, view) + _rows(host, encoder, index, view)
+
+
+def _by_shape(weights: Sequence[Weight], view: Callable[[Tensor], Tensor]) -> list[float]:
+    """Return the sums over vectors, then those over matrices."""
+    vectors = [w for w in weights if w.values.dim() < 2]
+    return _moments(vectors, view) + _moments([w for w in weights if w.values.dim() >= 2], view)
+
+
+def _beside(host: nn.Module, encoder: Encoder) -> list[Weight]:
+    """Return weights between the blocks and around them: mergers, stems, norms in front."""
+    if not encoder.blocks:
+        return []
+    root = module_at(host, encoder.path)
+    below = f"{encoder.path}." if encoder.path else ""
+    taken = [*(block.path for block in encoder.blocks), encoder.norm_weights or "prompts"]
+    apart = [path.removeprefix(below) for path in taken if path.startswith(below)]
+    # Tokens and positions, the encoder's own parameters, are embeddings too.
+    modules = [(n, m) for n, m in root.named_children() if not _EMBEDDING.fullmatch(n)]
+    found: list[Weight] = []
+    for name, module in modules:
+        inner = tuple(p.removeprefix(f"{name}.") for p in apart if p.startswith(f"{name}."))
+        if name not in apart:
+            found += weights_below(module, inner)
+    return found
 
 
 def _refuse_unreadable(host: nn.Module, encoder: Encoder) -> None:
@@ -202,7 +252,10 @@ def _sum(values: Tensor) -> float:
 
 def _compare(saved: Fingerprint, own: Fingerprint, candidates: Sequence[Fingerprint]) -> Comparison:
     """Return the worst number; each counts by the candidate that is nearest to it."""
-    if _shape(saved) != _shape(own):
+    if "rest" not in saved:
+        # Written for a backbone without such weights, or by the first release.
+        candidates = [{k: v for k, v in c.items() if k != "rest"} for c in candidates]
+    if _shape(saved) != _shape(candidates[0]):
         return Comparison(float("inf"), _TOLERANCE, "the number of blocks")
     half = "float16" in (saved["dtype"], own["dtype"])
     tight = _TOLERANCE_FP16 if half else _TOLERANCE
@@ -219,14 +272,17 @@ def _compare(saved: Fingerprint, own: Fingerprint, candidates: Sequence[Fingerpr
 
 
 def _shape(values: Fingerprint) -> list[int]:
-    return [len(row) for row in (*values["blocks"], values["norm"])]
+    return [len(row) for row in _table(values)]
+
+
+def _table(values: Fingerprint) -> list[list[float]]:
+    return [*values["blocks"], values["norm"], *([values["rest"]] if "rest" in values else [])]
 
 
 def _numbers(*fingerprints: Fingerprint) -> Iterator[tuple[Any, ...]]:
     """Yield place, index in its row, and one number of each fingerprint."""
-    tables = [[*values["blocks"], values["norm"]] for values in fingerprints]
-    for row, lines in enumerate(zip(*tables, strict=True)):
-        norm = row == len(tables[0]) - 1
-        place = "the final norm" if norm else f"block {row}"
+    depth = len(fingerprints[0]["blocks"])
+    names = [*(f"block {i}" for i in range(depth)), "the final norm", "the rest of the encoder"]
+    for place, *lines in zip(names, *map(_table, fingerprints), strict=False):
         for index, numbers in enumerate(zip(*lines, strict=True)):
             yield (place, index, *numbers)

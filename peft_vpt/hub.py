@@ -6,6 +6,7 @@ import json
 import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +14,15 @@ from torch import nn
 
 from . import __version__
 from .adapter_file import FILE_NAME, Adapter, read_adapter, write_adapter
-from .adapters import load_task_adapter, save_task_adapter
+from .adapters import check_labels, load_task_adapter, save_task_adapter
+from .backbones.identity import is_hub_name
 from .card import LIBRARY, write_card
 from .errors import AdapterError
+from .hosts import host_and_prompts
 from .inject import count_parameters
-from .preprocessing import image_processor, timm_transform
+from .preprocessing import describe_preprocessing, image_processor, timm_transform
 from .pretrained import build_backbone, default_processor
-from .source import find_adapter, hub_errors
+from .source import cached_revision, find_adapter, hub_errors
 
 _CALL = "push_task_adapter"
 
@@ -75,6 +78,8 @@ def push_task_adapter(
     """
     from huggingface_hub import HfApi
 
+    if not isinstance(repo_id, str) or not is_hub_name(repo_id):
+        raise AdapterError(f"{_CALL}(repo_id={repo_id!r}): a repository is named 'owner/name'.")
     given = {"task": task, "labels": labels, "preprocessing": preprocessing, "metrics": metrics}
     with tempfile.TemporaryDirectory() as folder:
         adapter = _local(model, Path(folder), given)
@@ -83,18 +88,21 @@ def push_task_adapter(
     total = count_parameters(model).total if isinstance(model, nn.Module) else None
     names = [datasets] if isinstance(datasets, str) else list(datasets or ())
     api = HfApi(endpoint, token, library_name=LIBRARY, library_version=__version__)
+    write: Any = partial(write_card, adapter, repo_id, license=license, datasets=names, total=total)
+    # Once in vain, so that what is wrong here leaves no repository behind.
+    _operations(data, adapter, write())
     with hub_errors(_CALL, repo_id):
         api.create_repo(repo_id, private=private, exist_ok=True)
-        former = _former_card(api, repo_id, revision)
-        card = write_card(
-            adapter, repo_id, former=former, license=license, datasets=names, total=total
-        )
+        commit, former = _former_card(api, repo_id, revision, create_pr)
+    card = write(former=former)
+    with hub_errors(_CALL, repo_id):
         done = api.create_commit(
             repo_id,
             _operations(data, adapter, card),
             commit_message=commit_message or _title(adapter),
             revision=revision,
             create_pr=create_pr,
+            parent_commit=commit,
         )
     return str(done.pr_url or done.commit_url)
 
@@ -145,7 +153,8 @@ def load_backbone_with_adapter(
             "build the model yourself and call load_task_adapter(model, ...)."
         )
     at = made_for["revision"] if name == made_for["hub_id"] else None
-    size = None if images is None or adapter.spec.location == "pad" else tuple(images["size"])
+    fixed = images is None or adapter.spec.location == "pad" or "size" not in images
+    size = None if fixed else tuple(images["size"])
     model = build_backbone(
         made_for["library"],
         name,
@@ -156,15 +165,29 @@ def load_backbone_with_adapter(
     )
     load_task_adapter(model, path, strict=strict)
     if images is None:
-        return model.eval(), default_processor(made_for["library"], model, name, at, **hub)
+        processor = default_processor(made_for["library"], model, name, at, **hub)
+        return model.eval(), _sized(processor, model)
     make = timm_transform if made_for["library"] == "timm" else image_processor
     return model.eval(), make(images)
+
+
+def _sized(processor: Any, model: nn.Module) -> Any:
+    """Let a transformers processor make images of the size that pixel prompts call for."""
+    place = host_and_prompts(model, "load_backbone_with_adapter")[1].place
+    if place is not None and hasattr(processor, "image_mean"):
+        height, width = place.image[1:]
+        processor.size = {"height": height, "width": width}
+        processor.do_center_crop = False
+    return processor
 
 
 def _local(model: nn.Module | str | Path, folder: Path, given: dict[str, Any]) -> Adapter:
     """Return the adapter to push: saved just now, or read, with what the call says of it."""
     if isinstance(model, nn.Module):
         return read_adapter(save_task_adapter(model, folder, **given), _CALL)
+    check_labels(given["labels"], _CALL)
+    if given["preprocessing"] is not None:
+        given = given | {"preprocessing": describe_preprocessing(given["preprocessing"])}
     adapter = read_adapter(find_adapter(Path(model), call=_CALL), _CALL)
     new = {k: v for k, v in given.items() if v is not None}
     if not new:
@@ -187,10 +210,13 @@ def _named(adapter: Adapter, folder: Path, base: str | None, revision: str | Non
             "can load it by name; pass base_model='owner/name'.",
             stacklevel=3,
         )
-    if base is None and revision is None:
-        return adapter
     other = base is not None and base != known["hub_id"]
     at = revision or (None if other else known["revision"])
+    if at is None and known["hub_id"] and not other:
+        # A guess that a local save, the same bytes for the same adapter, does not make.
+        at = cached_revision(known["hub_id"])
+    if (base or known["hub_id"], at) == (known["hub_id"], known["revision"]):
+        return adapter
     named = known | {"hub_id": base or known["hub_id"], "revision": at}
     return _rewritten(adapter, folder, adapter.metadata | {"backbone": named})
 
@@ -205,8 +231,13 @@ def _rewritten(adapter: Adapter, folder: Path, metadata: dict[str, Any]) -> Adap
     return read_adapter(write_adapter(folder / FILE_NAME, adapter.tensors, kept), _CALL)
 
 
-def _former_card(api: Any, repo_id: str, revision: str | None) -> str | None:
-    """Return the README of a branch, None where there is none; the branch is made if missing."""
+def _former_card(
+    api: Any, repo_id: str, revision: str | None, create_pr: bool
+) -> tuple[str, str | None]:
+    """Return the last commit of a branch, and its README or None.
+
+    The branch is made if missing, but not for a pull request, whose target it is.
+    """
     from huggingface_hub.errors import (
         EntryNotFoundError,
         LocalEntryNotFoundError,
@@ -216,17 +247,20 @@ def _former_card(api: Any, repo_id: str, revision: str | None) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         for attempt in (0, 1):
             try:
-                path = api.hf_hub_download(
-                    repo_id, "README.md", revision=revision, cache_dir=folder
-                )
-                return Path(path).read_text(encoding="utf-8")
+                commit = str(api.repo_info(repo_id, revision=revision).sha)
+                path = api.hf_hub_download(repo_id, "README.md", revision=commit, cache_dir=folder)
+                return commit, Path(path).read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise AdapterError(
+                    f"{_CALL}: {repo_id}/README.md is not UTF-8: {error}. Mend it first."
+                ) from error
             except LocalEntryNotFoundError:
                 # The Hub was not reached, which says nothing of what stands there.
                 raise
             except EntryNotFoundError:
-                return None
+                return commit, None
             except RevisionNotFoundError:
-                if attempt or revision is None:
+                if attempt or revision is None or create_pr:
                     raise
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
     raise AssertionError("the loop above returns or raises")
@@ -236,5 +270,10 @@ def _operations(data: bytes, adapter: Adapter, card: str) -> list[Any]:
     from huggingface_hub import CommitOperationAdd
 
     rendered = json.dumps(adapter.metadata, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
-    files = {FILE_NAME: data, "config.json": rendered.encode(), "README.md": card.encode()}
+    try:
+        files = {FILE_NAME: data, "config.json": rendered.encode(), "README.md": card.encode()}
+    except UnicodeEncodeError as error:
+        raise AdapterError(
+            f"{_CALL}: task, labels or metrics hold a character that no file can: {error}."
+        ) from error
     return [CommitOperationAdd(name, content) for name, content in files.items()]

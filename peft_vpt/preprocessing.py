@@ -10,9 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .backbones.identity import describe_timm_config
 from .errors import AdapterError
 
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+_USUAL = "bicubic"
+# Mean difference of normalised pixels: torchvision and Pillow differ by 0.005, a crop by 0.2.
+_ALIKE = 0.05
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
@@ -39,18 +43,53 @@ def from_processor(processor: Any) -> dict[str, Any]:
             f"preprocessing: {type(processor).__name__} resizes to {size} and crops to {crop}, "
             "which the file cannot say; give a dict with size, mean, std, interpolation, crop."
         )
-    return {
+    plain = processor.do_normalize is False
+    found = {
         "size": [int(edge) for edge in edges],
-        "mean": [float(x) for x in processor.image_mean],
-        "std": [float(x) for x in processor.image_std],
+        "mean": [0.0] * 3 if plain else [float(x) for x in processor.image_mean],
+        "std": [1.0] * 3 if plain else [float(x) for x in processor.image_std],
         "interpolation": _RESAMPLE[int(processor.resample)],
         "crop": share,
     }
+    _check_alike(processor, image_processor(found))
+    return found
+
+
+def _check_alike(processor: Any, ours: Any) -> None:
+    """Refuse a processor that does more than the words of the file can say."""
+    import numpy as np
+    from PIL import Image
+
+    noise = np.random.default_rng(0).integers(0, 256, (45, 60, 3), dtype=np.uint8)
+    # Smooth enough that two programs for one way of resampling agree to a few grey levels.
+    image = Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC)
+    theirs, own = (to_batch(p, [image]).float() for p in (processor, ours))
+    if theirs.shape != own.shape or float((theirs - own).abs().mean()) > _ALIKE:
+        raise AdapterError(
+            f"preprocessing: {type(processor).__name__} does something to images that size, mean, "
+            "std, interpolation and crop do not say; give a dict with these, or None."
+        )
 
 
 def describe_preprocessing(preprocessing: Any) -> dict[str, Any]:
     """Return plain values of a mapping (ours, or a timm data config) or an image processor."""
+    try:
+        found = _describe(preprocessing)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, AdapterError):
+            raise
+        raise AdapterError(
+            f"save_task_adapter(preprocessing=...): {type(preprocessing).__name__} lacks what the "
+            f"file needs ({type(error).__name__}: {error}); give a dict with size, mean, std, "
+            "interpolation and crop."
+        ) from error
+    return found
+
+
+def _describe(preprocessing: Any) -> dict[str, Any]:
     if not isinstance(preprocessing, Mapping):
+        if hasattr(preprocessing, "image_processor"):
+            return _describe(preprocessing.image_processor)
         if hasattr(preprocessing, "image_mean"):
             return from_processor(preprocessing)
         raise AdapterError(
@@ -59,15 +98,15 @@ def describe_preprocessing(preprocessing: Any) -> dict[str, Any]:
             "processor."
         )
     values = dict(preprocessing)
-    if "input_size" in values:
-        return {
-            "size": list(values["input_size"][1:]),
-            "mean": list(values["mean"]),
-            "std": list(values["std"]),
-            "interpolation": values["interpolation"],
-            "crop": values["crop_pct"],
-        }
-    return values
+    if "input_size" not in values:
+        return values
+    described = describe_timm_config(values)
+    if described is None:
+        raise AdapterError(
+            f"save_task_adapter(preprocessing=...): timm's crop_mode {values.get('crop_mode')!r} "
+            "cannot be said in the file; give a dict with size, mean, std, interpolation, crop."
+        )
+    return described
 
 
 def timm_transform(values: Mapping[str, Any]) -> Any:
@@ -76,10 +115,11 @@ def timm_transform(values: Mapping[str, Any]) -> Any:
 
     data: Any = timm.data
     share = values.get("crop")
+    _require(values)
     return data.create_transform(
         (3, *values["size"]),
         is_training=False,
-        interpolation=values["interpolation"],
+        interpolation=values.get("interpolation", _USUAL),
         mean=tuple(values["mean"]),
         std=tuple(values["std"]),
         crop_pct=1.0 if share is None else share,
@@ -91,12 +131,13 @@ def image_processor(values: Mapping[str, Any]) -> Any:
     """Return a transformers image processor that does what a file's `preprocessing` says."""
     import transformers
 
+    _require(values)
     height, width = values["size"]
     numbers = {name: key for key, name in _RESAMPLE.items()}
     common: dict[str, Any] = {
         "image_mean": list(values["mean"]),
         "image_std": list(values["std"]),
-        "resample": numbers[values["interpolation"]],
+        "resample": numbers[values.get("interpolation", _USUAL)],
     }
     share = values.get("crop")
     if share is None:
@@ -107,6 +148,15 @@ def image_processor(values: Mapping[str, Any]) -> Any:
         crop_size={"height": height, "width": width},
         **common,
     )
+
+
+def _require(values: Mapping[str, Any]) -> None:
+    missing = [name for name in ("size", "mean", "std") if name not in values]
+    if missing:
+        raise AdapterError(
+            f"preprocessing: the file does not say {', '.join(missing)}; build the transform "
+            "yourself, and use load_task_adapter."
+        )
 
 
 def load_image(path: str | Path) -> Any:
@@ -137,6 +187,8 @@ def to_rgb(image: Any) -> Any:
         peak = top if math.isinf(peak) else peak
         scaled = np.clip(values / peak * 255.0, 0, 255).round().astype(np.uint8)
         return Image.fromarray(scaled).convert("RGB")
+    if image.mode == "La":
+        image = image.convert("LA")
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from .preprocessing import describe_preprocessing, timm_transform
 from .source import download, hub_errors
 
 _CALL = "load_backbone_with_adapter"
-# In the order in which timm itself looks for them.
-_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
+# In the order in which timm itself looks for them. A pickle, which may run code, is not among them.
+_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
 
 
 def build_backbone(
@@ -68,7 +69,8 @@ def default_processor(
 
     auto: Any = transformers.AutoImageProcessor
     with hub_errors(_CALL, f"{name}, its image processor"):
-        return auto.from_pretrained(name, revision=revision, **hub)
+        # Code out of a repository is never run, and nobody is asked whether it may.
+        return auto.from_pretrained(name, revision=revision, trust_remote_code=False, **hub)
 
 
 def _timm(
@@ -92,14 +94,35 @@ def _timm(
         owner = config.hf_hub_id
         base = f"{owner}{config.architecture}.{config.tag}" if owner.endswith("/") else owner
     folder = download(base, "config.json", call=_CALL, revision=revision, **hub).parent
+    _check_config(folder / "config.json", base)
+    # The folder is named by the commit, so that a branch that moves meanwhile does not matter.
+    revision = folder.name
     if pretrained:
         _weights(base, revision, hub)
     model = _create(f"local-dir:{folder}", size, pretrained=pretrained)
     cfg: Any = model.pretrained_cfg
     # As if timm had loaded it by its Hub id: the folder is a fact about one machine.
     cfg.pop("file", None)
-    cfg.update(source="hf-hub", hf_hub_id=f"{base}@{revision}" if revision else base)
+    cfg.update(source="hf-hub", hf_hub_id=f"{base}@{revision}")
     return model
+
+
+def _offline(hub: dict[str, Any]) -> bool:
+    from huggingface_hub import constants
+
+    return bool(hub.get("local_files_only") or constants.HF_HUB_OFFLINE)
+
+
+def _check_config(path: Path, name: str) -> None:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not isinstance(found.get("architecture"), str):
+        raise AdapterError(
+            f"{_CALL}: {name}: its config.json names no timm architecture; is it a model of "
+            "another library?"
+        )
 
 
 def _create(name: str, size: tuple[int, int] | None, *, pretrained: bool) -> nn.Module:
@@ -124,6 +147,8 @@ def _weights(name: str, revision: str | None, hub: dict[str, Any]) -> Path:
         try:
             return download(name, file, call=_CALL, revision=revision, **hub)
         except VPTError as error:
+            if type(error.__cause__).__name__ == "LocalEntryNotFoundError" and not _offline(hub):
+                raise
             if "EntryNotFound" not in type(error.__cause__).__name__:
                 raise
             missing = missing or error
@@ -149,9 +174,22 @@ def _transformers(
             "or build the model yourself and call load_task_adapter(model, ...)."
         )
     with hub_errors(_CALL, f"{name}, {architecture or 'image classification model'}"):
+        hub = {**hub, "revision": revision, "trust_remote_code": False}
+        config = transformers.AutoConfig.from_pretrained(name, **hub)
+        if not auto:
+            _check_kind(kind, config, name)
         if pretrained:
-            model: nn.Module = kind.from_pretrained(name, revision=revision, **hub)
+            model: nn.Module = kind.from_pretrained(name, **hub)
             return model
-        config = transformers.AutoConfig.from_pretrained(name, revision=revision, **hub)
         made: nn.Module = kind.from_config(config) if auto else kind(config)
         return made
+
+
+def _check_kind(kind: Any, config: Any, name: str) -> None:
+    """Refuse a class that is not of this repository: building it may take any time and memory."""
+    parts = [type(config), *(getattr(config, "sub_configs", None) or {}).values()]
+    if kind.config_class not in parts:
+        raise AdapterError(
+            f"{_CALL}: the adapter names the class {kind.__name__}, and {name} holds a "
+            f"{type(config).__name__}; pass backbone= for another repository."
+        )

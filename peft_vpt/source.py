@@ -10,6 +10,7 @@ from pathlib import Path
 from .adapter_file import FILE_NAME
 from .errors import AdapterError, VPTError
 
+_LONGEST = 600
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Exceptions of huggingface_hub by name, most special first: what a user can do.
 _ADVICE = {
@@ -117,10 +118,10 @@ def cached_revision(repo_id: str) -> str | None:
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
     try:
+        folder = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model")
         commits = [path.name for path in (folder / "snapshots").iterdir()]
-    except OSError:
+    except (OSError, ValueError):
         return None
     return commits[0] if len(commits) == 1 else None
 
@@ -135,17 +136,18 @@ def hub_errors(call: str, what: str) -> Iterator[None]:
     """
     try:
         yield
-    except VPTError:
+    except (VPTError, MemoryError):
         raise
     except Exception as error:
         # The client's exceptions have no common base class below Exception.
         names = {kind.__name__ for kind in type(error).__mro__}
         advice = next((text for name, text in _ADVICE.items() if name in names), None)
-        reason = f"{type(error).__name__}: {_first_line(error)}"
+        reason = f"{type(error).__name__}: {_lines(error)}"
         hint = f" What to do: {advice}." if advice else ""
         raise AdapterError(f"{call}: {what}: {reason}{hint}") from error
 
 
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else "no message"
+def _lines(error: Exception) -> str:
+    """Return a message without its line breaks, for which some fill a page."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."

@@ -44,7 +44,8 @@ VALUES += ("x", "../../x", "/etc/passwd", "\0", "\ud800", "x" * 20_000, [], [Non
 VALUES += ([0.5], ["a"], [10**9, 10**9], {}, {"a": 1}, [0] * 5000, "owner/../..", [1, 0], [True])
 NULLABLE = {"head", "preprocessing", "task", "metrics", "hub_id", "revision", "fingerprint"}
 NULLABLE |= {"labels", "crop"}
-OPTIONAL = {"crop", "bias", "class", "quantized"}
+OPTIONAL = {"crop", "bias", "class", "quantized", "rest"}
+OPTIONAL |= {"size", "interpolation"}
 IMAGES = {"size": [8, 8], "mean": [0.5], "std": [0.5], "interpolation": "bicubic"}
 # Each field for itself is sound, or nearly so.
 CONTRADICTIONS: list[dict[str, Any]] = [
@@ -374,7 +375,7 @@ def fields(one: Sample, rng: random.Random) -> Iterator[Case]:
             yield Case(f"no {path}", signed(one.tensors, after), one, told, metadata=after)
         if isinstance(old, dict):
             after = changed(values, (*path, "unknown"), 1)
-            told = path[0] != "metrics"
+            told = path[0] not in ("metrics", "preprocessing")
             yield Case(f"more in {path}", signed(one.tensors, after), one, told, metadata=after)
     for key in ("unknown", "", "protocol", "FORMAT_VERSION", "\0"):
         after = values | {key: None}

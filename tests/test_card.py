@@ -66,7 +66,9 @@ def test_an_edited_card_is_kept_and_its_metadata_merged(hub: Hub) -> None:
     push(model)
     text = hub.files(REPO)["README.md"].decode()
     edited = text.replace("library_name", "language: nl\nlicense: mit\nlibrary_name", 1)
-    edited = edited.replace("tags:", "tags:\n- mine", 1).replace("## Use", "My own words.\n\n## Use")
+    edited = edited.replace("tags:", "tags:\n- mine", 1).replace(
+        "## Use", "My own words.\n\n## Use"
+    )
     hub.swap(REPO, "README.md", edited.encode())
     push(model, metrics={"accuracy": 0.75}, datasets=["lab/pets"])
     card = card_of(hub)
@@ -132,9 +134,7 @@ def test_an_unknown_backbone_is_said(hub: Hub) -> None:
 
 
 @pytest.mark.parametrize(("make", "base"), [(timm_vit, TIMM_BASE), (hf_vit, HF_BASE)])
-def test_the_code_block_runs_as_it_stands(
-    make: Any, base: str, hub: Hub, tmp_path: Path
-) -> None:
+def test_the_code_block_runs_as_it_stands(make: Any, base: str, hub: Hub, tmp_path: Path) -> None:
     model = make()
     upload(model, base, tmp_path / "base")
     push(prompted(model))

@@ -420,7 +420,7 @@ def test_push_warnings_and_errors(world: World, tmp_path: Path, capsys: Capture)
     for source, name in ((tmp_path / "nothing", REPO), (world.adapter, "user/a b")):
         out, err = call(capsys, "push", source, name, code=1)
         assert out == ""
-        assert err.startswith("error: push_task_adapter: ")
+        assert err.startswith("error: push_task_adapter")
 
 
 # predict

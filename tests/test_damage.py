@@ -230,7 +230,6 @@ def test_any_json_comes_back(tmp_path_factory: pytest.TempPathFactory) -> None:
         {"metrics": {"a": json.loads("[" * 40 + "]" * 40)}},
         {"task": 3},
         {"protocol": "bias"},
-        {"preprocessing": {"size": [32, 32]}},
         {"preprocessing": {"size": [32], "mean": [0.5], "std": [0.5], "interpolation": "box"}},
     ],
     ids=lambda c: str(c)[:40],

@@ -120,6 +120,13 @@ CHANGES: dict[str, Change] = {
     "one weight set to ten times the largest": lambda m, e: set_one(matrices(blocks(m, e)[1])[-1]),
     "one bias removed": lambda m, e: vectors(blocks(m, e)[1])[-1].zero_(),
 }
+SWIN_CHANGES: dict[str, Change] = {
+    "one merging's norm scaled by 1.01": lambda m, e: m.layers[1].downsample.norm.weight.mul_(1.01),
+    "one merging's bias scaled by 1.01": lambda m, e: m.layers[2].downsample.norm.bias.mul_(1.01),
+    "one merging's reduction drawn anew": lambda m, e: nn.init.normal_(
+        m.layers[1].downsample.reduction.weight
+    ),
+}
 # What the fingerprint does not see, as the docs say.
 BLIND: dict[str, Change] = {
     "signs of one matrix flipped": lambda m, e: matrices(blocks(m, e)[1])[-1].neg_(),
@@ -150,6 +157,41 @@ def test_changes_are_told(family: str, change: str, tmp_path: Path) -> None:
         load_task_adapter(other, tmp_path)
     assert "strict=False" in str(caught.value)
     assert not is_prompted(other)
+
+
+@pytest.mark.parametrize("change", SWIN_CHANGES)
+def test_changes_between_the_blocks_are_told(change: str, tmp_path: Path) -> None:
+    saved("swin", tmp_path)
+    other = make("swin")
+    with torch.no_grad():
+        SWIN_CHANGES[change](other, encoder_for(other, "prepend"))
+    with pytest.raises(AdapterMismatchError, match="the rest of the encoder"):
+        load_task_adapter(other, tmp_path)
+
+
+def test_statistics_of_a_convnet_are_weights_too(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = timm.create_model("resnet10t", num_classes=3).eval()
+    other = copy.deepcopy(model)
+    save_task_adapter(inject_prompts(model, 4, location="pad"), tmp_path)
+    load_task_adapter(copy.deepcopy(other), tmp_path)
+    next(m for m in other.modules() if isinstance(m, nn.BatchNorm2d)).running_var.mul_(1.02)
+    with pytest.raises(AdapterMismatchError, match="has others"):
+        load_task_adapter(other, tmp_path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_backbone_that_is_not_finite_is_not_taken_for_the_right_one(
+    family: str, value: float, tmp_path: Path
+) -> None:
+    saved(family, tmp_path)
+    other = make(family)
+    with torch.no_grad():
+        final_norm(other, encoder_for(other, "prepend")).weight[0] = value
+    with pytest.raises(AdapterMismatchError, match="the final norm holds weights"):
+        load_task_adapter(other, tmp_path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -192,6 +234,9 @@ HARMLESS: dict[str, Callable[[nn.Module], Any]] = {
     ),
     "another patch embedding": lambda m: nn.init.normal_(
         next(c for c in m.modules() if isinstance(c, nn.Conv2d)).weight
+    ),
+    "another input size": lambda m: hasattr(m, "set_input_size") and m.set_input_size(
+        **({"img_size": 128, "window_size": 4} if hasattr(m, "layers") else {"img_size": 64})
     ),
     "another head": lambda m: [
         nn.init.normal_(p) for n, p in m.named_parameters() if n.startswith(("head", "classifier"))
@@ -284,6 +329,9 @@ def test_swin_and_dinov2_across_the_libraries() -> None:
                 fill(other, one)
             norm = final_norm(source, theirs).state_dict()
             final_norm(port, ours).load_state_dict(norm)
+            for stage in (1, 2) if hasattr(port, "swin") else ():
+                merging = source.layers[stage].downsample.state_dict()
+                port.swin.encoder.layers[stage - 1].downsample.load_state_dict(merging)
         first = fingerprint(source, theirs)
         assert first is not None
         assert compare(first, port, ours).same

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from .anatomy import Head, module_at
+from .weights import is_packed
 
 _COUNTS = ("num_classes", "num_labels")
 
@@ -132,7 +133,7 @@ def can_replace(layer: nn.Module) -> bool:
     """Tell whether a linear layer can stand in for a classifier."""
     if isinstance(layer, nn.Conv2d):
         return layer.kernel_size == (1, 1) and layer.groups == 1
-    return isinstance(layer, nn.Linear | nn.Identity)
+    return isinstance(layer, nn.Linear | nn.Identity) or is_packed(layer)
 
 
 def _linear(

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from .anatomy import Encoder, is_kind, module_at
 from .heads import head_owner
+
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 def describe_backbone(host: nn.Module, encoder: Encoder) -> dict[str, Any]:
@@ -18,6 +23,8 @@ def describe_backbone(host: nn.Module, encoder: Encoder) -> dict[str, Any]:
     else:
         names = _transformers_names(_outermost(host, encoder.path))
     hub_id, _, revision = (names["hub_id"] or "").partition("@")
+    if not is_hub_name(hub_id):
+        hub_id = revision = ""
     return {
         "library": encoder.library,
         "architecture": names["architecture"],
@@ -26,6 +33,11 @@ def describe_backbone(host: nn.Module, encoder: Encoder) -> dict[str, Any]:
         "dims": [widths[stage] for stage in sorted(widths)],
         "depth": encoder.depth,
     }
+
+
+def is_hub_name(name: str) -> bool:
+    """Tell whether a text can be the name of a Hub repository, `owner/name`."""
+    return _HUB_NAME.fullmatch(name) is not None and ".." not in name and "--" not in name
 
 
 def _timm_names(model: nn.Module) -> dict[str, Any]:
@@ -48,7 +60,7 @@ def _outermost(host: nn.Module, path: str) -> nn.Module:
 def _transformers_names(model: nn.Module) -> dict[str, Any]:
     name = getattr(model.config, "_name_or_path", "") or None
     # A local folder is a fact about one machine, not about the backbone.
-    if name and (name.startswith(("/", ".", "~")) or name.count("/") != 1):
+    if name and Path(name).exists():
         name = None
     return {"architecture": type(model).__name__, "hub_id": name}
 
@@ -60,13 +72,26 @@ def default_preprocessing(host: nn.Module, encoder: Encoder) -> dict[str, Any] |
     if encoder.library != "timm" or not config:
         return None
     embed = getattr(model, "patch_embed", None)
-    size = getattr(embed, "img_size", None) or config["input_size"][1:]
+    return describe_timm_config(config, getattr(embed, "img_size", None))
+
+
+def describe_timm_config(config: Mapping[str, Any], size: Any = None) -> dict[str, Any] | None:
+    """Return a timm data config in the words of the adapter file, None where they cannot say it.
+
+    Args:
+        config: `input_size`, `mean`, `std`, `interpolation`, `crop_pct`, `crop_mode`.
+        size: Height and width, where they are not those of the config.
+    """
+    mode, share = config.get("crop_mode") or "center", float(config["crop_pct"])
+    # Squeezed to more than the size and then cropped, or padded: rare, and without a word here.
+    if mode not in ("center", "squash") or (mode == "squash" and share != 1.0):
+        return None
     return {
-        "size": [int(s) for s in size],
-        "mean": list(config["mean"]),
-        "std": list(config["std"]),
-        "interpolation": config["interpolation"],
-        "crop": config["crop_pct"],
+        "size": [int(edge) for edge in size or config["input_size"][1:]],
+        "mean": [float(x) for x in config["mean"]],
+        "std": [float(x) for x in config["std"]],
+        "interpolation": str(config["interpolation"]),
+        "crop": None if mode == "squash" else share,
     }
 
 

@@ -48,20 +48,20 @@ def weights_below(root: nn.Module, apart: tuple[str, ...] = ()) -> list[Weight]:
 
 def layer_weight(layer: nn.Module) -> Tensor | None:
     """Return what a layer calls its weight, dequantized; None where it has none to show."""
-    if _is_packed(layer):
+    if is_packed(layer):
         return next(_own_weights(layer))[1]
     weight = getattr(layer, "weight", None)
     return _dequantized(layer, weight)[0] if isinstance(weight, Tensor) else None
 
 
-def _is_packed(module: nn.Module) -> bool:
+def is_packed(module: nn.Module) -> bool:
     """Tell whether a layer is one of PyTorch's own quantized ones: no parameters, but methods."""
     return hasattr(module, "_packed_params") and callable(getattr(module, "weight", None))
 
 
 def _own_weights(module: Any) -> Iterator[tuple[Any, Tensor | None, bool]]:
     """Yield a module's own weights: what holds them, plain values or None, whether quantized."""
-    if _is_packed(module):
+    if is_packed(module):
         yield module, module.weight().dequantize(), True
         if module.bias() is not None:
             yield module._packed_params, module.bias(), False
@@ -69,6 +69,10 @@ def _own_weights(module: Any) -> Iterator[tuple[Any, Tensor | None, bool]]:
     for parameter in module._parameters.values():
         if parameter is not None:
             yield parameter, *_dequantized(module, parameter)
+    for name in ("running_mean", "running_var"):
+        statistic = module._buffers.get(name)
+        if statistic is not None:
+            yield statistic, statistic, False
     for name in _PACKED_BUFFERS:
         buffer = module._buffers.get(name)
         if buffer is not None and not buffer.is_floating_point():

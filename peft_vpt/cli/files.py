@@ -62,6 +62,8 @@ def check(
 
     adapter = find(source, "peft-vpt check", revision, offline)
     kind = adapter.metadata["backbone"]["library"] if library is None else library.value
+    if library is None and (model.startswith(("timm/", "hf-hub:")) or "/" not in model):
+        kind = "timm"
     with quiet_stdout(), warnings.catch_warnings():
         backbone = _build(adapter, kind, model, not no_weights, offline)
         if no_weights:
@@ -93,7 +95,7 @@ def _build(adapter: Adapter, library: str, name: str, weights: bool, offline: bo
 
     made_for, images = adapter.metadata["backbone"], adapter.metadata["preprocessing"]
     own = library == made_for["library"] == "transformers"
-    sized = images is not None and adapter.spec.location != "pad"
+    sized = images is not None and "size" in images and adapter.spec.location != "pad"
     return build_backbone(
         library,
         name,

@@ -1,0 +1,41 @@
+"""Data: tasks from folders, lists, json splits and Hugging Face datasets; transforms; loaders."""
+
+from __future__ import annotations
+
+from .check import check_images
+from .loading import decode, loader
+from .masks import (
+    SegmentationSplit,
+    SegmentationTask,
+    check_masks,
+    open_segmentation,
+    segmentation_loader,
+)
+from .open import open_task
+from .splits import Split, Task
+from .tasks import TASKS, PaperTask, paper_task
+from .transforms import Transform, eval_transform, preprocessing_for, train_transform
+from .warps import SegmentationTransform, segmentation_transform
+
+__all__ = [
+    "TASKS",
+    "PaperTask",
+    "SegmentationSplit",
+    "SegmentationTask",
+    "SegmentationTransform",
+    "Split",
+    "Task",
+    "Transform",
+    "check_images",
+    "check_masks",
+    "decode",
+    "eval_transform",
+    "loader",
+    "open_segmentation",
+    "open_task",
+    "paper_task",
+    "preprocessing_for",
+    "segmentation_loader",
+    "segmentation_transform",
+    "train_transform",
+]

@@ -1,0 +1,112 @@
+"""Seeded draws: stratified parts of a split, orders of an epoch, one draw per image."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch.utils.data import Sampler
+
+from ..errors import SpecError
+
+Key = tuple[int, int]
+
+
+def stratified(
+    labels: Sequence[int], share: float, seed: int, *, least: int = 0, keep: int = 0
+) -> tuple[list[int], list[int]]:
+    """Draw a share of the images of every class.
+
+    The total is `share` of all images rounded, shared out by largest remainders, so that rare
+    classes are drawn in their turn.
+
+    Args:
+        labels: Of all images.
+        share: Of the images, above 0 and at most 1.
+        seed: Of the draw.
+        least: Images drawn of every class at least, where it has them.
+        keep: Images of every class that are never drawn.
+
+    Returns:
+        Indices drawn, and the others; both ascending.
+    """
+    groups: dict[int, list[int]] = {}
+    for index, label in enumerate(labels):
+        groups.setdefault(label, []).append(index)
+    generator = random.Random(seed)
+    for label in sorted(groups):
+        generator.shuffle(groups[label])
+    counts = _counts({c: len(g) for c, g in groups.items()}, share, least, keep, generator)
+    drawn = {index for label, group in groups.items() for index in group[: counts[label]]}
+    return sorted(drawn), [i for i in range(len(labels)) if i not in drawn]
+
+
+def _counts(
+    sizes: dict[int, int], share: float, least: int, keep: int, generator: random.Random
+) -> dict[int, int]:
+    most = {c: max(size - keep, 0) for c, size in sizes.items()}
+    counts = {c: min(max(int(size * share), least), most[c]) for c, size in sizes.items()}
+    # Classes of one size have one remainder: without a draw the first ones would always gain.
+    order = sorted(sizes, key=lambda c: (-(sizes[c] * share % 1), generator.random()))
+    missing = max(round(sum(sizes.values()) * share), 1) - sum(counts.values())
+    while missing > 0 and any(counts[c] < most[c] for c in order):
+        for label in order:
+            if missing > 0 and counts[label] < most[label]:
+                counts[label] += 1
+                missing -= 1
+    return counts
+
+
+class EpochSampler(Sampler[Key]):
+    """Keys `(index, draw)` of all images in random order; `draw` seeds the image's transform.
+
+    Order and draws follow from the generator alone, so they are the same with any number of
+    workers, and when an epoch is begun again in its middle. `set_epoch` fixes them by seed and
+    epoch (accelerate calls it); without it every pass draws on.
+
+    Args:
+        count: Number of images.
+        seed: Of all epochs.
+    """
+
+    def __init__(self, count: int, seed: int) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise SpecError(f"loader(seed={seed!r}): must be an integer from 0 up.")
+        self._count, self._seed = count, seed
+        self.generator = torch.Generator()
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next pass that of an epoch."""
+        self.generator.manual_seed(random.Random(f"{self._seed}/{epoch}").getrandbits(63))
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Key]:
+        order = torch.randperm(self._count, generator=self.generator).tolist()
+        draws = torch.randint(2**31, (self._count,), generator=self.generator).tolist()
+        return iter(list(zip(order, draws, strict=True)))
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Seed the CPU's global generators inside the `with`, and put them back; None: do nothing."""
+    if seed is None:
+        yield
+        return
+    import numpy as np
+
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    # Not torch.manual_seed, which would reach out to the GPU from a worker.
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])

@@ -1,0 +1,117 @@
+"""The layout of image folders: a folder per class, with or without folders per split."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ..errors import VPTError
+from .found import Found
+from .splits import Split, listing
+
+_SUFFIXES = "avif bmp gif jfif jp2 jpeg jpg pbm pgm png ppm tga tif tiff webp"
+EXTENSIONS = frozenset(f".{suffix}" for suffix in _SUFFIXES.split(" "))
+_VAL = ("val", "validation")
+
+
+def is_split_folder(folder: Path) -> bool:
+    """Return whether a folder has a folder `train`."""
+    return (folder / "train").is_dir()
+
+
+def open_split_folder(folder: Path) -> Found:
+    """Read `train/<class>/*` and, if they are there, `val` (or `validation`) and `test`.
+
+    Classes are the names of train's folders, sorted. Folders in a class folder belong to it.
+    Without `val` it is cut from train, and `test` too if neither is there.
+
+    Raises:
+        VPTError: No class folders, a class without images, a class that train lacks, or an
+            empty split.
+    """
+    vals = [name for name in _VAL if (folder / name).is_dir()]
+    if len(vals) > 1:
+        raise VPTError(f"open_task({str(folder)!r}): has {' and '.join(vals)}; keep one of them.")
+    places = {"train": folder / "train"}
+    if vals:
+        places["val"] = folder / vals[0]
+    if (folder / "test").is_dir():
+        places["test"] = folder / "test"
+    files = {name: class_files(place) for name, place in places.items()}
+    _refuse_empty_classes(places["train"], files["train"])
+    classes = tuple(files["train"])
+    for name in files:
+        _refuse_strange(folder, name, files[name], classes)
+    splits = {name: _split(found, classes) for name, found in files.items()}
+    notes = ["no test split: only val can be measured"] if "val" in splits else []
+    notes = [] if "test" in splits else notes
+    return Found("image folders", classes, splits, cut_test=len(splits) == 1, notes=notes)
+
+
+def open_flat_folder(folder: Path) -> Found:
+    """Read `<class>/*`; val and test are cut from it.
+
+    Raises:
+        VPTError: No class folders, or one without images.
+    """
+    files = class_files(folder)
+    _refuse_empty_classes(folder, files)
+    classes = tuple(files)
+    layout = "folder of classes"
+    return Found(layout, classes, {"train": _split(files, classes)}, cut_test=True)
+
+
+def class_files(folder: Path) -> dict[str, list[str]]:
+    """Return the image files of every class folder, both sorted; hidden ones are left out.
+
+    Raises:
+        VPTError: There is no class folder.
+    """
+    names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not _hidden(e.name))
+    if not names:
+        raise VPTError(
+            f"open_task: {folder} has no class folders; put the images of each class in a folder "
+            f"of its own, {folder / '<class>' / '<image>'}."
+        )
+    return {name: image_files(folder / name) for name in names}
+
+
+def image_files(folder: Path) -> list[str]:
+    """Return all image files under a folder by their extension, sorted."""
+    found: list[str] = []
+    for place, folders, names in os.walk(folder.absolute()):
+        folders[:] = [name for name in folders if not _hidden(name)]
+        images = (n for n in names if not _hidden(n) and Path(n).suffix.lower() in EXTENSIONS)
+        found += [os.path.join(place, name) for name in images]
+    return sorted(found)
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
+
+
+def _refuse_empty_classes(folder: Path, files: dict[str, list[str]]) -> None:
+    empty = [name for name, paths in files.items() if not paths]
+    if empty:
+        raise VPTError(
+            f"open_task: {len(empty)} of {len(files)} class folders of {folder} have no images: "
+            f"{listing(empty)}. Images end in {', '.join(sorted(EXTENSIONS))}. Add some, or "
+            "remove the folders."
+        )
+
+
+def _refuse_strange(
+    folder: Path, name: str, files: dict[str, list[str]], classes: tuple[str, ...]
+) -> None:
+    strange = [c for c in files if c not in classes]
+    if strange:
+        raise VPTError(
+            f"open_task({str(folder)!r}): {len(strange)} class folders of {name!r} are not in "
+            f"train: {listing(strange)}. Train has {listing(classes)}. Give train images of "
+            "them, or remove them."
+        )
+
+
+def _split(files: dict[str, list[str]], classes: tuple[str, ...]) -> Split:
+    pairs = [(path, classes.index(name)) for name, paths in files.items() for path in paths]
+    return Split(tuple(path for path, _ in pairs), tuple(label for _, label in pairs))

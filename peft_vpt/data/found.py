@@ -1,0 +1,133 @@
+"""What a layout holds before it becomes a task: class names, labels, what is missing."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ..errors import VPTError
+from .splits import Split, listing
+
+Label = int | str
+
+
+@dataclass
+class Found:
+    """The splits of a layout, before missing ones are cut from train.
+
+    Args:
+        layout: In words.
+        classes: Class names.
+        splits: Those that are there; "train" always is.
+        cut_test: Whether a test split is cut from train as well.
+        notes: For the task.
+    """
+
+    layout: str
+    classes: tuple[str, ...]
+    splits: dict[str, Split]
+    cut_test: bool = False
+    notes: list[str] = field(default_factory=list)
+
+
+def read_classes(folder: Path) -> tuple[str, ...] | None:
+    """Return the names in `classes.txt`, or None without that file.
+
+    Raises:
+        VPTError: It is empty or names a class twice.
+    """
+    file = folder / "classes.txt"
+    if not file.is_file():
+        return None
+    names = tuple(line.strip() for line in read_text(file).splitlines() if line.strip())
+    twice = sorted(name for name, count in Counter(names).items() if count > 1)
+    if not names or twice:
+        problem = f"names {listing(twice)} twice" if twice else "is empty"
+        raise VPTError(f"open_task: {file} {problem}; it must have one class name per line.")
+    return names
+
+
+def read_text(file: Path) -> str:
+    """Return the text of a file, with or without a byte order mark.
+
+    Raises:
+        VPTError: It cannot be read, or is not UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise VPTError(f"open_task: {file} cannot be read as UTF-8 text: {error}") from error
+
+
+def number_labels(
+    labels: Mapping[str, Sequence[Label]],
+    classes: tuple[str, ...] | None,
+    call: str,
+    pool: Sequence[Label] = (),
+) -> tuple[tuple[str, ...], dict[str, tuple[int, ...]]]:
+    """Return class names and labels as indices into them.
+
+    Args:
+        labels: By split; names, or numbers that stand for themselves as names.
+        classes: Names that were given; then a number is an index. None: those in train, sorted.
+        call: Begins a message.
+        pool: Labels that count as those of train too.
+
+    Raises:
+        VPTError: A label that train lacks, is not among `classes` or out of range.
+    """
+    everything = {label for values in (*labels.values(), pool) for label in values}
+    if len({type(label) for label in everything}) > 1:
+        raise VPTError(f"{call}: labels are numbers and names mixed; use one of the two.")
+    if classes is None:
+        known: Sequence[Label] = sorted({*labels["train"], *pool})
+        classes = tuple(str(label) for label in known)
+    else:
+        by_number = all(isinstance(label, int) for label in everything)
+        known = range(len(classes)) if by_number else classes
+    index = {label: i for i, label in enumerate(known)}
+    for name, values in labels.items():
+        strange = sorted({str(label) for label in values if label not in index})
+        if strange:
+            raise VPTError(
+                f"{call}: {len(strange)} classes of {name!r} are unknown to train: "
+                f"{listing(strange)}. Train has {len(classes)} classes. Remove those images, or "
+                "name every class in classes.txt, one per line."
+            )
+    return classes, {name: tuple(index[v] for v in values) for name, values in labels.items()}
+
+
+def refuse_missing(folder: Path, source: str, paths: Sequence[str]) -> None:
+    """Raise if any of the image files is not there.
+
+    Raises:
+        VPTError: All are counted, ten named.
+    """
+    missing = [path for path in dict.fromkeys(paths) if not os.path.isfile(path)]
+    if missing:
+        shown = listing([os.path.relpath(path, folder) for path in missing])
+        raise VPTError(
+            f"open_task: {source} names {len(missing)} images that are not under {folder}: "
+            f"{shown}. Put them there, or take their lines out."
+        )
+
+
+def duplicate_notes(splits: Mapping[str, Split]) -> list[str]:
+    """Return a note per split that names an image more than once; the image counts as often."""
+    return [
+        f"{name} names {extra} images again; each counts as often as it is named"
+        for name, split in splits.items()
+        if (extra := len(split.paths) - len(set(split.paths)))
+    ]
+
+
+def absence_note(classes: Sequence[str], train: Split) -> list[str]:
+    """Return a note on classes that have no training image."""
+    present = set(train.labels)
+    absent = [name for index, name in enumerate(classes) if index not in present]
+    if not absent:
+        return []
+    return [f"{len(absent)} of {len(classes)} classes have no training image: {listing(absent)}"]

@@ -1,0 +1,284 @@
+"""Segmentation tasks: images with masks in the layout of ADE20K, and their loaders."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..errors import SpecError, VPTError
+from ..preprocessing import load_image
+from .check import each, remembered
+from .drawing import EpochSampler, Key, seeded, stratified
+from .folders import image_files
+from .found import read_classes
+from .loading import worker_options
+from .splits import listing
+from .warps import IGNORE, SegmentationTransform, mask_tensor
+
+_NAMES = {"train": "training", "val": "validation", "test": "test"}
+
+
+@dataclass(frozen=True, repr=False)
+class SegmentationSplit:
+    """Images and masks: pairs of absolute paths.
+
+    Args:
+        pairs: (image, mask).
+        classes: Number of classes.
+        reduce_zero_label: Whether 0 in the files is no class (ADE20K): it is ignored.
+    """
+
+    pairs: tuple[tuple[str, str], ...]
+    classes: int
+    reduce_zero_label: bool = False
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __repr__(self) -> str:
+        return f"SegmentationSplit({len(self)} images, {self.classes} classes)"
+
+    def subset(self, indices: Iterable[int]) -> SegmentationSplit:
+        """Return the pairs at `indices`, in that order."""
+        pairs = tuple(self.pairs[i] for i in indices)
+        return SegmentationSplit(pairs, self.classes, self.reduce_zero_label)
+
+    def read(self, index: int) -> tuple[Any, Tensor]:
+        """Return an RGB image and its mask int64 `(h, w)`, where 255 is ignored.
+
+        Raises:
+            VPTError: One cannot be read, they differ in size, or a label is out of range.
+        """
+        image_path, mask_path = self.pairs[index]
+        try:
+            image = load_image(image_path)
+            mask = read_mask(mask_path, self.reduce_zero_label)
+        # Decoders raise whatever a damaged file leads them to.
+        except Exception as error:
+            raise VPTError(
+                f"{image_path} with {mask_path} cannot be read: {type(error).__name__}: {error}"
+            ) from error
+        if tuple(mask.shape) != (image.height, image.width):
+            raise VPTError(
+                f"{image_path} is {image.height}x{image.width}, but {mask_path} is "
+                f"{mask.shape[0]}x{mask.shape[1]}; they must be of one size."
+            )
+        top = int(mask[mask != IGNORE].max()) if bool((mask != IGNORE).any()) else 0
+        if top >= self.classes:
+            raise VPTError(
+                f"{mask_path} has the label {top}, but there are {self.classes} classes (0 to "
+                f"{self.classes - 1}, 255 is ignored); correct it, or name every class."
+            )
+        return image, mask
+
+
+@dataclass(frozen=True)
+class SegmentationTask:
+    """Named splits of images with masks.
+
+    Args:
+        name: Of the task.
+        classes: Class names in the order of the labels.
+        splits: "train", "val" and, where there is one, "test".
+        notes: What a reader of results should know.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    splits: Mapping[str, SegmentationSplit]
+    notes: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """Return name, sizes and notes as lines of text."""
+        sizes = ", ".join(f"{name} {len(split):,}" for name, split in self.splits.items())
+        head = f"{self.name}: {len(self.classes)} classes, {sizes} (images with masks)"
+        return "\n".join([head, *(f"  note: {note}" for note in self.notes)])
+
+
+def open_segmentation(
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    reduce_zero_label: bool = False,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+) -> SegmentationTask:
+    """Open a folder like ADE20K's: `images/{training,validation,test}` and `annotations/...`.
+
+    A mask is an 8-bit PNG of one channel with the name of its image; 255 is ignored. Names of
+    classes are in `classes.txt`, one per line; without it the training masks are read for the
+    highest label.
+
+    Args:
+        folder: The folder.
+        name: Of the task. None: the folder's.
+        reduce_zero_label: 0 is no class (ADE20K): it is ignored, and labels fall by one;
+            `classes.txt` has the names of the others.
+        val_fraction: Share of train that becomes val where there is no `validation`.
+        seed: Of that cut.
+
+    Raises:
+        VPTError: No such layout, an empty split, or an image without its mask.
+    """
+    root = Path(folder).expanduser().absolute()
+    missing = [n for n in ("images/training", "annotations/training") if not (root / n).is_dir()]
+    if missing:
+        raise VPTError(
+            f"open_segmentation({str(folder)!r}): {' and '.join(missing)} not found; the layout is "
+            "images/{training,validation,test}/* and annotations/{training,validation,test}/*.png."
+        )
+    there = {key: sub for key, sub in _NAMES.items() if (root / "images" / sub).is_dir()}
+    pairs = {key: _pairs(root, sub) for key, sub in there.items()}
+    notes: list[str] = []
+    names = read_classes(root) or _count_classes(pairs["train"], reduce_zero_label)
+    splits = {n: SegmentationSplit(p, len(names), reduce_zero_label) for n, p in pairs.items()}
+    if "val" not in splits:
+        train = splits["train"]
+        drawn, rest = stratified([0] * len(train), val_fraction, seed, keep=1)
+        if not drawn:
+            raise VPTError(
+                f"open_segmentation({str(folder)!r}): no images/validation, and one training image "
+                "is too few to cut it from."
+            )
+        splits = {"train": train.subset(rest), "val": train.subset(drawn)} | {
+            n: s for n, s in splits.items() if n == "test"
+        }
+        notes.append(f"val is {len(drawn)} images cut from train (seed {seed})")
+    return SegmentationTask(name or root.resolve().name, names, splits, tuple(notes))
+
+
+class Pairs(Dataset[tuple[Tensor, Tensor]]):
+    """Transformed images of a split with their masks."""
+
+    def __init__(self, split: SegmentationSplit, transform: SegmentationTransform) -> None:
+        self.split, self.transform = split, transform
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def __getitem__(self, key: int | Key) -> tuple[Tensor, Tensor]:
+        index, draw = key if isinstance(key, tuple) else (key, None)
+        with seeded(draw):
+            return self.transform(*self.split.read(index))
+
+
+def segmentation_loader(
+    split: SegmentationSplit,
+    transform: SegmentationTransform,
+    *,
+    batch_size: int,
+    shuffle: bool = False,
+    seed: int = 0,
+    workers: int = 0,
+    drop_last: bool = False,
+    skip_broken: bool = False,
+    check: bool = True,
+) -> DataLoader[Any]:
+    """Return batches of pixels `(B, 3, H, W)` and masks `(B, H, W)` int64, 255 ignored.
+
+    Arguments are those of `peft_vpt.data.loader`; the transform is `segmentation_transform`'s.
+
+    Raises:
+        SpecError: Batches of several images at their own sizes.
+        VPTError: An empty split; pairs that cannot be read, differ in size, or have labels out of
+            range: all counted, ten named.
+    """
+    if transform.mode == "full" and batch_size != 1:
+        raise SpecError(
+            f"segmentation_loader(batch_size={batch_size!r}): images at their own size come one by "
+            "one; use batch_size=1."
+        )
+    problems = check_masks(split) if check or skip_broken else {}
+    if problems and not skip_broken:
+        raise VPTError(
+            f"segmentation_loader: {len(problems)} of {len(split)} images or masks are wrong: "
+            f"{listing(list(problems.values()))} Correct them, or pass skip_broken=True."
+        )
+    good = split.subset(i for i in range(len(split)) if i not in problems) if problems else split
+    if not len(good):
+        raise VPTError("segmentation_loader: the split is empty; there is nothing to load.")
+    return DataLoader(
+        Pairs(good, transform),
+        batch_size=batch_size,
+        sampler=EpochSampler(len(good), seed) if shuffle else None,
+        drop_last=drop_last,
+        **worker_options(workers),
+    )
+
+
+def check_masks(split: SegmentationSplit, *, progress: bool = True) -> dict[int, str]:
+    """Read every image and mask in full; return what is wrong by index."""
+
+    def verdict(index: int) -> str | None:
+        def read() -> str | None:
+            try:
+                split.read(index)
+            except VPTError as error:
+                return str(error)
+            return None
+
+        about = (split.classes, split.reduce_zero_label)
+        return remembered(split.pairs[index], read, about)
+
+    found = each(verdict, range(len(split)), progress, what="checking masks")
+    return {index: problem for index, problem in enumerate(found) if problem is not None}
+
+
+def read_mask(path: str, reduce_zero_label: bool) -> Tensor:
+    """Read a mask file as int64 `(h, w)`, where 255 is ignored.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It has several channels, or labels above 255.
+    """
+    from PIL import Image
+
+    with Image.open(path) as file:
+        file.load()
+        return mask_tensor(file, reduce_zero_label)
+
+
+def _pairs(root: Path, sub: str) -> tuple[tuple[str, str], ...]:
+    """Return images with the masks of the same name; folders below `sub` are part of it."""
+    images, masks = root / "images" / sub, root / "annotations" / sub
+    pairs = [
+        (path, str((masks / os.path.relpath(path, images)).with_suffix(".png")))
+        for path in image_files(images)
+    ]
+    if not pairs:
+        raise VPTError(f"open_segmentation: {images} is empty; it has no images.")
+    missing = [os.path.relpath(mask, root) for _, mask in pairs if not os.path.isfile(mask)]
+    if missing:
+        raise VPTError(
+            f"open_segmentation: {len(missing)} of {len(pairs)} images of {sub} have no mask: "
+            f"{listing(missing)} not found. Add the masks, or remove the images."
+        )
+    twice = len(pairs) - len({mask for _, mask in pairs})
+    if twice:
+        raise VPTError(f"open_segmentation: {twice} images of {sub} differ in their suffix alone.")
+    return tuple(pairs)
+
+
+def _count_classes(pairs: tuple[tuple[str, str], ...], reduce_zero_label: bool) -> tuple[str, ...]:
+    def top(index: int) -> int:
+        path = pairs[index][1]
+        try:
+            mask = read_mask(path, reduce_zero_label)
+        # Decoders raise whatever a damaged file leads them to.
+        except Exception as error:
+            raise VPTError(
+                f"open_segmentation: mask {path} cannot be read: {type(error).__name__}: {error}"
+            ) from error
+        labels = mask[mask != IGNORE]
+        return int(labels.max()) if len(labels) else -1
+
+    highest = max(each(top, range(len(pairs)), True, what="reading masks"))
+    if highest < 0:
+        raise VPTError("open_segmentation: no class in any training mask; all pixels are ignored.")
+    return tuple(str(index) for index in range(highest + 1))

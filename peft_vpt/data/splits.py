@@ -1,0 +1,207 @@
+"""Values: a split of labelled images, and a task of such splits."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import torch
+
+from ..errors import VPTError
+from ..preprocessing import load_image, to_rgb
+
+
+class View(Sequence[Any]):
+    """Chosen items of sequences, read when they are asked for."""
+
+    def __init__(self, items: Iterable[tuple[Any, int]]) -> None:
+        self.items = tuple(items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: Any) -> Any:
+        source, position = self.items[index]
+        return source[position]
+
+
+@dataclass(frozen=True, repr=False)
+class Split:
+    """One split of a task: images and their labels.
+
+    Args:
+        paths: Image files, absolute; empty where `images` serves.
+        labels: Class index of each image.
+        images: In place of paths: a sequence of PIL images, or a tensor `(n, 3, H, W)` of pixels
+            that are transformed already.
+    """
+
+    paths: tuple[str, ...]
+    labels: tuple[int, ...]
+    images: Any = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        count = len(self.paths if self.images is None else self.images)
+        if count != len(self.labels):
+            raise VPTError(f"Split: {count} images but {len(self.labels)} labels; one label each.")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __repr__(self) -> str:
+        return f"Split({len(self)} images of {len(set(self.labels))} classes)"
+
+    def image(self, index: int) -> Any:
+        """Read an image as 8-bit RGB (`peft_vpt.preprocessing.load_image` says how).
+
+        Raises:
+            VPTError: It cannot be read; the message names it.
+        """
+        from PIL import ImageOps
+
+        try:
+            if self.images is None:
+                return load_image(self.paths[index])
+            return to_rgb(ImageOps.exif_transpose(self.images[index]))
+        # Decoders raise whatever a damaged file leads them to, SyntaxError and struct.error too.
+        except Exception as error:
+            raise VPTError(
+                f"image {self.where(index)} cannot be read: {type(error).__name__}: {error}. "
+                "Replace it, or leave it out with loader(..., skip_broken=True)."
+            ) from error
+
+    def where(self, index: int) -> str:
+        """Return the path of an image, or its number where it has none."""
+        return self.paths[index] if self.images is None else f"number {index}"
+
+    def subset(self, indices: Iterable[int]) -> Split:
+        """Return the images at `indices`, in that order; nothing is read."""
+        chosen = list(indices)
+        labels = tuple(self.labels[i] for i in chosen)
+        if self.images is None:
+            return Split(tuple(self.paths[i] for i in chosen), labels)
+        if isinstance(self.images, torch.Tensor):
+            return Split((), labels, self.images[chosen])
+        items = self.images.items if isinstance(self.images, View) else None
+        return Split((), labels, View(items[i] if items else (self.images, i) for i in chosen))
+
+    def joined(self, other: Split) -> Split:
+        """Return the images of both, this split's first.
+
+        Raises:
+            VPTError: One holds paths and the other images.
+        """
+        labels = self.labels + other.labels
+        if self.images is None and other.images is None:
+            return Split(self.paths + other.paths, labels)
+        if isinstance(self.images, torch.Tensor) and isinstance(other.images, torch.Tensor):
+            return Split((), labels, torch.cat([self.images, other.images]))
+        if self.images is None or other.images is None:
+            raise VPTError(
+                "Split.joined: one split holds paths, the other images; make them alike."
+            )
+        both = [(part.images, i) for part in (self, other) for i in range(len(part))]
+        return Split((), labels, View(both))
+
+
+@dataclass(frozen=True)
+class Task:
+    """Named splits with common classes, checked when it is made.
+
+    Args:
+        name: Of the task.
+        classes: Class names in the order of the labels.
+        splits: "train", "val" and, where there is one, "test".
+        notes: What a reader of results should know: duplicate lines, classes without images.
+        layout: Where the splits came from, in words.
+
+    Raises:
+        VPTError: No classes, an empty split, a label out of range, or an image in two splits or
+            under two labels.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    splits: Mapping[str, Split]
+    notes: tuple[str, ...] = ()
+    layout: str = "given"
+
+    def __post_init__(self) -> None:
+        if not self.classes:
+            raise VPTError(f"Task({self.name!r}): no classes; a task needs at least one.")
+        for name, split in self.splits.items():
+            self._check_split(name, split)
+        if "train" not in self.splits:
+            raise VPTError(f"Task({self.name!r}): no split 'train'; it has {list(self.splits)}.")
+        self._check_overlaps()
+
+    def split(self, name: str) -> Split:
+        """Return a split: "train", "val", "test", or "trainval" (train and val joined).
+
+        Raises:
+            VPTError: The task has no such split.
+        """
+        if name == "trainval":
+            return self.trainval()
+        if name not in self.splits:
+            raise VPTError(
+                f"task {self.name!r} ({self.layout}) has no split {name!r}; it has "
+                f"{', '.join(self.splits)}."
+            )
+        return self.splits[name]
+
+    def trainval(self) -> Split:
+        """Return train and val joined, for the final runs (paper section 4.1)."""
+        if "val" not in self.splits:
+            return self.splits["train"]
+        return self.splits["train"].joined(self.splits["val"])
+
+    def describe(self) -> str:
+        """Return name, sizes, layout and notes as lines of text."""
+        sizes = ", ".join(f"{name} {len(split):,}" for name, split in self.splits.items())
+        head = f"{self.name}: {len(self.classes)} classes, {sizes} ({self.layout})"
+        return "\n".join([head, *(f"  note: {note}" for note in self.notes)])
+
+    def _check_split(self, name: str, split: Split) -> None:
+        if not len(split):
+            raise VPTError(
+                f"task {self.name!r} ({self.layout}): split {name!r} is empty; give it images or "
+                "take it away."
+            )
+        bad = [i for i, label in enumerate(split.labels) if not self._is_label(label)]
+        if bad:
+            shown = listing([f"{split.where(i)}: {split.labels[i]!r}" for i in bad])
+            raise VPTError(
+                f"task {self.name!r}: {len(bad)} labels of {name!r} are no integers from 0 to "
+                f"{len(self.classes) - 1}: {shown}. Correct them, or name every class."
+            )
+        seen: dict[str, int] = {}
+        for path, label in zip(split.paths, split.labels, strict=False):
+            if seen.setdefault(path, label) != label:
+                raise VPTError(
+                    f"task {self.name!r}: {path} occurs in {name!r} with the labels {seen[path]} "
+                    f"and {label}; keep one of them."
+                )
+
+    def _is_label(self, label: object) -> bool:
+        plain = isinstance(label, int) and not isinstance(label, bool)
+        return plain and 0 <= label < len(self.classes)  # type: ignore[operator]
+
+    def _check_overlaps(self) -> None:
+        paths = {n: {os.path.normpath(p) for p in s.paths} for n, s in self.splits.items()}
+        for one, other in combinations(paths, 2):
+            shared = sorted(paths[one] & paths[other])
+            if shared:
+                raise VPTError(
+                    f"task {self.name!r}: {len(shared)} images are in {one!r} and in {other!r}: "
+                    f"{listing(shared)}. Take them out of one, or the results mean nothing."
+                )
+
+
+def listing(items: Sequence[str], most: int = 10) -> str:
+    """Return at most `most` items in a row, and how many more there are."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more

@@ -1,0 +1,231 @@
+"""What adaptation costs: latency, memory and FLOPs of training and inference, on CPU or GPU.
+
+Times are interleaved: every round runs all models, forwards and backwards through the list in
+turn, and medians over rounds are reported, so that a drift of the machine meets all alike.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from ..errors import SpecError, VPTError
+from ..inject import count_parameters
+from ..preprocessing import output_logits
+
+Batch = tuple[Tensor, Tensor]
+Run = Callable[[nn.Module, Batch], None]
+Row = dict[str, Any]
+
+
+def measure(models: Mapping[str, nn.Module], batch: Batch, *, rounds: int = 5) -> list[Row]:
+    """Measure models side by side.
+
+    Inference is in eval mode without gradients; prompts' keys and values are cached then. A
+    training step is forward and backward of the cross-entropy, without an optimizer.
+
+    Args:
+        models: By name, all on one device, each training what its protocol trains.
+        batch: Pixels and labels on that device.
+        rounds: Number of timed rounds; the first call of each model is not timed.
+
+    Returns:
+        One row per model: `name`, `device`, `batch`, `trainable`, `total`, `inference_ms` and
+        `train_ms` (per batch: GPU time between events, or CPU time of this process, summed over
+        threads), `inference_flops`, `train_flops` (matrix products and convolutions),
+        `inference_bytes`, `train_bytes`. Bytes on a GPU: peak of the allocator, without the other
+        models and the batch. On a CPU: parameters and buffers for `inference_bytes`, to which
+        `train_bytes` adds what autograd keeps for backward; activations that are freed meanwhile
+        and gradients are not seen there.
+
+    Raises:
+        SpecError: No models, or fewer than one round.
+        VPTError: A model is on another device than the batch.
+
+    Source: Jia et al. 2022, appendix, Table 12 and Figures 18 and 19.
+    """
+    if not models or rounds < 1:
+        raise SpecError(f"measure: {len(models)} models, rounds={rounds}; give one or more.")
+    device = batch[0].device
+    for name, model in models.items():
+        there = next(model.parameters()).device
+        if there != device:
+            raise VPTError(f"measure: {name} is on {there}, the batch on {device}; move one.")
+    modes = {name: model.training for name, model in models.items()}
+    try:
+        rows = [_facts(name, model, batch) for name, model in models.items()]
+        for key, run, training in (("inference", forward, False), ("train", step, True)):
+            for model in models.values():
+                model.train(training)
+            seconds = times(run, models, batch, rounds)
+            for row in rows:
+                model = models[row["name"]]
+                row[f"{key}_ms"] = 1000 * statistics.median(seconds[row["name"]])
+                row[f"{key}_flops"] = flops(run, model, batch)
+                row[f"{key}_bytes"] = used_bytes(run, model, batch)
+    finally:
+        for name, model in models.items():
+            model.zero_grad(set_to_none=True)
+            model.train(modes[name])
+    return rows
+
+
+def against_length(
+    make: Callable[[str, int], nn.Module],
+    kinds: Sequence[str],
+    lengths: Sequence[int],
+    batch: Batch,
+    *,
+    others: Mapping[str, nn.Module] | None = None,
+    rounds: int = 5,
+) -> list[Row]:
+    """Measure prompts of several lengths beside other protocols, all interleaved.
+
+    Args:
+        make: Returns a new model for a kind and a length.
+        kinds: Of prompts, "vpt-deep" say.
+        lengths: The paper's p.
+        batch: Pixels and labels.
+        others: Models without a length, by name.
+        rounds: As in `measure`.
+
+    Returns:
+        Rows of `measure` with `protocol` and `length` (0 for the others).
+
+    Source: Jia et al. 2022, appendix, Figures 18 and 19.
+    """
+    models = dict(others or {})
+    told: dict[str, tuple[str, int]] = {name: (name, 0) for name in models}
+    for kind in kinds:
+        for length in lengths:
+            name = f"{kind} p={length}"
+            models[name], told[name] = make(kind, length), (kind, length)
+    rows = measure(models, batch, rounds=rounds)
+    return [{**row, "protocol": told[row["name"]][0], "length": told[row["name"]][1]}
+            for row in rows]  # fmt: skip
+
+
+def forward(model: nn.Module, batch: Batch) -> None:
+    """Predict without gradients."""
+    with torch.no_grad():
+        model(batch[0])
+
+
+def step(model: nn.Module, batch: Batch) -> None:
+    """Compute the gradients of one training step."""
+    model.zero_grad(set_to_none=True)
+    F.cross_entropy(output_logits(model(batch[0])), batch[1]).backward()  # type: ignore[no-untyped-call]
+
+
+def times(
+    run: Run, models: Mapping[str, nn.Module], batch: Batch, rounds: int
+) -> dict[str, list[float]]:
+    """Return the seconds of each round by model, interleaved; every model runs once before."""
+    clock = _gpu_seconds if batch[0].is_cuda else _cpu_seconds
+    for model in models.values():
+        run(model, batch)
+    found: dict[str, list[float]] = {name: [] for name in models}
+    for number in range(rounds):
+        for name in list(models)[:: -1 if number % 2 else 1]:
+            found[name].append(clock(run, models[name], batch))
+    return found
+
+
+def flops(run: Run, model: nn.Module, batch: Batch) -> int:
+    """Count floating point operations of matrix products and convolutions."""
+    with FlopCounterMode(display=False, custom_mapping=_attentions()) as counter:
+        run(model, batch)
+    return int(counter.get_total_flops())
+
+
+def used_bytes(run: Run, model: nn.Module, batch: Batch) -> int:
+    """Return the memory of a run: see `measure`."""
+    own = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    model.zero_grad(set_to_none=True)
+    if not batch[0].is_cuda:
+        return own + (kept_bytes(model, batch) if run is step else 0)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run(model, batch)
+    torch.cuda.synchronize()
+    return own + torch.cuda.max_memory_allocated() - before
+
+
+def kept_bytes(model: nn.Module, batch: Batch) -> int:
+    """Return the bytes that autograd keeps for backward; what exists anyway is left out."""
+    there = (*model.parameters(), *model.buffers(), *batch)
+    outside = {tensor.untyped_storage().data_ptr() for tensor in there}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in outside:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = F.cross_entropy(output_logits(model(batch[0])), batch[1])
+    # The loss is alive until here, so that no address was given out twice.
+    del loss
+    return sum(kept.values())
+
+
+def _facts(name: str, model: nn.Module, batch: Batch) -> Row:
+    count = count_parameters(model)
+    return {
+        "name": name,
+        "device": str(batch[0].device.type),
+        "batch": len(batch[1]),
+        "trainable": count.trainable,
+        "total": count.total,
+    }
+
+
+def _cpu_seconds(run: Run, model: nn.Module, batch: Batch) -> float:
+    start = time.process_time()
+    run(model, batch)
+    return time.process_time() - start
+
+
+def _gpu_seconds(run: Run, model: nn.Module, batch: Batch) -> float:
+    event: Any = torch.cuda.Event
+    begin, end = event(enable_timing=True), event(enable_timing=True)
+    begin.record()
+    run(model, batch)
+    end.record()
+    torch.cuda.synchronize()
+    return float(begin.elapsed_time(end)) / 1000
+
+
+def _attentions() -> dict[Any, Any]:
+    """Return FLOP formulas of the fused attention on a CPU, which torch does not count."""
+    aten: Any = torch.ops.aten
+    named = {
+        "_scaled_dot_product_flash_attention_for_cpu": (2, 0),
+        # Backward makes five products, since it computes the scores again.
+        "_scaled_dot_product_flash_attention_for_cpu_backward": (5, 1),
+    }
+    return {
+        getattr(aten, name): _attention_flops(*numbers)
+        for name, numbers in named.items()
+        if hasattr(aten, name)
+    }
+
+
+def _attention_flops(products: int, query: int) -> Callable[..., int]:
+    """Return the formula for a number of products; the key follows the query among the shapes."""
+
+    def formula(*shapes: tuple[int, ...], **_: object) -> int:
+        batch, heads, queries, dim = shapes[query]
+        return 2 * products * batch * heads * queries * shapes[query + 1][-2] * dim
+
+    return formula

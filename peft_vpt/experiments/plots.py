@@ -1,0 +1,300 @@
+"""Figures from records, as PNG and SVG; the same records give the same SVG bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import VPTError
+from .records import Record, field
+from .stats import by_task, spread, task_means
+
+_SETTINGS: Any = {
+    "svg.hashsalt": "peft_vpt",
+    "font.family": "DejaVu Sans",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "savefig.dpi": 150,
+}
+_SIZE = (6.4, 4.0)
+# The palette of Okabe and Ito, which colour-blind readers can tell apart too.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+class Figure(NamedTuple):
+    """The files of a figure."""
+
+    png: Path
+    svg: Path
+
+
+def bar_chart(
+    records: Iterable[Record],
+    path: str | Path,
+    *,
+    metric: str = "top1",
+    split: str = "test",
+    title: str = "",
+) -> Figure:
+    """Draw a comparison: bars by task and protocol, whiskers of one standard deviation over seeds.
+
+    Args:
+        records: Of all runs.
+        path: Of the files, without or with a suffix, which is replaced.
+        metric: Of the records, a share.
+        split: Of the records.
+        title: Of the figure.
+
+    Raises:
+        VPTError: No records to draw.
+    """
+    values = by_task(records, metric=metric, split=split)
+    _need(values, "bar_chart", metric, split)
+    tasks = sorted({task for of in values.values() for task in of})
+    order = sorted(values, key=lambda p: spread(task_means(values[p]).values()).mean)
+    width = 0.8 / len(order)
+    with _figure(path, title, width=max(_SIZE[0], 1.5 + 0.25 * len(tasks) * len(order))) as drawn:
+        for place, protocol in enumerate(order):
+            there = [(i, spread(values[protocol][t])) for i, t in enumerate(tasks)
+                     if t in values[protocol]]  # fmt: skip
+            drawn.axes.bar(
+                [i + (place - (len(order) - 1) / 2) * width for i, _ in there],
+                [100 * s.mean for _, s in there],
+                width,
+                yerr=[100 * s.std for _, s in there],
+                label=protocol,
+                color=_COLOURS[place % len(_COLOURS)],
+                error_kw={"elinewidth": 1},
+            )
+        drawn.axes.set_xticks(range(len(tasks)), tasks, rotation=20 if len(tasks) > 3 else 0)
+        drawn.axes.set_ylabel(f"{metric} on {split} (%)")
+        _legend_outside(drawn.axes)
+    return drawn.files
+
+
+def curve(
+    records: Iterable[Record],
+    path: str | Path,
+    *,
+    x: str,
+    by: str = "protocol",
+    log: bool = False,
+    metric: str = "top1",
+    split: str = "test",
+    title: str = "",
+    label: str | None = None,
+) -> Figure:
+    """Draw a metric against a field of the records, one line per value of another field.
+
+    Points are means over all runs there, whiskers one standard deviation.
+
+    Args:
+        records: Of all runs; those without the field are left out.
+        path: Of the files.
+        x: Dotted name of the field; text is drawn as categories, in the order of the records.
+        by: Dotted name of the field that tells lines apart.
+        log: Logarithmic x axis.
+        metric: Of the records, a share.
+        split: Of the records.
+        title: Of the figure.
+        label: Of the x axis. None: the field's name.
+
+    Raises:
+        VPTError: No records to draw.
+    """
+    lines = _lines(records, x, by, metric, split)
+    _need(lines, f"curve(x={x!r})", metric, split)
+    places = list(dict.fromkeys(at for points in lines.values() for at in points))
+    numbers = all(isinstance(at, int | float) for at in places)
+    with _figure(path, title) as drawn:
+        for index, (name, points) in enumerate(lines.items()):
+            at = sorted(points) if numbers else [place for place in places if place in points]
+            drawn.axes.errorbar(
+                at if numbers else [places.index(place) for place in at],
+                [100 * points[place].mean for place in at],
+                yerr=[100 * points[place].std for place in at],
+                label=str(name),
+                color=_COLOURS[index % len(_COLOURS)],
+                marker="o",
+                capsize=3,
+            )
+        if log:
+            drawn.axes.set_xscale("log")
+        if not numbers:
+            drawn.axes.set_xticks(range(len(places)), [str(place) for place in places])
+        drawn.axes.set_xlabel(label or x)
+        drawn.axes.set_ylabel(f"{metric} on {split} (%)")
+        _legend_outside(drawn.axes)
+    return drawn.files
+
+
+def by_length(records: Iterable[Record], path: str | Path, **options: Any) -> Figure:
+    """Draw accuracy against prompt length (paper, Figure 6); needs `config.length`."""
+    return curve(records, path, x="config.length", label="prompt length p", **options)
+
+
+def by_depth(records: Iterable[Record], path: str | Path, **options: Any) -> Figure:
+    """Draw accuracy against the layers that get prompts (paper, Figure 7); needs `config.depth`."""
+    return curve(records, path, x="config.depth", label="layers with prompts", **options)
+
+
+def by_fraction(records: Iterable[Record], path: str | Path, **options: Any) -> Figure:
+    """Draw accuracy against the share of training data (Figure 3); needs `config.fraction`."""
+    return curve(records, path, x="config.fraction", label="share of training images", **options)
+
+
+def by_rate(records: Iterable[Record], path: str | Path, **options: Any) -> Figure:
+    """Draw the spread of accuracy over learning rates; needs `config.recipe.base_lr`."""
+    label = "base learning rate"
+    return curve(records, path, x="config.recipe.base_lr", log=True, label=label, **options)
+
+
+def heat_map(
+    records: Iterable[Record],
+    path: str | Path,
+    *,
+    x: str = "config.recipe.base_lr",
+    y: str = "config.recipe.weight_decay",
+    metric: str = "top1",
+    split: str = "val",
+    title: str = "",
+) -> Figure:
+    """Draw a metric over two settings, learning rate by weight decay say (paper, Figure 17).
+
+    Args:
+        records: Of all runs; several of one cell are averaged.
+        path: Of the files.
+        x: Dotted name of the field along the columns.
+        y: Dotted name of the field along the rows.
+        metric: Of the records, a share.
+        split: Of the records.
+        title: Of the figure.
+
+    Raises:
+        VPTError: No records to draw.
+    """
+    rows = _lines(records, x, y, metric, split)
+    _need(rows, f"heat_map(x={x!r}, y={y!r})", metric, split)
+    columns, order = sorted({at for cells in rows.values() for at in cells}), sorted(rows)
+    nothing = float("nan")
+    shares = [
+        [100 * rows[row][at].mean if at in rows[row] else nothing for at in columns]
+        for row in order
+    ]
+    with _figure(path, title, width=max(_SIZE[0], 1.5 + 0.7 * len(columns))) as drawn:
+        image = drawn.axes.imshow(shares, cmap="viridis", aspect="auto", origin="lower")
+        middle = sum(image.get_clim()) / 2
+        for i, line in enumerate(shares):
+            for j, share in enumerate(line):
+                if share == share:
+                    colour = "black" if share > middle else "white"
+                    drawn.axes.text(j, i, f"{share:.1f}", ha="center", va="center", color=colour)
+        drawn.axes.set_xticks(range(len(columns)), [f"{at:g}" for at in columns])
+        drawn.axes.set_yticks(range(len(order)), [f"{at:g}" for at in order])
+        drawn.axes.set_xlabel(x.rpartition(".")[2])
+        drawn.axes.set_ylabel(y.rpartition(".")[2])
+        drawn.axes.figure.colorbar(image, label=f"{metric} on {split} (%)")
+    return drawn.files
+
+
+def scatter(
+    points: Any,
+    labels: Sequence[int],
+    path: str | Path,
+    *,
+    names: Sequence[str] | None = None,
+    title: str = "",
+) -> Figure:
+    """Draw points `(n, 2)` coloured by class, of `embeddings.tsne` say (paper, Figures 9 and 21).
+
+    Args:
+        points: Coordinates.
+        labels: Class of each.
+        path: Of the files.
+        names: Of the classes.
+        title: Of the figure.
+
+    Raises:
+        VPTError: No points, or another number of labels.
+    """
+    if not len(labels) or len(points) != len(labels):
+        raise VPTError(f"scatter: {len(points)} points and {len(labels)} labels; one label each.")
+    import matplotlib
+
+    classes = sorted(set(labels))
+    map_name = "tab10" if len(classes) <= 10 else "viridis"
+    colours = matplotlib.colormaps[map_name].resampled(max(2, len(classes)))
+    with _figure(path, title, height=_SIZE[0] * 0.8) as drawn:
+        for place, label in enumerate(classes):
+            own = [p for p, at in zip(points, labels, strict=True) if at == label]
+            name = names[label] if names else str(label)
+            xs, ys = [float(p[0]) for p in own], [float(p[1]) for p in own]
+            drawn.axes.scatter(xs, ys, s=8, label=name, color=colours(place))
+        drawn.axes.set_xticks([])
+        drawn.axes.set_yticks([])
+        if len(classes) <= 20:
+            _legend_outside(drawn.axes)
+    return drawn.files
+
+
+class _Drawing(NamedTuple):
+    axes: Any
+    files: Figure
+
+
+@contextmanager
+def _figure(
+    path: str | Path, title: str, *, width: float = _SIZE[0], height: float = _SIZE[1]
+) -> Iterator[_Drawing]:
+    """Give axes, then write the figure; no state of pyplot is touched, no date is written."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    stem = Path(path)
+    name = stem.stem if stem.suffix in (".png", ".svg") else stem.name
+    files = Figure(stem.parent / f"{name}.png", stem.parent / f"{name}.svg")
+    with matplotlib.rc_context(_SETTINGS):
+        figure: Any = Canvas(figsize=(width, height), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.add_subplot()
+        if title:
+            axes.set_title(title)
+        yield _Drawing(axes, files)
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        _write(figure, files.png, "png", {"Software": None})
+        _write(figure, files.svg, "svg", {"Date": None, "Creator": None})
+
+
+def _write(figure: Any, path: Path, kind: str, metadata: Mapping[str, None]) -> None:
+    import io
+
+    from ..training.files import write_whole
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=kind, metadata=metadata)
+    write_whole(path, buffer.getvalue())
+
+
+def _legend_outside(axes: Any) -> None:
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+
+
+def _lines(records: Iterable[Record], x: str, by: str, metric: str, split: str) -> dict[Any, Any]:
+    """Return the spread of a metric by line and place, in the order of the records."""
+    found: dict[Any, dict[Any, list[float]]] = {}
+    for record in records:
+        at, line = field(record, x), field(record, by)
+        value = field(record, f"metrics.{metric}")
+        if record["split"] != split or None in (at, line, value):
+            continue
+        at, line = (tuple(v) if isinstance(v, list) else v for v in (at, line))
+        found.setdefault(line, {}).setdefault(at, []).append(value)
+    return {line: {at: spread(v) for at, v in of.items()} for line, of in found.items()}
+
+
+def _need(found: Any, call: str, metric: str, split: str) -> None:
+    if not found:
+        raise VPTError(f"{call}: no record of split {split!r} has that and the metric {metric!r}.")

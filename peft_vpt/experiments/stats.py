@@ -1,0 +1,247 @@
+"""Statistics over seeds and tasks: means, Wilcoxon, Welch, Holm, standard errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ..errors import SpecError, VPTError
+from .records import Record, field
+
+_EXACT_UP_TO = 25
+# Accuracies are printed with a few digits; differences that are equal there must tie, which binary
+# fractions hide (0.3 - 0.1 is not 0.2).
+_DIGITS = 10
+_ALTERNATIVES = ("greater", "less", "two-sided")
+
+
+class Spread(NamedTuple):
+    """Mean and sample standard deviation (0 for one value), and the number of values."""
+
+    mean: float
+    std: float
+    number: int
+
+
+class Comparison(NamedTuple):
+    """A test: its statistic, its p-value, the pairs (or seeds) it used, and how it was computed."""
+
+    statistic: float
+    p_value: float
+    number: int
+    method: str
+
+
+def spread(values: Iterable[float]) -> Spread:
+    """Return mean, sample standard deviation and number.
+
+    Raises:
+        SpecError: No values.
+    """
+    found = [float(value) for value in values]
+    if not found:
+        raise SpecError("spread: there are no values.")
+    mean = math.fsum(found) / len(found)
+    squares = math.fsum((value - mean) ** 2 for value in found)
+    return Spread(mean, math.sqrt(squares / max(1, len(found) - 1)), len(found))
+
+
+def accuracy_error(accuracy: float, images: int) -> float:
+    """Return the binomial standard error of an accuracy over `images` test images."""
+    if not 0 <= accuracy <= 1 or images < 1:
+        raise SpecError(
+            f"accuracy_error({accuracy}, {images}): needs a share of 0 to 1 and at least one image."
+        )
+    return math.sqrt(accuracy * (1 - accuracy) / images)
+
+
+def wilcoxon(
+    first: Mapping[str, float] | Sequence[float],
+    second: Mapping[str, float] | Sequence[float],
+    *,
+    alternative: str = "greater",
+    zeros: str = "wilcox",
+) -> Comparison:
+    """Test over tasks whether a method is better than another: Wilcoxon's signed-rank test.
+
+    Up to 25 pairs the p-value is exact, also under ties (over all signs of the midranks); above
+    that it is scipy's normal approximation.
+
+    Args:
+        first: Results by task, or in the same order as `second`.
+        second: Of the other method.
+        alternative: "greater" (the first is better), "less" or "two-sided".
+        zeros: What becomes of tasks without a difference: "wilcox" drops them, "pratt" ranks them
+            and drops them then.
+
+    Returns:
+        The sum of the positive ranks, the p-value, and the number of differences that are not zero.
+
+    Raises:
+        SpecError: Other tasks on either side, no tasks, or a wrong option.
+
+    Source: Jia et al. 2022, appendix, Table 10.
+    """
+    if alternative not in _ALTERNATIVES or zeros not in ("wilcox", "pratt"):
+        raise SpecError(
+            f"wilcoxon(alternative={alternative!r}, zeros={zeros!r}): alternative is one of "
+            f"{', '.join(_ALTERNATIVES)}; zeros is 'wilcox' or 'pratt'."
+        )
+    differences = [round(a - b, _DIGITS) for a, b in _pairs(first, second)]
+    moved = sum(d != 0 for d in differences)
+    if not moved:
+        return Comparison(0.0, 1.0, 0, "no differences")
+    if moved > _EXACT_UP_TO:
+        return _approximate(differences, moved, alternative, zeros)
+    ranks = _signed_ranks(differences, drop_first=zeros == "wilcox")
+    positive = sum(rank for rank in ranks if rank > 0)
+    p_value = _exact_p([abs(rank) for rank in ranks], positive, alternative)
+    return Comparison(positive, p_value, moved, f"exact, zeros={zeros}")
+
+
+def welch(
+    first: Sequence[float], second: Sequence[float], *, alternative: str = "greater"
+) -> Comparison:
+    """Test over seeds of one task whether a method is better than another: Welch's t-test.
+
+    Args:
+        first: Results of at least two seeds.
+        second: Of the other method.
+        alternative: "greater" (the first is better), "less" or "two-sided".
+
+    Returns:
+        t, the p-value (NaN where neither method varies, so that nothing can be said), and the
+        number of seeds of both.
+
+    Raises:
+        SpecError: Fewer than two seeds on a side, or a wrong option.
+
+    Source: Jia et al. 2022, appendix, Figure 16.
+    """
+    if alternative not in _ALTERNATIVES or min(len(first), len(second)) < 2:
+        raise SpecError(
+            f"welch({len(first)} and {len(second)} values, alternative={alternative!r}): needs two "
+            f"seeds or more on each side, and one of {', '.join(_ALTERNATIVES)}."
+        )
+    count = len(first) + len(second)
+    if len(set(first)) == len(set(second)) == 1:
+        return Comparison(math.nan, math.nan, count, "Welch, neither varies")
+    from scipy import stats
+
+    found = stats.ttest_ind(list(first), list(second), equal_var=False, alternative=alternative)
+    return Comparison(float(found.statistic), float(found.pvalue), count, "Welch")
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for their number by Holm's step-down method, in the same order.
+
+    Source: Holm, "A simple sequentially rejective multiple test procedure", 1979.
+    """
+    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for place, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def by_task(
+    records: Iterable[Record], *, metric: str = "top1", split: str = "test"
+) -> dict[str, dict[str, list[float]]]:
+    """Return the values of a metric by protocol and task, one per seed, in the order of the seeds.
+
+    Runs without that metric are left out.
+
+    Raises:
+        VPTError: Two runs of the same seed, which differ in backbone or settings: a mean over them
+            would say nothing.
+    """
+    found: dict[str, dict[str, dict[int, float]]] = {}
+    for record in records:
+        value = field(record, f"metrics.{metric}")
+        if record["split"] != split or value is None:
+            continue
+        runs = found.setdefault(record["protocol"], {}).setdefault(record["task"], {})
+        if record["seed"] in runs:
+            raise VPTError(
+                f"by_task: two {split} runs of {record['protocol']} on {record['task']} with seed "
+                f"{record['seed']}; choose one backbone and one setting by select(records, ...)."
+            )
+        runs[record["seed"]] = value
+    return {
+        protocol: {task: [runs[seed] for seed in sorted(runs)] for task, runs in of.items()}
+        for protocol, of in found.items()
+    }
+
+
+def task_means(values: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Return the mean over runs of each task."""
+    return {task: spread(runs).mean for task, runs in values.items()}
+
+
+def wins(first: Mapping[str, float], second: Mapping[str, float], *, ties: bool = False) -> int:
+    """Count the tasks that both have on which the first is better; with `ties`, also equal ones."""
+    shared = set(first) & set(second)
+    differences = (round(first[task] - second[task], _DIGITS) for task in shared)
+    return sum(d > 0 or (ties and d == 0) for d in differences)
+
+
+def _pairs(first: Any, second: Any) -> list[tuple[float, float]]:
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        other = sorted(set(first) ^ set(second))
+        if other or not first:
+            raise SpecError(
+                f"wilcoxon: both sides need the same tasks; only one has {', '.join(other)}."
+                if other
+                else "wilcoxon: there are no tasks."
+            )
+        return [(first[task], second[task]) for task in first]
+    if isinstance(first, Mapping) or isinstance(second, Mapping) or len(first) != len(second):
+        raise SpecError(
+            "wilcoxon: give two mappings of the same tasks, or two sequences of the same length."
+        )
+    if not len(first):
+        raise SpecError("wilcoxon: there are no tasks.")
+    return list(zip(first, second, strict=True))
+
+
+def _signed_ranks(differences: list[float], *, drop_first: bool) -> list[float]:
+    """Return the midranks of the sizes, with the signs of the differences; zeros are left out."""
+    from scipy.stats import rankdata
+
+    if drop_first:
+        differences = [d for d in differences if d]
+    ranks = rankdata([abs(d) for d in differences])
+    return [math.copysign(float(r), d) for r, d in zip(ranks, differences, strict=True) if d]
+
+
+def _exact_p(ranks: list[float], positive: float, alternative: str) -> float:
+    """Return the p-value over all sign patterns: the distribution of sums of ranks is convolved."""
+    import numpy as np
+
+    # Midranks are multiples of a half.
+    doubled = [round(2 * rank) for rank in ranks]
+    ways = np.zeros(sum(doubled) + 1)
+    ways[0] = 1
+    for rank in doubled:
+        shifted = np.zeros_like(ways)
+        shifted[rank:] = ways[: len(ways) - rank]
+        ways = ways + shifted
+    at = round(2 * positive)
+    total = ways.sum()
+    greater, less = float(ways[at:].sum() / total), float(ways[: at + 1].sum() / total)
+    if alternative == "two-sided":
+        return min(1.0, 2 * min(greater, less))
+    return greater if alternative == "greater" else less
+
+
+def _approximate(differences: list[float], moved: int, alternative: str, zeros: str) -> Comparison:
+    from scipy import stats
+
+    found: Any = stats.wilcoxon(
+        differences, alternative=alternative, zero_method=zeros, method="approx"
+    )
+    ranks = _signed_ranks(differences, drop_first=zeros == "wilcox")
+    positive = sum(rank for rank in ranks if rank > 0)
+    return Comparison(positive, float(found.pvalue), moved, f"normal, zeros={zeros}")
