@@ -235,8 +235,11 @@ HARMLESS: dict[str, Callable[[nn.Module], Any]] = {
     "another patch embedding": lambda m: nn.init.normal_(
         next(c for c in m.modules() if isinstance(c, nn.Conv2d)).weight
     ),
-    "another input size": lambda m: hasattr(m, "set_input_size") and m.set_input_size(
-        **({"img_size": 128, "window_size": 4} if hasattr(m, "layers") else {"img_size": 64})
+    "another input size": lambda m: (
+        hasattr(m, "set_input_size")
+        and m.set_input_size(
+            **({"img_size": 128, "window_size": 4} if hasattr(m, "layers") else {"img_size": 64})
+        )
     ),
     "another head": lambda m: [
         nn.init.normal_(p) for n, p in m.named_parameters() if n.startswith(("head", "classifier"))

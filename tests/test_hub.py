@@ -159,9 +159,7 @@ def test_what_cannot_be_had(hub: Hub, source: str, options: dict[str, Any], caus
     assert list(model.state_dict()) == keys
 
 
-def test_offline_from_the_cache(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_offline_from_the_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     model = prompted(timm_vit())
     push_task_adapter(model, REPO)
     load_task_adapter(timm_vit(), REPO)
