@@ -23,6 +23,7 @@ LABELS = ["cat", "dog"]
 
 
 def main() -> None:
+    """Push and load, or print the card."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repo", help="owner/name; default: nothing is pushed")
     parser.add_argument("--model", default="timm/test_vit.r160_in1k", help="Hub id of a timm model")

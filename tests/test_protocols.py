@@ -262,6 +262,7 @@ COUNTS: dict[str, tuple[Options, str, int, str, int]] = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", COUNTS)
 def test_names_and_counts_of_vit_b_and_swin_b(protocol: str) -> None:
     options, vit_names, vit_count, swin_names, swin_count = COUNTS[protocol]

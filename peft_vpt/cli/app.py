@@ -9,7 +9,7 @@ import typer
 from typer.main import get_command
 
 from .. import __version__
-from . import files, hub, predict, supported
+from . import compare, files, hub, predict, supported
 
 app = typer.Typer(
     add_completion=False,
@@ -26,6 +26,7 @@ for _command in (
     hub.pull,
     predict.predict,
     supported.supported,
+    compare.compare,
 ):
     app.command()(_command)
 

@@ -50,7 +50,7 @@ def describe_run(
         "data": dict(data or {}),
         "loader": dict(loader),
         "mixed_precision": str(accelerator.mixed_precision),
-        "versions": _versions(),
+        "versions": library_versions(),
         "machine": _machine(accelerator),
     }
     result: dict[str, Any] = plain(found)
@@ -103,7 +103,8 @@ def _frozen(model: nn.Module) -> str:
     return f"{total:08x}"
 
 
-def _versions() -> dict[str, Any]:
+def library_versions() -> dict[str, Any]:
+    """Return the versions that a result depends on."""
     found: dict[str, Any] = {"peft_vpt": __version__, "python": platform.python_version()}
     for name in _LIBRARIES:
         try:
