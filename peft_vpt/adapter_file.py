@@ -37,7 +37,10 @@ _DTYPES = {
 _NAME = re.compile(
     r"prompts\.([0-9]+|shared\.[0-9]+|project\.[0-9]+\.(weight|bias))"
     r"|prompts\.pixel\.(patches|channels|weight|tb|lr)"
-    r"|delta(\.[A-Za-z0-9_-]+)+"
+    r"|delta\.[0-9]+\.(q|k|v|proj|norm1|norm2|fc1|fc2)\.[A-Za-z0-9_-]+"
+    r"|delta\.[0-9]+\.(bias_table|ls1|ls2|adapter\.(down|up)\.(weight|bias))"
+    r"|delta\.((norm|patch)\.[A-Za-z0-9_-]+|cls|pos)"
+    r"|delta\.(([0-9]+\.)?path|side)(\.[A-Za-z0-9_-]+)+"
     r"|head(_dist)?\.(weight|bias|module(\.[A-Za-z0-9_-]+)+)"
 )
 _LARGEST_HEADER = 100_000_000
@@ -268,6 +271,8 @@ def _check_types(tensors: Mapping[str, Tensor], where: str) -> None:
 def _check_names(
     tensors: Mapping[str, Tensor], spec: PromptSpec, where: str, *, protocol: bool
 ) -> None:
+    if not tensors:
+        raise AdapterError(f"{where}: it holds no tensors.")
     stray = {name for name in tensors if not _NAME.fullmatch(name)}
     if not protocol:
         stray |= {name for name in tensors if name.startswith("delta.")}

@@ -39,6 +39,7 @@ NAMES = [
 NAMES += ["prompts.\u0663", "prompts.\u202e0", "Prompts.0", "", ".", "prompts.-1", "prompts.9"]
 NAMES += ["head.x", "head.module.../x", "head.module.", "C:\\x", "prompts.0/../1", "x" * 5000]
 NAMES += ["__metadata__", "prompts.pixel.x", "prompts.shared.0.x", "delta.0.q", "prompts. 0"]
+NAMES += ["delta.x.q.bias", "delta.cls.x", "delta.0.adapter.left.bias", "delta.0.path", "delta"]
 VALUES: tuple[Any, ...] = (None, True, False, 0, 1, -1, 3, 1.5, -0.5, 1e300, 10**18, 10**30, "")
 VALUES += ("x", "../../x", "/etc/passwd", "\0", "\ud800", "x" * 20_000, [], [None], [[]], [-1], [1])
 VALUES += ([0.5], ["a"], [10**9, 10**9], {}, {"a": 1}, [0] * 5000, "owner/../..", [1, 0], [True])
@@ -104,7 +105,7 @@ def sample(path: Path) -> Sample:
 
 
 def samples(folder: Path) -> list[Sample]:
-    """Return small adapters: deep in float32, shared and projected in bf16, a border in float16."""
+    """Return small adapters: deep in float32, shared in bf16, a border in float16, two protocols."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -114,6 +115,9 @@ def samples(folder: Path) -> list[Sample]:
     low, half = {"dtype": torch.bfloat16}, {"dtype": torch.float16}
     deep = {f"prompts.{i}": draw(2, 4) for i in range(2)}
     shared = {"prompts.shared.0": draw(2, 2, **low), "prompts.project.4.weight": draw(4, 2, **low)}
+    biases = {f"delta.{i}.{role}.bias": draw(4) for i in range(2) for role in ("q", "fc2")}
+    narrow = {f"delta.{i}.adapter.down.weight": draw(2, 4, **half) for i in range(2)}
+    narrow |= {f"delta.{i}.adapter.up.weight": draw(4, 2, **half) for i in range(2)}
     border = {"prompts.pixel.tb": draw(3, 2, 6, **half), "prompts.pixel.lr": draw(3, 4, 2, **half)}
     content: list[tuple[Tensors, dict[str, Any]]] = [
         (
@@ -132,12 +136,19 @@ def samples(folder: Path) -> list[Sample]:
                 preprocessing=None,
             ),
         ),
+        (
+            deep | biases | {"delta.norm.bias": draw(4), "head.weight": draw(3, 4)},
+            metadata(
+                PromptSpec(length=2), head=head | {"bias": False}, protocol={"name": "vpt+bias"}
+            ),
+        ),
+        (narrow, metadata(None, protocol={"name": "adapter", "reduction": 2})),
     ]
     paths = (folder / f"{i}.safetensors" for i in range(len(content)))
     return [sample(write_adapter(path, *parts)) for path, parts in zip(paths, content, strict=True)]
 
 
-def metadata(spec: PromptSpec, **changes: Any) -> dict[str, Any]:
+def metadata(spec: PromptSpec | None, **changes: Any) -> dict[str, Any]:
     """Return metadata of an adapter for a backbone of two blocks of width 4."""
     table = {"dtype": "float32", "blocks": [[0.5] * 9] * 2, "norm": [0.25] * 3}
     backbone = {
@@ -157,7 +168,7 @@ def metadata(spec: PromptSpec, **changes: Any) -> dict[str, Any]:
         "crop": 0.9,
     }
     return {
-        "spec": spec.resolve(2).to_dict(),
+        "spec": spec and spec.resolve(2).to_dict(),
         "backbone": backbone,
         "head": None,
         "preprocessing": images,
@@ -385,6 +396,8 @@ def fields(one: Sample, rng: random.Random) -> Iterator[Case]:
         yield Case(f"version {version!r}", signed(one.tensors, after), one, told=True)
     for changes in CONTRADICTIONS:
         after = values
+        if values["spec"] is None and any(path.startswith("spec.") for path in changes):
+            continue
         for path, new in changes.items():
             after = changed(after, tuple(path.split(".")), new)
         yield Case(str(changes)[:80], signed(one.tensors, after), one, told=True)

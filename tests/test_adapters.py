@@ -407,17 +407,6 @@ def test_a_failing_write_leaves_the_old_file(
         assert os.listdir(tmp_path) == ["adapter.safetensors"]
 
 
-def test_local_files_touch_no_socket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import socket
-
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("a socket was opened")
-
-    monkeypatch.setattr(socket, "socket", refuse)
-    save_task_adapter(trained("timm/cls"), tmp_path)
-    load_task_adapter(build("timm/cls"), tmp_path)
-
-
 def test_a_load_that_does_not_fit_leaves_the_prompts_that_were_there(tmp_path: Path) -> None:
     save_task_adapter(trained("timm/cls", pooling="image"), tmp_path)
     for name in ("transformers/vit-model", "timm/distilled"):

@@ -66,7 +66,7 @@ def open_fgvc(folder: Path, percent: int | None = None) -> Found:
     """Read `train.json`, `test.json` and, if it is there, `val.json`: {path: label or name}.
 
     Paths are relative to the folder or its `images/`. Without `classes.txt` the classes are the
-    labels of train, sorted, so that numbers need not begin at 0 (paper.md 2.9).
+    labels of train, sorted, so that numbers need not begin at 0.
 
     Args:
         folder: The folder.

@@ -72,8 +72,8 @@ def train_transform(
         preprocessing: `size`, `mean`, `std`, `interpolation`, `crop`; a timm data config or a
             transformers image processor.
         kind: "vtab": resize to the square, no augmentation (paper table 6). "fgvc": resize to
-            256/224 of the size, random crop, random horizontal flip (what the paper's code does;
-            paper.md 2.9). "timm": the backbone's own evaluation transform.
+            256/224 of the size, random crop, random horizontal flip.
+            "timm": the backbone's own evaluation transform.
         size: Another size than the backbone's: an edge, or (height, width).
 
     Raises:
