@@ -105,7 +105,7 @@ def sample(path: Path) -> Sample:
 
 
 def samples(folder: Path) -> list[Sample]:
-    """Return small adapters: deep in float32, shared in bf16, a border in float16, two protocols."""
+    """Return small adapters: deep in float32, shared in bf16, a border in float16, protocols."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
