@@ -51,11 +51,11 @@ def host_and_prompts(model: nn.Module, call: str) -> tuple[nn.Module, Prompts]:
     return host, prompts
 
 
-def refuse_unfit(model: nn.Module) -> None:
+def refuse_unfit(model: nn.Module, call: str = "inject_prompts") -> None:
     """Raise for what can never be a host: a wrapper, a prompted or a parameter-less model."""
     if not isinstance(model, nn.Module):
         raise UnsupportedArchitectureError(
-            f"inject_prompts: needs a torch.nn.Module, got {type(model).__name__}."
+            f"{call}: needs a torch.nn.Module, got {type(model).__name__}."
         )
     name = type(model).__name__
     wrapped = any(cls.__name__ in _WRAPPERS for cls in type(model).__mro__)
@@ -64,24 +64,24 @@ def refuse_unfit(model: nn.Module) -> None:
     )
     if wrapped or compiled or isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedArchitectureError(
-            f"inject_prompts: the model is wrapped or compiled already ({name}). "
+            f"{call}: the model is wrapped or compiled already ({name}). "
             "Inject into the bare model first, then wrap, shard or compile it."
         )
     inside = [path for path, module in model.named_modules() if isinstance(module, Prompts)]
     inside += [path for path, module in model.named_modules() if _serves_prompts(module)]
     if inside:
         raise AlreadyPromptedError(
-            f"inject_prompts: {name} carries prompts already (at {inside[0]!r}). "
+            f"{call}: {name} carries prompts already (at {inside[0]!r}). "
             "Call remove_prompts(model) first."
         )
     if hasattr(model, "prompts"):
         raise UnsupportedArchitectureError(
-            f"inject_prompts: {name} has an attribute `prompts` of its own, the name under which "
+            f"{call}: {name} has an attribute `prompts` of its own, the name under which "
             "prompts are registered. Pass the encoder inside it, or rename the attribute."
         )
     if next(model.parameters(), None) is None:
         raise UnsupportedArchitectureError(
-            f"inject_prompts: {name} has no parameters, so there is nothing to prompt."
+            f"{call}: {name} has no parameters, so there is nothing to prompt."
         )
 
 

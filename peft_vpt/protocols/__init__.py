@@ -66,7 +66,7 @@ def apply_protocol(
     """
     own = {key: options.pop(key) for key in _OWN if key in options}
     protocol = Protocol(name, **own)
-    refuse_unfit(model)
+    refuse_unfit(model, "apply_protocol")
     if protocol.kind in PROMPTED:
         return _with_prompts(model, protocol, num_classes, generator, options)
     features = options.pop("features", None) if protocol.kind == "sidetune" else None
