@@ -21,26 +21,22 @@ the kv form without dropout against the project's bounds (exit status 1 if one i
 import argparse
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 
 import timm
 import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.nn import functional as F
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from peft_vpt import PromptSpec, inject_prompts
+from peft_vpt.experiments.cost import Batch, Run, flops, forward, kept_bytes, step, times
 
 MODEL, BATCH, CLASSES = "vit_base_patch16_224", 2, 100
 COLUMNS = ("FLOPs forward/bare", "FLOPs step/linear", "kept/full", "time forward", "time step")
 BOUNDS = {50: (1.011, 2.115, 0.66), 200: (1.042, 2.345, 0.76)}  # of the first three columns
 DEFAULT_DROPOUT = PromptSpec(deep=True).resolve(depth=1).dropout
 DROPOUTS = {"0": (0.0,), "default": (DEFAULT_DROPOUT,), "both": (0.0, DEFAULT_DROPOUT)}
-Batch = tuple[Tensor, Tensor]
 Cost = tuple[float, float, float]
 
 
@@ -90,66 +86,6 @@ class Variant:
 LINEAR, FULL = Variant("linear"), Variant("full")
 
 
-def forward(model: nn.Module, batch: Batch) -> None:
-    """Predict; the caller has put the model into eval mode."""
-    with torch.no_grad():
-        model(batch[0])
-
-
-def step(model: nn.Module, batch: Batch) -> None:
-    """Compute the gradients of one training step; the model is in training mode."""
-    model.zero_grad(set_to_none=True)
-    F.cross_entropy(model(batch[0]), batch[1]).backward()
-
-
-def attention_flops(matmuls: int, query: int) -> Callable[..., int]:
-    """Return the FLOP formula of a fused attention.
-
-    Args:
-        matmuls: Number of matrix products of queries by keys by head dimension.
-        query: Position of the query among the arguments; the key follows it.
-    """
-
-    def formula(*shapes: tuple[int, ...], **_: object) -> int:
-        batch, heads, queries, dim = shapes[query]
-        return 2 * matmuls * batch * heads * queries * shapes[query + 1][-2] * dim
-
-    return formula
-
-
-# Torch up to 2.13 counts neither (pytorch issue 195460). Backward makes five products, since it
-# computes the scores again.
-CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops(2, 0),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_flops(5, 1),
-}
-
-
-def flops(run: Callable[[nn.Module, Batch], None], model: nn.Module, batch: Batch) -> int:
-    """Count the floating point operations of the matrix products and convolutions of a run."""
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-        run(model, batch)
-    return counter.get_total_flops()
-
-
-def kept_bytes(model: nn.Module, batch: Batch) -> int:
-    """Return the bytes that autograd keeps for backward; what exists anyway is left out."""
-    there = (*model.parameters(), *model.buffers(), *batch)
-    outside = {tensor.untyped_storage().data_ptr() for tensor in there}
-    kept = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in outside:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = F.cross_entropy(model(batch[0]), batch[1])
-    del loss  # alive until here, so that no address was given out twice
-    return sum(kept.values())
-
-
 def count(model: nn.Module, batch: Batch) -> Cost:
     """Return FLOPs of a forward, FLOPs of a step, and bytes kept."""
     model.eval()
@@ -160,24 +96,16 @@ def count(model: nn.Module, batch: Batch) -> Cost:
 
 
 def time_ratios(
-    run: Callable[[nn.Module, Batch], None],
-    models: dict[Variant, nn.Module],
-    batch: Batch,
-    rounds: int,
+    run: Run, models: dict[Variant, nn.Module], batch: Batch, rounds: int
 ) -> dict[Variant, float]:
     """Return the median over interleaved rounds of CPU time over that of linear probing."""
-    for model in models.values():
-        run(model, batch)  # caches, allocator
-    ratios: dict[Variant, list[float]] = {variant: [] for variant in models}
-    for i in range(rounds):
-        seconds = {}
-        for variant in list(models)[:: -1 if i % 2 else 1]:
-            start = time.process_time()
-            run(models[variant], batch)
-            seconds[variant] = time.process_time() - start
-        for variant in models:
-            ratios[variant].append(seconds[variant] / seconds[LINEAR])
-    return {variant: statistics.median(values) for variant, values in ratios.items()}
+    names = {str(variant): variant for variant in models}
+    seconds = times(run, {name: models[v] for name, v in names.items()}, batch, rounds)
+    base = seconds[str(LINEAR)]
+    return {
+        v: statistics.median(a / b for a, b in zip(seconds[name], base, strict=True))
+        for name, v in names.items()
+    }
 
 
 def measure(variants: list[Variant], args: argparse.Namespace) -> dict[Variant, tuple[float, ...]]:

@@ -16,6 +16,7 @@ from . import __version__
 from .adapter_file import FILE_NAME, Adapter, read_adapter, write_adapter
 from .adapters import check_labels, load_task_adapter, save_task_adapter
 from .backbones.identity import is_hub_name
+from .backbones.image_model import says_its_size
 from .card import LIBRARY, write_card
 from .errors import AdapterError
 from .hosts import host_and_prompts
@@ -163,6 +164,8 @@ def load_backbone_with_adapter(
         image_size=size,
         **hub,
     )
+    if adapter.spec.location == "pad" and images and "size" in images:
+        model = says_its_size(model, images["size"])
     load_task_adapter(model, path, strict=strict)
     if images is None:
         processor = default_processor(made_for["library"], model, name, at, **hub)

@@ -17,8 +17,9 @@ from peft_vpt.cli import main
 from peft_vpt.data import eval_transform, open_task
 from peft_vpt.errors import SpecError, VPTError
 from peft_vpt.experiments import compare as compared
-from peft_vpt.experiments.compare import Plan, compare, write_report
+from peft_vpt.experiments.compare import Plan, compare
 from peft_vpt.experiments.records import read_records
+from peft_vpt.experiments.report import write_report
 
 IMAGES = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear",
           "crop": None}  # fmt: skip

@@ -459,7 +459,7 @@ def draw_all(folder: Path) -> list[plots.Figure]:
     runs = comparison()
     lengths = [
         record(protocol=p, seed=s, metrics={"top1": 0.5 + 0.001 * n + 0.01 * s}, split=split,
-               config={"length": n, "depth": f"1-{n}", "fraction": n / 10,
+               config={"length": n, "depth": f"1-{n}",
                        "recipe": {"base_lr": n / 10, "weight_decay": s / 100}})
         for p in ("vpt-deep", "vpt-shallow") for n in (1, 5, 10) for s in (0, 1)
         for split in ("test", "val")
@@ -467,9 +467,8 @@ def draw_all(folder: Path) -> list[plots.Figure]:
     points = np.random.default_rng(0).normal(size=(12, 2))
     return [
         plots.bar_chart(runs, folder / "bars", title="Three tasks"),
-        plots.by_length(lengths, folder / "length.png"),
-        plots.by_depth(lengths, folder / "depth.svg"),
-        plots.by_fraction(lengths, folder / "fraction"),
+        plots.curve(lengths, folder / "length.png", x="config.length", log=True),
+        plots.curve(lengths, folder / "depth.svg", x="config.depth", unit="points", scale=1.0),
         plots.by_rate(lengths, folder / "v1.5-rate"),
         plots.heat_map(lengths, folder / "heat"),
         plots.scatter(points, [i % 3 for i in range(12)], folder / "tsne", names=list("abc")),
@@ -484,8 +483,7 @@ def test_figures_are_written_twice_with_the_same_bytes(tmp_path: Path) -> None:
     second = draw_all(tmp_path / "two")
     assert dict(matplotlib.rcParams) == before
     assert {f.svg.name for f in first} == {
-        "bars.svg", "length.svg", "depth.svg", "fraction.svg", "v1.5-rate.svg", "heat.svg",
-        "tsne.svg",
+        "bars.svg", "length.svg", "depth.svg", "v1.5-rate.svg", "heat.svg", "tsne.svg",
     }  # fmt: skip
     for one, two in zip(first, second, strict=True):
         assert one.svg.read_bytes() == two.svg.read_bytes()
@@ -493,7 +491,7 @@ def test_figures_are_written_twice_with_the_same_bytes(tmp_path: Path) -> None:
         assert one.png.read_bytes().startswith(b"\x89PNG")
         assert "<dc:date>" not in one.svg.read_text()
     assert len({f.svg.read_bytes() for f in first}) == len(first)
-    assert len(list((tmp_path / "one").iterdir())) == 14
+    assert len(list((tmp_path / "one").iterdir())) == 12
 
 
 def test_figures_show_the_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -504,7 +502,7 @@ def test_figures_show_the_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
                         self.plot(*a, label=k["label"]))  # fmt: skip
     runs = [record(seed=s, metrics={"top1": x}, config={"length": n})
             for n, s, x in ((10, 0, 0.5), (10, 1, 0.7), (1, 0, 0.25))]  # fmt: skip
-    plots.by_length(runs, tmp_path / "a")
+    plots.curve(runs, tmp_path / "a", x="config.length")
     (at, means), options = seen[0]
     assert at == [1, 10]
     assert means == pytest.approx([25, 60])
@@ -512,7 +510,7 @@ def test_figures_show_the_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_nothing_to_draw_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
-    for draw in (plots.bar_chart, plots.by_length, plots.heat_map):
+    for draw in (plots.bar_chart, plots.by_rate, plots.heat_map):
         with pytest.raises(VPTError, match="no record"):
             draw([record(split="train")], tmp_path / "x")
     with pytest.raises(VPTError, match="one label each"):

@@ -303,3 +303,27 @@ def test_no_backbone_named(tmp_path: Path) -> None:
     path = save_task_adapter(model, tmp_path)
     with pytest.raises(AdapterError, match="backbone="):
         load_backbone_with_adapter(path)
+
+
+def test_a_border_for_images_of_another_size_than_the_backbones(hub: Hub, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    name = "timm/test_resnet.r160_in1k"
+    torch.manual_seed(0)
+    model = perturb(timm.create_model("test_resnet")).eval()
+    upload_backbone(model, name, tmp_path / "backbone")
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (3, 64, 64)}
+    inject_prompts(model, 2, location="pad", num_classes=3)
+    with torch.no_grad():
+        model.prompts.pixel.tb.add_(0.5)
+    images = {
+        "size": [64, 64],
+        "mean": [0.5],
+        "std": [0.5],
+        "interpolation": "bicubic",
+        "crop": None,
+    }
+    save_task_adapter(model, tmp_path, preprocessing=images)
+    loaded, _ = load_backbone_with_adapter(tmp_path, backbone=name)
+    pixels = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(loaded(pixels), model.eval()(pixels))

@@ -196,7 +196,10 @@ def test_default_presets_and_changes() -> None:
     for protocol in ("linear", "full", "partial-2", "mlp-3", "bias", "adapter", "vpt-deep"):
         assert preset(protocol).optimizer == "adamw"
     assert preset("vpt-deep").prompt_lr_scale > 1.0
-    assert preset("vpt-deep", epochs=20).warmup_epochs == pytest.approx(2.0)
+    assert preset("vpt-deep").clip_norm == 1.0
+    assert preset("linear").clip_norm is None
+    assert preset("vpt-deep", epochs=20).warmup_epochs == pytest.approx(4.0)
+    assert preset("linear", epochs=20).warmup_epochs == pytest.approx(2.0)
     assert preset("vpt-deep", epochs=20, warmup_epochs=1).warmup_epochs == 1
     with pytest.raises(SpecError, match="epochs"):
         preset("vpt-deep", epochs="many")

@@ -7,7 +7,7 @@ blocks, so these descriptions serve `location="pad"` only.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -205,3 +205,12 @@ def _pair(size: Any) -> tuple[int, int] | None:
     if isinstance(size, tuple | list) and len(size) == 2:
         return int(size[0]), int(size[1])
     return None
+
+
+def says_its_size(model: Any, size: Sequence[int]) -> nn.Module:
+    """Let a model that takes images of any size say which size these have: a border asks it."""
+    config = getattr(model, "pretrained_cfg", None)
+    if config and not encoder_for(model, "pad").blocks:
+        model.pretrained_cfg = {**config, "input_size": (config["input_size"][0], *size)}
+    found: nn.Module = model
+    return found

@@ -9,7 +9,7 @@ import typer
 from typer.main import get_command
 
 from .. import __version__
-from . import compare, files, hub, predict, supported
+from . import compare, cost, evaluate, files, hub, predict, supported, sweep, train
 
 app = typer.Typer(
     add_completion=False,
@@ -27,8 +27,12 @@ for _command in (
     predict.predict,
     supported.supported,
     compare.compare,
+    cost.cost,
+    train.train,
+    sweep.sweep,
 ):
     app.command()(_command)
+app.command("eval")(evaluate.evaluate)
 
 
 def _version(asked: bool) -> None:

@@ -104,7 +104,7 @@ def predict(
     has its columns separated by tabs. An image that cannot be read is named on stderr, the others
     are classified, and the exit code is 1.
     """
-    place = _device(device)
+    place = find_device(device)
     paths, failed = _expand(images)
     total = len(paths) + failed
     if paths:
@@ -138,7 +138,12 @@ def _images_in(folder: str) -> list[str]:
     )
 
 
-def _device(name: str | None) -> torch.device:
+def find_device(name: str | None) -> torch.device:
+    """Return the device of an option, the best one where it was left out.
+
+    Raises:
+        BadParameter: torch has none of that name.
+    """
     import torch
 
     if name is None:
@@ -190,7 +195,7 @@ def _write(classifier: _Classifier, paths: list[str], batch_size: int, as_json: 
     if not (as_json or to_terminal):
         print("\t".join(_COLUMNS))
     # A bar and lines on one terminal would write over each other.
-    with _progress(shown=not (as_json and to_terminal)) as bar:
+    with progress_bar(shown=not (as_json and to_terminal)) as bar:
         rows = classifier.rows(paths, batch_size)
         for path, best in bar.track(rows, total=len(paths), description="images"):
             if best is None:
@@ -226,7 +231,7 @@ def _write_table(rows: list[tuple[str, ...]]) -> None:
     Console().print(table)
 
 
-def _progress(shown: bool) -> Progress:
+def progress_bar(shown: bool) -> Progress:
     """Return a bar on stderr; it is silent where that is no terminal."""
     from rich.console import Console
     from rich.progress import Progress

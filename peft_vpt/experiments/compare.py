@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,16 @@ from ..data import Task
 from ..errors import SpecError, VPTError
 from ..training import DivergedError, Recipe, preset
 from . import control
-from .plots import bar_chart
-from .records import Record, append_record, make_record, read_records, record_key
-from .run import Build, Pixels, config_of, run_once
-from .tables import report_page
+from .records import Key, Record, append_record, make_record, read_records, record_key
+from .run import Build, Pixels, Settings, config_of, run_once
+from .saved import draw_embeddings, ensemble_record, ensemble_stub
+from .variants import Variant, folder_name, is_name, plain, reduced
 
 PROTOCOLS = ("linear", "bias", "adapter", "vpt-shallow", "vpt-deep", "full")
 # Multiples of a preset's learning rate among which val chooses.
 FACTORS = (0.3, 1.0, 3.0)
 RECORDS = "records.jsonl"
+CONTROLS = ("majority class", "16x16 pixels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,10 @@ class Plan:
         seeds: Of the final runs on train and val.
         kind: Preset, "default" or "paper".
         changes: Fields of the recipe to set.
+        variants: In place of protocols and options.
+        final: False: nothing but the runs on val.
+        ensemble: Also the final adapters of all seeds together, a record per row.
+        tsne: Also a figure of the final embeddings per row.
     """
 
     protocols: Sequence[str] = PROTOCOLS
@@ -43,16 +49,34 @@ class Plan:
     seeds: Sequence[int] = (0, 1, 2)
     kind: str = "default"
     changes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    variants: Sequence[Variant] = ()
+    final: bool = True
+    ensemble: bool = False
+    tsne: bool = False
 
-    def recipe(self, protocol: str, backbone: str, factor: float, seed: int) -> Recipe:
+    def rows(self) -> tuple[Variant, ...]:
+        """Return the variants: those given, or the protocols as they are.
+
+        Raises:
+            SpecError: An unknown protocol, or two variants of one label.
+        """
+        rows = tuple(self.variants) or plain(self.protocols, self.options)
+        labels = [row.label for row in rows]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise SpecError(f"Plan: {', '.join(twice)} stands there twice; labels tell rows apart.")
+        return rows
+
+    def recipe(self, variant: Variant, backbone: str, factor: float, seed: int) -> Recipe:
         """Return the recipe of one run."""
+        # The length matters to the paper's batch size; protocols as they are do without.
+        length = variant.options.get("length") if self.variants else None
         found = preset(
-            protocol,
+            variant.protocol,
             backbone=backbone,
             kind=self.kind,
-            epochs=self.epochs,
-            seed=seed,
-            **self.changes,
+            length=length,
+            **{"epochs": self.epochs, "seed": seed, **self.changes, **variant.changes},
         )
         return dataclasses.replace(found, base_lr=found.base_lr * factor)
 
@@ -67,11 +91,14 @@ def compare(
     plan: Plan | None = None,
     group: str | None = None,
     progress: bool = True,
+    reopen: Callable[[float], Task] | None = None,
+    resize: Callable[[int], tuple[Any, Build]] | None = None,
 ) -> list[Record]:
-    """Run what of a plan has no record yet, and return the records of this task and backbone.
+    """Run what of a plan has no record yet, and return its records, in the order of the file.
 
-    Per protocol: one run per rate on train, judged on val; then the best rate on train and val
-    over the seeds, judged on test, once. Baselines without a network stand beside them.
+    Per row: one run per rate and choice on train, judged on val; then the best of them on train and
+    val over the seeds, judged on test, once. Beside protocols as they are stand baselines without a
+    network, and those that other plans have run on this task and backbone.
 
     Args:
         task: With train, val and test.
@@ -82,87 +109,125 @@ def compare(
         plan: What to run.
         group: Of the task, for tables.
         progress: Show progress bars.
+        reopen: Returns the task with a share of its training images. None: they are drawn here.
+        resize: Returns transform and builder for another edge of the images.
 
     Raises:
-        SpecError: An empty plan.
+        SpecError: An empty plan, or another image size without `resize`.
         VPTError: A split is missing.
     """
     plan = plan or Plan()
-    if not (plan.protocols and plan.factors and plan.seeds):
+    if not ((plan.variants or plan.protocols) and plan.factors and plan.seeds):
         raise SpecError("compare(plan=...): needs a protocol, a factor and a seed at least.")
+    rows = plan.rows()
+    _check(task, rows, plan, resize)
     file = Path(folder) / RECORDS
     file.parent.mkdir(parents=True, exist_ok=True)
-    work = _Work(file, Pixels(task, transform), build, backbone, plan, group, progress)
-    work.controls()
-    for protocol in plan.protocols:
-        factor = work.best_factor(protocol)
-        for seed in plan.seeds:
-            work.run(protocol, factor, seed, "trainval", "test")
-    return [r for r in read_records(file) if r["task"] == task.name and r["backbone"] == backbone]
+    reopen = reopen or partial(reduced, task)
+    work = _Work(file, Settings(Pixels(task, transform), build, reopen, resize), backbone, plan,
+                 group, progress)  # fmt: skip
+    if not plan.variants:
+        work.controls()
+    for row in rows:
+        work.row(row)
+    labels = {row.label for row in rows}
+    mine = [r for r in read_records(file) if _about(r) == (task.name, backbone)]
+    return [r for r in mine if record_key(r) in work.used or _beside(r, labels, plan)]
 
 
-def write_report(records: Sequence[Record], folder: str | Path, *, title: str, intro: str) -> Path:
-    """Write `report.md` and its bar chart from records alone; return the page's path."""
-    figure = bar_chart(records, Path(folder) / "accuracy", title=title)
-    page = Path(folder) / "report.md"
-    text = report_page(records, title=title, intro=intro, figures={"Accuracy": figure.svg.name})
-    page.write_text(text, encoding="utf-8")
-    return page
+def _about(record: Record) -> tuple[str, str]:
+    return record["task"], record["backbone"]
+
+
+def _beside(record: Record, labels: set[str], plan: Plan) -> bool:
+    """Tell whether a record that is not of the plan's runs stands beside them.
+
+    What its rows have from other settings does not.
+    """
+    label = record["protocol"].removesuffix(" ensemble")
+    return not plan.variants and label not in labels and (label in CONTROLS or is_name(label))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
     file: Path
-    pixels: Pixels
-    build: Build
+    settings: Settings
     backbone: str
     plan: Plan
     group: str | None
     progress: bool
+    used: set[Key] = dataclasses.field(default_factory=set)
 
-    def run(self, protocol: str, factor: float, seed: int, train: str, test: str) -> Record:
+    def row(self, row: Variant) -> None:
+        """Do everything that a plan asks for of one row."""
+        row, factor = self.best(row)
+        if not self.plan.final:
+            return
+        final = [self.run(row, factor, s, row.final, "test") for s in self.plan.seeds]
+        pixels, build = self.settings.of(row)
+        folder = self.file.parent / pixels.task.name
+        there = [r for r in final if "diverged" not in r["metrics"]]
+        if len(there) > 1:
+            key = record_key(ensemble_stub(there))
+            self.used.add(key)
+            if self.plan.ensemble and key not in map(record_key, self._records()):
+                append_record(self.file, ensemble_record(there, pixels, build, folder))
+        if self.plan.tsne and there:
+            adapter = folder / folder_name(row.label, there[0]["seed"])
+            draw_embeddings(there[0], pixels, build, adapter, self.file.parent)
+
+    def run(self, row: Variant, factor: float, seed: int, train: str, test: str) -> Record:
         """Return the record of a run: the one that is there, or a new one."""
-        task = self.pixels.task
-        images = len(task.trainval() if train == "trainval" else task.split(train))
-        recipe = self.plan.recipe(protocol, self.backbone, factor, seed)
+        pixels, build = self.settings.of(row)
+        images = len(pixels.task.split(train))
+        recipe = self.plan.recipe(row, self.backbone, factor, seed)
         recipe = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, images))
-        options = self.plan.options.get(protocol, {})
         stub = make_record(
-            task=task.name,
-            protocol=protocol,
+            task=pixels.task.name,
+            protocol=row.label,
             backbone=self.backbone,
             seed=seed,
             split=test,
             metrics={},
-            config=config_of(recipe, options, self.pixels, train),
+            config=config_of(recipe, row.options, pixels, train, row.fraction),
         )
+        self.used.add(record_key(stub))
         known = {record_key(r): r for r in self._records()}
         if record_key(stub) in known:
             return known[record_key(stub)]
         try:
             record = run_once(
-                self.pixels, protocol, self.build, recipe, backbone=self.backbone, train=train,
-                test=test, group=self.group, options=options, progress=self.progress,
-                folder=self.file.parent / task.name if test == "test" else None,
+                pixels, row.protocol, build, recipe, backbone=self.backbone, train=train, test=test,
+                group=self.group, options=row.options, label=row.label, fraction=row.fraction,
+                progress=self.progress,
+                folder=self.file.parent / pixels.task.name if test == "test" else None,
             )  # fmt: skip
         except DivergedError:
             record = stub | {"group": self.group, "metrics": {"top1": 0.0, "diverged": 1.0}}
         append_record(self.file, record)
         return record
 
-    def best_factor(self, protocol: str) -> float:
-        """Return the multiple of the rate that val prefers; of equals the smallest."""
-        if len(self.plan.factors) == 1:
-            return self.plan.factors[0]
+    def best(self, row: Variant) -> tuple[Variant, float]:
+        """Return a row with the choice that val prefers, and the multiple of the rate.
+
+        Of equals the first choice and the smallest multiple.
+        """
+        rows = [dataclasses.replace(row, options={**row.options, **choice}, choices=({},))
+                for choice in row.choices]  # fmt: skip
+        tried = [(option, factor) for option in rows for factor in sorted(self.plan.factors)]
+        if len(tried) == 1 and self.plan.final:
+            return tried[0]
         seed = self.plan.seeds[0]
-        tried = {f: self.run(protocol, f, seed, "train", "val") for f in sorted(self.plan.factors)}
-        return max(tried, key=lambda factor: (tried[factor]["metrics"]["top1"], -factor))
+        runs = [self.run(*one, seed, "train", "val")["metrics"]["top1"] for one in tried]
+        return tried[runs.index(max(runs))]
 
     def controls(self) -> None:
         """Record the majority class, and logistic regression on 16 x 16 pixels."""
-        task, known = self.pixels.task, {(r["task"], r["protocol"]) for r in self._records()}
-        for name in ("majority class", "16x16 pixels"):
-            if (task.name, name) in known:
+        task = self.settings.whole.task
+        here = (task.name, self.backbone)
+        known = {r["protocol"] for r in self._records() if _about(r) == here}
+        for name in CONTROLS:
+            if name in known:
                 continue
             config: dict[str, Any] = {}
             if name == "majority class":
@@ -188,6 +253,19 @@ class _Work:
 
     def _records(self) -> list[Record]:
         return read_records(self.file) if self.file.exists() else []
+
+
+def _check(task: Task, rows: Sequence[Variant], plan: Plan, resize: Any) -> None:
+    """Raise before the first run where a row cannot be run.
+
+    Raises:
+        SpecError: Another image size and no `resize`, or too few images for a figure.
+    """
+    for row in rows:
+        if row.size is not None and resize is None:
+            raise SpecError(f"compare: the row {row.label!r} needs resize=...")
+    if plan.tsne and len(task.split("test")) < 4:
+        raise SpecError("compare(tsne): needs four test images or more.")
 
 
 def need_splits(task: Task) -> None:

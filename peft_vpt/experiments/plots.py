@@ -55,7 +55,10 @@ def bar_chart(
     tasks = sorted({task for of in values.values() for task in of})
     order = sorted(values, key=lambda p: spread(task_means(values[p]).values()).mean)
     width = 0.8 / len(order)
-    with _figure(path, title, width=max(_SIZE[0], 1.5 + 0.25 * len(tasks) * len(order))) as drawn:
+    # The legend has a line per protocol.
+    edges = {"width": 1.5 + 0.25 * len(tasks) * len(order), "height": 0.25 * len(order)}
+    least = {edge: max(own, at) for (edge, at), own in zip(edges.items(), _SIZE, strict=True)}
+    with _figure(path, title, **least) as drawn:
         for place, protocol in enumerate(order):
             there = [(i, spread(values[protocol][t])) for i, t in enumerate(tasks)
                      if t in values[protocol]]  # fmt: skip
@@ -85,8 +88,12 @@ def curve(
     split: str = "test",
     title: str = "",
     label: str | None = None,
+    scale: float = 100.0,
+    unit: str | None = None,
 ) -> Figure:
     """Draw a metric against a field of the records, one line per value of another field.
+
+    Figures 3, 6 and 7 of the paper are such, with the fields that `report.place` gives to records.
 
     Points are means over all runs there, whiskers one standard deviation.
 
@@ -100,6 +107,8 @@ def curve(
         split: Of the records.
         title: Of the figure.
         label: Of the x axis. None: the field's name.
+        scale: What the metric is multiplied by.
+        unit: Of the y axis. None: percent of a share.
 
     Raises:
         VPTError: No records to draw.
@@ -113,8 +122,8 @@ def curve(
             at = sorted(points) if numbers else [place for place in places if place in points]
             drawn.axes.errorbar(
                 at if numbers else [places.index(place) for place in at],
-                [100 * points[place].mean for place in at],
-                yerr=[100 * points[place].std for place in at],
+                [scale * points[place].mean for place in at],
+                yerr=[scale * points[place].std for place in at],
                 label=str(name),
                 color=_COLOURS[index % len(_COLOURS)],
                 marker="o",
@@ -125,24 +134,9 @@ def curve(
         if not numbers:
             drawn.axes.set_xticks(range(len(places)), [str(place) for place in places])
         drawn.axes.set_xlabel(label or x)
-        drawn.axes.set_ylabel(f"{metric} on {split} (%)")
+        drawn.axes.set_ylabel(unit or f"{metric} on {split} (%)")
         _legend_outside(drawn.axes)
     return drawn.files
-
-
-def by_length(records: Iterable[Record], path: str | Path, **options: Any) -> Figure:
-    """Draw accuracy against prompt length (paper, Figure 6); needs `config.length`."""
-    return curve(records, path, x="config.length", label="prompt length p", **options)
-
-
-def by_depth(records: Iterable[Record], path: str | Path, **options: Any) -> Figure:
-    """Draw accuracy against the layers that get prompts (paper, Figure 7); needs `config.depth`."""
-    return curve(records, path, x="config.depth", label="layers with prompts", **options)
-
-
-def by_fraction(records: Iterable[Record], path: str | Path, **options: Any) -> Figure:
-    """Draw accuracy against the share of training data (Figure 3); needs `config.fraction`."""
-    return curve(records, path, x="config.fraction", label="share of training images", **options)
 
 
 def by_rate(records: Iterable[Record], path: str | Path, **options: Any) -> Figure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,14 +12,18 @@ import torch
 from torch import nn
 
 from ..adapters import save_task_adapter
+from ..backbones.image_model import says_its_size
 from ..data import Split, Task, decode, loader
 from ..inject import count_parameters
 from ..protocols import apply_protocol
 from ..training import Recipe, evaluate, fit
 from ..training.describe import library_versions
+from .embeddings import class_prototypes, prompt_values
 from .records import Record, make_record
+from .variants import Variant, device, folder_name
 
 Build = Callable[[], nn.Module]
+TEST_BATCH = 100
 
 
 class Pixels:
@@ -27,30 +32,70 @@ class Pixels:
     Args:
         task: The task.
         transform: Without randomness.
+        whole: Of the same task with all training images, whose val and test serve here too.
     """
 
-    def __init__(self, task: Task, transform: Any) -> None:
-        self.task, self.transform = task, transform
+    def __init__(self, task: Task, transform: Any, whole: Pixels | None = None) -> None:
+        self.task, self.transform, self._whole = task, transform, whole
         self._splits: dict[str, Split] = {}
 
     def split(self, name: str) -> Split:
         """Return "train", "val", "test", or "trainval"."""
+        if self._whole is not None and self._shared(self._whole, name):
+            return self._whole.split(name)
         if name not in self._splits:
-            split = self.task.trainval() if name == "trainval" else self.task.split(name)
-            self._splits[name] = decode(split, self.transform)
+            self._splits[name] = decode(self.task.split(name), self.transform)
         return self._splits[name]
+
+    def _shared(self, whole: Pixels, name: str) -> bool:
+        """Tell whether a split is that of the whole task, image by image."""
+        if name not in ("val", "test"):
+            return False
+        mine, theirs = self.task.split(name), whole.task.split(name)
+        return mine == theirs and mine.images is theirs.images
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Images and backbones for every share of the training images and every image size."""
+
+    whole: Pixels
+    build: Build
+    reopen: Callable[[float], Task]
+    resize: Callable[[int], tuple[Any, Build]] | None
+    made: dict[Any, tuple[Pixels, Build]] = dataclasses.field(default_factory=dict)
+
+    def of(self, row: Variant) -> tuple[Pixels, Build]:
+        """Return the images and the builder of a row."""
+        key = (row.fraction, row.size)
+        if key not in self.made:
+            whole, build = self.whole, self.build
+            if row.size is not None and self.resize is not None:
+                transform, build = self.resize(row.size)
+                whole = Pixels(self.whole.task, transform)
+            if row.fraction < 1:
+                whole = Pixels(self.reopen(row.fraction), whole.transform, whole)
+            size = whole.transform.preprocessing["size"]
+            self.made[key] = whole, lambda: says_its_size(build(), size)
+        return self.made[key]
 
 
 def config_of(
-    recipe: Recipe, options: Mapping[str, Any], pixels: Pixels, train: str
+    recipe: Recipe,
+    options: Mapping[str, Any],
+    pixels: Pixels,
+    train: str,
+    fraction: float = 1.0,
 ) -> dict[str, Any]:
     """Return what makes a run another run, beside task, protocol, backbone and seed."""
-    return {
+    config = {
         "recipe": recipe.to_dict(),
         "options": dict(options),
         "preprocessing": pixels.transform.preprocessing,
         "train": train,
     }
+    # Records of whole training sets do not say so, or older ones would not be found.
+    return config if fraction == 1 else config | {"fraction": fraction}
 
 
 def run_once(
@@ -64,6 +109,8 @@ def run_once(
     test: str = "val",
     group: str | None = None,
     options: Mapping[str, Any] | None = None,
+    label: str | None = None,
+    fraction: float = 1.0,
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> Record:
@@ -78,29 +125,26 @@ def run_once(
         train: Split to train on.
         test: Split to evaluate on, once, at the end.
         group: Of the task.
-        options: Of the protocol.
+        options: Of the protocol; `init` may be "prototypes".
+        label: Name of the protocol with these options. None: the protocol.
+        fraction: Share of the training images that `pixels` hold.
         folder: Where the adapter goes; None: it is saved to be measured, and dropped.
         progress: Show progress bars on a terminal.
     """
-    options = dict(options or {})
+    options, label = dict(options or {}), label or protocol
     torch.manual_seed(recipe.seed)
-    model = build()
-    generator = torch.Generator().manual_seed(recipe.seed)
-    classes = len(pixels.task.classes)
-    apply_protocol(model, protocol, num_classes=classes, generator=generator, **options)
-    if torch.cuda.is_available():
-        model.cuda()
+    model = prepared(pixels, protocol, build, recipe.seed, options, train)
     batches = loader(
         pixels.split(train), None, batch_size=recipe.batch_size, shuffle=True, seed=recipe.seed,
         drop_last=protocol.startswith("mlp"),
     )  # fmt: skip
     result = fit(model, batches, recipe=recipe, progress=progress)
-    metrics = evaluate(model, loader(pixels.split(test), None, batch_size=100))
+    metrics = evaluate(model, loader(pixels.split(test), None, batch_size=TEST_BATCH))
     counts = count_parameters(model)
     with tempfile.TemporaryDirectory() as scratch:
         path = save_task_adapter(
             model,
-            scratch if folder is None else Path(folder) / f"{protocol}-{recipe.seed}",
+            scratch if folder is None else Path(folder) / folder_name(label, recipe.seed),
             task=pixels.task.name,
             labels=pixels.task.classes,
             preprocessing=pixels.transform.preprocessing,
@@ -111,7 +155,7 @@ def run_once(
     return make_record(
         task=pixels.task.name,
         group=group,
-        protocol=protocol,
+        protocol=label,
         backbone=backbone,
         seed=recipe.seed,
         split=test,
@@ -121,6 +165,33 @@ def run_once(
         stored_bytes=stored,
         seconds=result.seconds,
         step_seconds=result.seconds / steps,
-        config=config_of(recipe, options, pixels, train),
+        config=config_of(recipe, options, pixels, train, fraction),
         versions=library_versions(),
     )
+
+
+def prepared(
+    pixels: Pixels,
+    protocol: str,
+    build: Build,
+    seed: int,
+    options: Mapping[str, Any],
+    train: str,
+) -> nn.Module:
+    """Return a new model under a protocol, on the device of comparisons."""
+    model, options = build(), dict(options)
+    if options.get("init") == "prototypes":
+        options["init"] = _prototypes(model.to(device()), pixels, options, train)
+    generator = torch.Generator().manual_seed(seed)
+    classes = len(pixels.task.classes)
+    apply_protocol(model, protocol, num_classes=classes, generator=generator, **options)
+    return model.to(device())
+
+
+def _prototypes(
+    model: nn.Module, pixels: Pixels, options: Mapping[str, Any], train: str
+) -> torch.Tensor:
+    """Return the mean features of each class as first values of prompts."""
+    batches = loader(pixels.split(train), None, batch_size=TEST_BATCH)
+    found = class_prototypes(model, batches, len(pixels.task.classes), options.get("length"))
+    return prompt_values(model, found, deep=options.get("deep", True))

@@ -181,7 +181,7 @@ def report_page(
     """
     records = list(records)
     chosen = {"metric": metric, "split": split}
-    parts = [f"# {title}", *([intro] if intro else []), _facts(records, split)]
+    parts = [f"# {title}", *([intro] if intro else []), facts(records, split)]
     parts += ["## Accuracy", _legend(metric, split), accuracy_table(records, **chosen)]
     parts += ["## By group", group_table(records, **chosen)]
     if method in _values(records, metric, split):
@@ -253,7 +253,7 @@ def _plain(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
-def _facts(records: list[Record], split: str) -> str:
+def facts(records: list[Record], split: str) -> str:
     """Say what was run: backbones, seeds, versions."""
     used = [record for record in records if record["split"] == split]
     backbones = ", ".join(sorted({record["backbone"] for record in used}))

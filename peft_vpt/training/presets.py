@@ -39,25 +39,27 @@ _BACKBONES = (
 # One table for every number of the default preset, so that measurements have one place to change.
 _COMMON: dict[str, Any] = {
     "optimizer": "adamw",
-    "base_lr": 8e-3,
+    "base_lr": 2.4e-2,
     "weight_decay": 1e-4,
     "epochs": 100,
     "warmup_epochs": 10.0,
     "batch_size": 64,
 }
+# Without the clipping and the longer warm-up, prompts can stay at chance from this rate on.
+_PROMPTS = {"prompt_lr_scale": 2.5, "clip_norm": 1.0, "warmup_epochs": 20.0}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "linear": {},
-    "mlp": {},
-    "sidetune": {},
+    "mlp": {"base_lr": 8e-3},
+    "sidetune": {"base_lr": 8e-3},
     "full": {"base_lr": 1e-3},
     "partial": {"base_lr": 1e-3},
     "bias": {},
     "adapter": {},
     "cls": {},
     "prompt-fixed": {},
-    "vpt-shallow": {"prompt_lr_scale": 2.5},
-    "vpt-deep": {"prompt_lr_scale": 2.5},
-    "vpt+bias": {"prompt_lr_scale": 2.5},
+    "vpt-shallow": _PROMPTS,
+    "vpt-deep": _PROMPTS,
+    "vpt+bias": _PROMPTS,
 }
 
 

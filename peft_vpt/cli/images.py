@@ -1,0 +1,122 @@
+"""The images of a task on the command line: opened, told of, read once before anything else."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .output import complain
+
+if TYPE_CHECKING:
+    from ..data import Split, Task
+
+Broken = dict[str, list[int]]
+Tell = Callable[[str], None]
+_PARTS = {"trainval": ("train", "val"), "all": ("train", "val", "test")}
+
+
+def parts_of(task: Task, *names: str) -> list[str]:
+    """Return the splits of a task that stand behind names, "trainval" and "all" among them.
+
+    Raises:
+        VPTError: The task lacks one; "all" is what is there.
+    """
+    found: dict[str, None] = {}
+    for name in names:
+        for part in _PARTS.get(name, (name,)):
+            if name != "all":
+                task.split(part)
+            found |= {part: None} if part in task.splits else {}
+    return list(found)
+
+
+def open_images(data: str, *names: str, tell: Tell = complain, **options: Any) -> Task:
+    """Open a task that has the splits that are named, and tell of it.
+
+    Args:
+        data: As in `open_task`.
+        names: Of splits.
+        tell: Takes what there is to tell.
+        options: Of `open_task`. Not the seed: all commands have to cut splits alike, or one would
+            measure on images that another one trained on.
+
+    Raises:
+        VPTError: There is no task, or it lacks a split.
+    """
+    from ..data import open_task
+
+    task = open_task(data, **options)
+    parts_of(task, *names)
+    tell(task.describe())
+    return task
+
+
+def split_of(task: Task, name: str) -> Split:
+    """Return a split, or several joined: "trainval", "all"."""
+    first, *rest = (task.split(part) for part in parts_of(task, name))
+    for other in rest:
+        first = first.joined(other)
+    return first
+
+
+def find_broken(task: Task, names: Iterable[str]) -> Broken:
+    """Read every image of splits, and return which ones cannot be read."""
+    from ..data.check import broken_images
+
+    found = {name: broken_images(task.split(name)) for name in names}
+    return {name: indices for name, indices in found.items() if indices}
+
+
+def without_broken(
+    call: str, task: Task, broken: Mapping[str, list[int]], skip: bool, tell: Tell = complain
+) -> Task:
+    """Return a task without its broken images, which are listed on stderr.
+
+    Raises:
+        VPTError: There are some and `skip` is False, or a split has no others.
+    """
+    from ..errors import VPTError
+
+    if not broken:
+        return task
+    number = sum(map(len, broken.values()))
+    for name, indices in broken.items():
+        for index in indices:
+            tell(f"cannot be read: {name}, {task.split(name).where(index)}")
+    if not skip:
+        raise VPTError(
+            f"{call}: {number} of the images cannot be read; replace them, or leave them out by "
+            "--skip-broken."
+        )
+    tell(f"left out: {number} of the images")
+    return dataclasses.replace(
+        task,
+        splits={name: _rest(split, broken.get(name, [])) for name, split in task.splits.items()},
+    )
+
+
+def describe_images(task: Task, names: Iterable[str]) -> dict[str, Any]:
+    """Return what a result depends on: checksums of classes, and of images and labels per split."""
+    return {
+        "task": task.name,
+        "classes": _sum(task.classes),
+        "images": {name: _sum(_rows(task.split(name))) for name in names},
+    }
+
+
+def _rest(split: Split, broken: list[int]) -> Split:
+    left = set(broken)
+    return split.subset(i for i in range(len(split)) if i not in left) if left else split
+
+
+def _rows(split: Split) -> list[str]:
+    names = [Path(path).name for path in split.paths] or [""] * len(split)
+    return [f"{name}\t{label}" for name, label in zip(names, split.labels, strict=True)]
+
+
+def _sum(rows: Sequence[str]) -> str:
+    text = "\n".join(rows)
+    return f"{len(rows)}, sum {zlib.crc32(text.encode(errors='surrogatepass')):08x}"

@@ -1,0 +1,239 @@
+"""The work of `sweep`: a study on val, final runs with a record each, and a report of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .images import describe_images
+from .output import complain
+from .sources import fitted, protocol_options
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..data import Task
+    from ..experiments.records import Record
+    from ..experiments.run import Build, Pixels
+    from ..training import Recipe, SweepResult
+
+CALL = "peft-vpt sweep"
+RECORDS = "records.jsonl"
+_OPTIONS = ("length", "reduction")
+_CHUNK = 1 << 24
+
+Settings = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """What `sweep` was asked for.
+
+    Args:
+        model: Name of the backbone.
+        weights: Local file of its weights.
+        protocol: What trains.
+        grid: "default", "paper" or "wide".
+        choices: Values to try of options of the protocol.
+        changes: Fields of the recipe to set in every run.
+        folder: For everything that is written.
+        group: Of the task, for tables.
+        build: Makes the bare backbone.
+    """
+
+    model: str
+    weights: Path | None
+    protocol: str
+    grid: str
+    choices: Mapping[str, Sequence[int]]
+    changes: Mapping[str, Any]
+    folder: Path
+    group: str | None
+    build: Build
+
+    def points(self) -> dict[str, list[Any]]:
+        """Return the values to try, by setting.
+
+        Raises:
+            SpecError: An unknown protocol, an option of another one, or a wrong value.
+        """
+        from ..experiments.compare import FACTORS
+        from ..training import paper_grid
+
+        found: dict[str, list[Any]] = {}
+        for name in _OPTIONS:
+            for value in self.choices.get(name, [None]):
+                own = protocol_options(CALL, self.protocol, **_only(name, value))
+                found |= {name: [*found.get(name, []), own[name]]} if name in own else {}
+        if self.grid != "default":
+            return found | paper_grid(self.protocol, wide=self.grid == "wide")
+        return found | {"base_lr": [self.recipe({}, 0).base_lr * factor for factor in FACTORS]}
+
+    def recipe(self, settings: Mapping[str, Any], seed: int) -> Recipe:
+        """Return the recipe of one point."""
+        from ..training import preset
+
+        fields = {name: value for name, value in settings.items() if name not in _OPTIONS}
+        return preset(
+            self.protocol,
+            backbone=self.model,
+            kind="default" if self.grid == "default" else "paper",
+            length=settings.get("length"),
+            **{**self.changes, **fields, "seed": seed},
+        )
+
+    def on_val(self, pixels: Pixels, points: Mapping[str, Sequence[Any]]) -> SweepResult:
+        """Run every point of the grid on train, judged on val, once among all workers."""
+        from ..training import sweep
+
+        def objective(settings: Settings) -> float:
+            return self._top1(pixels, settings, 0, "train", "val")
+
+        return sweep(
+            objective, points, folder=self.folder, name=self.protocol,
+            settings=self._about(pixels, "train", "val"), progress=False,
+        )  # fmt: skip
+
+    def on_test(self, pixels: Pixels, best: Settings, seeds: int) -> list[Record]:
+        """Run the best point on train and val over seeds, and return the records on test."""
+        from ..training import sweep
+
+        def objective(settings: Settings) -> float:
+            return self._top1(pixels, best, settings["seed"], "trainval", "test")
+
+        sweep(
+            objective, {"seed": list(range(seeds))}, folder=self.folder,
+            name=f"{self.protocol}-final-{seeds}", progress=False,
+            settings={**self._about(pixels, "train", "val", "test"), "best": best},
+        )  # fmt: skip
+        # Read, or run where somebody has deleted a record.
+        return [self._record(pixels, best, seed, "trainval", "test") for seed in range(seeds)]
+
+    def _top1(self, pixels: Pixels, settings: Settings, seed: int, train: str, test: str) -> float:
+        record = self._record(pixels, settings, seed, train, test)
+        top1: float = record["metrics"]["top1"]
+        complain(f"{test} top1 {top1:.4f}: {describe(settings)}, seed {seed}")
+        return top1
+
+    def _record(
+        self, pixels: Pixels, settings: Settings, seed: int, train: str, test: str
+    ) -> Record:
+        """Return the record of a run: the one that is there, or a new one."""
+        from ..experiments.records import append_record, make_record, read_records, record_key
+        from ..experiments.run import config_of, run_once
+        from ..training import DivergedError
+
+        task, file = pixels.task, self.folder / RECORDS
+        recipe = fitted(self.recipe(settings, seed), len(task.split(train)))
+        options = {name: settings[name] for name in _OPTIONS if name in settings}
+        stub = make_record(
+            task=task.name, protocol=self.protocol, backbone=self.model, seed=seed, split=test,
+            group=self.group, metrics={}, config=config_of(recipe, options, pixels, train),
+        )  # fmt: skip
+        key = record_key(stub)
+        for known in read_records(file):
+            if record_key(known) == key:
+                return known
+        try:
+            record = run_once(
+                pixels, self.protocol, partial(self._sized, pixels), recipe,
+                backbone=self.model, train=train, test=test, group=self.group, options=options,
+                folder=self.folder / task.name if test == "test" else None,
+            )  # fmt: skip
+        except DivergedError:
+            # On val the study remembers it; a final run counts as wrong everywhere.
+            if test == "val":
+                raise
+            record = stub | {"metrics": {"top1": 0.0, "diverged": 1.0}}
+        append_record(file, record)
+        return record
+
+    def _sized(self, pixels: Pixels) -> nn.Module:
+        from ..backbones.image_model import says_its_size
+
+        return says_its_size(self.build(), pixels.transform.preprocessing["size"])
+
+    def _about(self, pixels: Pixels, *splits: str) -> dict[str, Any]:
+        """Return what results depend on beside the grid."""
+        return {
+            "model": self.model,
+            "weights": None if self.weights is None else _checksum(self.weights),
+            "grid": self.grid,
+            "changes": dict(self.changes),
+            "preprocessing": pixels.transform.preprocessing,
+            **describe_images(pixels.task, splits),
+        }
+
+
+def describe(settings: Mapping[str, Any]) -> str:
+    """Return settings in words."""
+    return ", ".join(f"{name} {value:g}" for name, value in settings.items())
+
+
+def write_report(
+    search: Search, task: Task, result: SweepResult, records: Sequence[Record]
+) -> Path:
+    """Write what was tried and what came of it; return the page's path."""
+    from ..training.files import write_whole
+
+    page = search.folder / f"{search.protocol}.md"
+    parts = [
+        f"# {search.protocol} on {task.name}",
+        f"{search.model}; {task.describe()}".replace("\n", "  \n"),
+        f"## Grid {search.grid}: trained on train, judged on val",
+        _trials(result),
+        f"## Final: {describe(result.best.params)}, trained on train and val, judged on test",
+        _finals(records),
+    ]
+    write_whole(page, ("\n\n".join(parts) + "\n").encode())
+    return page
+
+
+def _trials(result: SweepResult) -> str:
+    from ..experiments.tables import rows_table
+
+    rows = [
+        {
+            **trial.params,
+            "val top1, %": "diverged" if trial.value is None else f"{100 * trial.value:.1f}",
+            "seconds": f"{trial.seconds:.0f}",
+            "": "best" if trial is result.best else "",
+        }
+        for trial in result.trials
+    ]
+    return rows_table(rows)
+
+
+def _finals(records: Sequence[Record]) -> str:
+    from ..experiments.stats import spread
+    from ..experiments.tables import rows_table
+
+    found = spread(record["metrics"]["top1"] for record in records)
+    rows = [
+        {
+            "seed": str(record["seed"]),
+            "test top1, %": f"{100 * record['metrics']['top1']:.1f}",
+            "trained parameters": record["trainable"],
+            "bytes stored": record["stored_bytes"],
+            "seconds": f"{record['seconds'] or 0:.0f}",
+        }
+        for record in records
+    ]
+    mean = f"test top1 {100 * found.mean:.1f} ± {100 * found.std:.1f} % over {found.number} seeds"
+    return f"{rows_table(rows)}\n\n{mean}"
+
+
+def _only(name: str, value: int | None) -> dict[str, Any]:
+    return {"length": None, "reduction": None, name: value}
+
+
+def _checksum(path: Path) -> str:
+    total = 0
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            total = zlib.crc32(chunk, total)
+    return f"{total:08x}"

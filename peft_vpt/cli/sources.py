@@ -1,0 +1,249 @@
+"""What the commands that train or measure share: their options, and backbones by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..training import Recipe
+
+LENGTH = 20
+Data = Annotated[
+    str,
+    typer.Option(
+        metavar="FOLDER", help="Images: class folders, VTAB-1k lists, FGVC json, hf:NAME."
+    ),
+]
+Model = Annotated[str, typer.Option(metavar="NAME", help="timm name, or Hub id of a model.")]
+Weights = Annotated[Path | None, typer.Option(help="Local safetensors weights of a timm model.")]
+Size = Annotated[
+    int | None, typer.Option(min=16, help="Edge of the images; default: the backbone's.")
+]
+SkipBroken = Annotated[
+    bool, typer.Option("--skip-broken", help="Leave out images that cannot be read.")
+]
+ProtocolName = Annotated[
+    str, typer.Option(metavar="NAME", help="What trains: vpt-deep, linear, bias, full ...")
+]
+Epochs = Annotated[
+    int | None, typer.Option(min=1, help="Default: the preset's, 100 for most backbones.")
+]
+Length = Annotated[int | None, typer.Option(min=1, help="Prompts per block; default: 20.")]
+Reduction = Annotated[int | None, typer.Option(min=1, help="Of the protocol adapter; default: 8.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=0, help="Processes that read images; default: 4 with a GPU, else 0."),
+]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="Images per step; default: the preset's.")
+]
+
+
+class Preset(str, Enum):
+    """Kinds of recipes."""
+
+    default = "default"
+    paper = "paper"
+
+
+def build(
+    name: str, weights: Path | None, size: int | tuple[int, int] | None, offline: bool
+) -> nn.Module:
+    """Build a bare backbone by its name, in eval mode.
+
+    Args:
+        name: timm name, `timm/...`, `hf-hub:...`, or Hub id of a transformers model.
+        weights: Local safetensors weights of a timm model, in place of the published ones.
+        size: Edge of its images, or height and width.
+        offline: Take Hub files from the cache only.
+
+    Raises:
+        VPTError: It cannot be had.
+    """
+    from ..pretrained import build_backbone
+
+    known = "/" not in name or name.startswith(("timm/", "hf-hub:"))
+    edges = (size, size) if isinstance(size, int) else size
+    if weights is not None:
+        return _build_from_file(name, weights, edges, known)
+    library = "timm" if known else "transformers"
+    return build_backbone(library, name, image_size=edges, local_files_only=offline)
+
+
+def _build_from_file(
+    name: str, weights: Path, size: tuple[int, int] | None, known: bool
+) -> nn.Module:
+    import timm
+
+    from ..errors import VPTError
+    from ..source import hub_errors
+
+    if not (known and weights.is_file()):
+        reason = f"{weights} is no file" if known else f"{name} is no timm model"
+        raise VPTError(f"--weights: {reason}; give the safetensors file of a timm model's weights.")
+    entry = name.removeprefix("hf-hub:").removeprefix("timm/")
+    options: dict[str, Any] = {
+        "pretrained": True,
+        "pretrained_cfg_overlay": {"file": str(weights)},
+    }
+    with hub_errors("--weights", f"{entry} from {weights}"):
+        try:
+            sized: dict[str, Any] = {} if size is None else {"img_size": size}
+            model: nn.Module = timm.create_model(entry, **options, **sized)
+        except TypeError:
+            # Convolutional models take images of any size and no such argument.
+            model = timm.create_model(entry, **options)
+    return model.eval()
+
+
+def preprocessing_of(model: Any, offline: bool = False) -> Any:
+    """Return how a backbone wants its images: plain values, or a transformers image processor.
+
+    Raises:
+        VPTError: It does not say.
+    """
+    from ..backbones.identity import describe_timm_config
+    from ..errors import VPTError
+    from ..source import hub_errors
+
+    config = getattr(model, "pretrained_cfg", None)
+    if config:
+        centred = {**config, "crop_mode": "center"}
+        return describe_timm_config(config) or describe_timm_config(centred)
+    import transformers
+
+    auto: Any = transformers.AutoImageProcessor
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if not name:
+        raise VPTError("peft-vpt: the model does not say how its images are prepared.")
+    with hub_errors("peft-vpt", f"{name}, its image processor"):
+        return auto.from_pretrained(name, trust_remote_code=False, local_files_only=offline)
+
+
+def need_size(call: str, model: Any, size: Sequence[int]) -> None:
+    """Raise unless a model takes images of a height and width.
+
+    Raises:
+        VPTError: It does not.
+    """
+    import torch
+
+    from ..errors import VPTError
+
+    height, width = size
+    try:
+        with torch.no_grad():
+            model(torch.zeros(1, 3, height, width))
+    # Libraries refuse a size by whatever exception they like.
+    except Exception as error:
+        raise VPTError(
+            f"{call}: {type(model).__name__} does not take images of {height}x{width} pixels "
+            f"({error}); leave --size out, or give one that it takes."
+        ) from error
+
+
+def protocol_options(
+    call: str, protocol: str, length: int | None, reduction: int | None
+) -> dict[str, Any]:
+    """Return the options of a protocol, of those that it has.
+
+    Raises:
+        SpecError: An unknown protocol, or an option of another one.
+    """
+    from ..errors import SpecError
+    from ..protocols.options import PROMPTED, Protocol
+
+    chosen = Protocol(protocol, reduction=reduction)
+    if chosen.kind in PROMPTED:
+        return {"length": LENGTH if length is None else length}
+    if length is not None:
+        raise SpecError(
+            f"{call}: --length is a number of prompts, and {protocol} has none; it is for "
+            f"{', '.join(PROMPTED)}."
+        )
+    return {} if chosen.reduction is None else {"reduction": chosen.reduction}
+
+
+def fitted(recipe: Recipe, images: int, parts: int = 1) -> Recipe:
+    """Return a recipe whose batch is no larger than the training images are many.
+
+    Args:
+        recipe: The recipe; its learning rate follows the batch.
+        images: Number of training images.
+        parts: Processes among which a batch is shared out.
+    """
+    most = max(images // parts, 1) * parts
+    return dataclasses.replace(recipe, batch_size=min(recipe.batch_size, most))
+
+
+def need_packages(call: str, *names: str) -> None:
+    """Raise unless packages are installed.
+
+    Raises:
+        VPTError: Some are not.
+    """
+    from ..errors import VPTError
+
+    absent = [name for name in names if find_spec(name) is None]
+    if absent:
+        raise VPTError(f"{call}: needs {', '.join(absent)}: pip install peft-vpt[train].")
+
+
+def need_folder(call: str, folder: Path) -> Path:
+    """Return a folder that can be made and written to; nothing is made yet.
+
+    Raises:
+        VPTError: It cannot.
+    """
+    from ..errors import VPTError
+
+    spot = folder.expanduser().absolute()
+    while not os.path.lexists(spot):
+        spot = spot.parent
+    reason = "" if spot.is_dir() else f"{spot} is no folder"
+    if not reason and not os.access(spot, os.W_OK | os.X_OK):
+        reason = f"{spot} may not be written to"
+    if reason:
+        raise VPTError(f"{call}: --output {folder}: {reason}; give another folder.")
+    return folder.expanduser()
+
+
+def metric_lines(metrics: Mapping[str, float]) -> dict[str, str]:
+    """Return metrics as facts to write."""
+    return {name: f"{value:.4f}" for name, value in metrics.items()}
+
+
+def numbers(text: str, option: str) -> list[float]:
+    """Return numbers that are separated by commas.
+
+    Raises:
+        BadParameter: They are none.
+    """
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        reason = f"{text!r}: numbers separated by commas"
+        raise typer.BadParameter(reason, param_hint=option) from error
+
+
+def counts(text: str, option: str) -> list[int]:
+    """Return whole numbers from 1 up that are separated by commas.
+
+    Raises:
+        BadParameter: They are none.
+    """
+    found = numbers(text, option)
+    if not all(number.is_integer() and number >= 1 for number in found):
+        reason = f"{text!r}: whole numbers from 1 up, separated by commas"
+        raise typer.BadParameter(reason, param_hint=option)
+    return [int(number) for number in found]
