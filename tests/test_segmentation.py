@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +14,25 @@ from sklearn.metrics import jaccard_score
 from torch import Tensor, nn
 from zoo import build, image
 
-from peft_vpt import inject_prompts
-from peft_vpt.errors import SpecError, UnsupportedArchitectureError
-from peft_vpt.segmentation import IGNORE, PupHead, Segmenter, apply_to_encoder, predict, score
+from peft_vpt import inject_prompts, is_prompted, load_task_adapter, save_task_adapter
+from peft_vpt.adapter_file import read_adapter, write_adapter
+from peft_vpt.errors import (
+    AdapterError,
+    AdapterMismatchError,
+    NotPromptedError,
+    SpecError,
+    UnsupportedArchitectureError,
+)
+from peft_vpt.segmentation import (
+    IGNORE,
+    PupHead,
+    Segmenter,
+    apply_to_encoder,
+    load_segmenter,
+    predict,
+    save_segmenter,
+    score,
+)
 
 NAMES = ("timm/cls", "timm/registers", "transformers/vit", "transformers/dinov2")
 PROTOCOLS: dict[str, dict[str, Any]] = {
@@ -140,9 +159,8 @@ def test_windows_and_scales() -> None:
     large = predict(model, image(size=50), window=(32, 32), scales=(0.5, 1.0, 1.75))
     assert large.shape == (2, 4, 50, 50)
     torch.testing.assert_close(large.sum(1), torch.ones(2, 50, 50, dtype=torch.float64))
-    assert {tuple(s) for s in seen} == {(2, 3, 32, 32)}
-    # 32, 50 and 88 pixels in steps of 21: 1, 2 and 4 windows a side.
-    assert len(seen) == 1 + 4 + 16
+    # 32, 50 and 88 pixels in steps of 21: 1, 2 and 4 windows a side, of two images, 8 at once.
+    assert [tuple(s) for s in seen] == [(2 * n, 3, 32, 32) for n in (1, 4, 8, 8)]
 
 
 class Oracle(nn.Module):
@@ -156,6 +174,117 @@ def test_windows_are_put_together_in_place() -> None:
     x = image(size=53)
     found = predict(Oracle(), x, window=(32, 24))
     torch.testing.assert_close(found, Oracle()(x).softmax(1))
+
+
+def trained(name: str, protocol: str, **options: Any) -> Segmenter:
+    """Return a segmenter in which everything that trains, statistics too, has moved."""
+    model = segmenter(name, protocol, **options).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.loss(image(), torch.randint(0, 4, (2, 32, 32))).backward()
+    optimizer.step()
+    return model.eval()
+
+
+@pytest.mark.parametrize("name", ["timm/cls", "transformers/vit"])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_a_file_holds_all_that_trained(name: str, protocol: str, tmp_path: Path) -> None:
+    model = trained(name, protocol, **PROTOCOLS[protocol])
+    names = ["sky", "sea", "sand", "ship"]
+    path = save_segmenter(model, tmp_path / "beach", task="beach", labels=names)
+    assert path == tmp_path / "beach" / "adapter.safetensors"
+    held = read_adapter(path)
+    assert not any(n.startswith("head") and "module" not in n for n in held.tensors)
+    assert held.metadata["head"]["reads"] == "tokens"
+    bare, state = build(name), torch.get_rng_state()
+    back = load_segmenter(bare, path.parent)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not back.training
+    assert torch.equal(back(image()), model(image()))
+    trains = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (back, model)]
+    assert trains[0] == trains[1]
+    # Labels and task are those of the file, so the same adapter gives the same bytes.
+    again = save_segmenter(back, tmp_path / "again.safetensors")
+    assert again.read_bytes() == path.read_bytes()
+
+
+def test_a_decoder_alone_over_a_backbone_without_classifier(tmp_path: Path) -> None:
+    bare = build("timm/cls")
+    bare.reset_classifier(0)
+    model = Segmenter(bare, 4, "linear", channels=8).double().eval()
+    path = save_segmenter(model, tmp_path)
+    assert all(n.startswith("head.module.") for n in read_adapter(path).tensors)
+    # The classifier is no part of it, so a backbone with one takes the file too.
+    back = load_segmenter(build("timm/cls"), path)
+    assert torch.equal(back(image()), model(image()))
+    assert not any(p.requires_grad for p in back.backbone.parameters())
+
+
+def test_a_file_crosses_libraries_and_replaces_what_is_there(tmp_path: Path) -> None:
+    model = trained("timm/cls", "vpt+bias", length=3, dropout=0.0)
+    path = save_segmenter(model, tmp_path)
+    port = importlib.import_module("examples.finetune_folder").port_to_transformers
+    twin = load_segmenter(port(build("timm/cls")).double(), path)
+    # Float64, over three blocks and a decoder.
+    torch.testing.assert_close(twin(image()), model(image()), rtol=1e-9, atol=1e-10)
+    fresh = segmenter("timm/cls", "vpt+bias", length=3)
+    assert not torch.equal(fresh(image()), model(image()))
+    other = load_segmenter(fresh.backbone, path)
+    assert torch.equal(other(image()), model(image()))
+    # A classifier's loader takes the prompts alone, and says so.
+    vit = build("timm/cls")
+    with pytest.raises(AdapterMismatchError, match=r"reads 'tokens'.*strict='prompts'"):
+        load_task_adapter(vit, path)
+    assert not is_prompted(vit)
+    load_task_adapter(vit, path, strict="prompts")
+    assert torch.equal(vit.prompts.get_parameter("0"), model.backbone.prompts.get_parameter("0"))
+
+
+def _rewrite(path: Path, change: Callable[[dict[str, Any], dict[str, Tensor]], None]) -> Path:
+    """Return a sound file that says something else."""
+    held = read_adapter(path)
+    metadata = {k: v for k, v in held.metadata.items() if k not in ("format_version", "checksum")}
+    tensors = dict(held.tensors)
+    change(metadata, tensors)
+    return write_adapter(path.parent / "changed.safetensors", tensors, metadata)
+
+
+def test_what_a_loader_refuses(tmp_path: Path) -> None:
+    path = save_segmenter(trained("timm/cls", "vpt-deep", length=3), tmp_path)
+    vit = build("timm/cls")
+    before = {n: t.clone() for n, t in vit.state_dict().items()}
+
+    def refused(kind: type[Exception], match: str, source: Path) -> None:
+        with pytest.raises(kind, match=match):
+            load_segmenter(vit, source)
+        assert not is_prompted(vit)
+        assert all(torch.equal(t, before[n]) for n, t in vit.state_dict().items())
+
+    plain = save_task_adapter(inject_prompts(build("timm/cls"), 3), tmp_path / "plain")
+    refused(AdapterMismatchError, "holds a classifier, not a decoder", plain)
+    changes: dict[str, Callable[[dict[str, Any], dict[str, Tensor]], Any]] = {
+        "takes 31 features": lambda m, t: m["head"].update(in_features=31),
+        "has no layer classify": lambda m, t: t.pop("head.module.classify.weight"),
+        "tensors missing: .*running_mean": lambda m, t: t.pop("head.module.convs.0.1.running_mean"),
+        "has shape .4, 8, 1, 1.": lambda m, t: m["head"].update(classes=3, labels=None),
+    }
+    for match, change in changes.items():
+        refused(AdapterError, match, _rewrite(path, change))
+    with torch.no_grad():
+        vit.blocks[1].norm1.weight.mul_(1.01)
+    before = {n: t.clone() for n, t in vit.state_dict().items()}
+    refused(AdapterMismatchError, "has others", path)
+
+
+def test_what_a_save_refuses(tmp_path: Path) -> None:
+    model = segmenter("timm/cls", "vpt-deep", length=3)
+    with pytest.raises(AdapterError, match="2 names for 4 classes"):
+        save_segmenter(model, tmp_path, labels=["a", "b"])
+    with pytest.raises(NotPromptedError):
+        save_segmenter(segmenter("timm/cls", None), tmp_path)
+    model.decoder.norm.weight.data[0] = float("nan")
+    with pytest.raises(AdapterError, match="not finite"):
+        save_segmenter(model, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["segformer", "upernet"])

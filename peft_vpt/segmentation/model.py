@@ -1,33 +1,25 @@
-"""Semantic segmentation: a SETR-PUP decoder over a prompted ViT, and its evaluation."""
+"""`Segmenter`: a SETR-PUP decoder over a prompted ViT."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .backbones.anatomy import Encoder, first_conv_kernel, module_at
-from .backbones.image_model import encoder_for
-from .errors import SpecError, UnsupportedArchitectureError
-from .hosts import carries, host_and_prompts
-from .protocols import apply_protocol
+from ..backbones.anatomy import Encoder, first_conv_kernel, module_at
+from ..backbones.image_model import encoder_for
+from ..errors import SpecError, UnsupportedArchitectureError
+from ..hosts import carries, host_and_prompts
+from ..protocols import apply_protocol
+from .evaluation import IGNORE
 
-IGNORE = 255
 _PUP_STEPS, _AUXILIARY_STEPS = 4, 2
 _AUXILIARY_WEIGHT = 0.4
-
-
-class Scores(NamedTuple):
-    """What a segmentation is worth: mean over classes, per class (NaN where absent), of pixels."""
-
-    miou: float
-    iou: list[float]
-    pixel_accuracy: float
 
 
 class PupHead(nn.Module):
@@ -101,7 +93,7 @@ class Segmenter(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        encoder = _plain_encoder(backbone)
+        encoder = plain_encoder(backbone)
         for index in auxiliary:
             if not 0 <= index < encoder.depth:
                 raise SpecError(
@@ -116,6 +108,7 @@ class Segmenter(nn.Module):
             {str(i): PupHead(width, classes, channels, _AUXILIARY_STEPS) for i in auxiliary}
         )
         self.classes = classes
+        self.labels: list[str] | None = None
         like = next(p for p in backbone.parameters() if p.is_floating_point())
         for head in (self.decoder, self.auxiliary):
             head.to(like.device, like.dtype)
@@ -137,7 +130,7 @@ class Segmenter(nn.Module):
         return terms[0] + _AUXILIARY_WEIGHT * sum(terms[1:], torch.zeros_like(terms[0]))
 
     def _scores(self, pixels: Tensor) -> list[Tensor]:
-        encoder = _plain_encoder(self.backbone)
+        encoder = plain_encoder(self.backbone)
         height, width = pixels.shape[-2:]
         patch = first_conv_kernel(module_at(self.backbone, encoder.path))
         grid = (height // patch[0], width // patch[1])
@@ -192,86 +185,12 @@ def apply_to_encoder(model: nn.Module, protocol: str, **options: Any) -> nn.Modu
     return model
 
 
-@torch.no_grad()
-def predict(
-    model: nn.Module,
-    pixels: Tensor,
-    *,
-    window: tuple[int, int],
-    scales: Sequence[float] = (1.0,),
-    flip: bool = False,
-    overlap: float = 1 / 3,
-) -> Tensor:
-    """Return class probabilities `(batch, classes, H, W)` of images of any size.
+def plain_encoder(backbone: nn.Module) -> Encoder:
+    """Return the anatomy of a bare or prompted plain ViT.
 
-    The image is scaled, cut into overlapping windows of the model's size, and averaged.
-
-    Args:
-        model: From pixels `(batch, 3, *window)` to scores of the same size.
-        pixels: `(batch, 3, H, W)`.
-        window: Height and width that the model takes.
-        scales: Factors on the image's size; one is single-scale, several multi-scale.
-        flip: Whether to average with the mirrored image.
-        overlap: Share of a window that the next one covers too.
+    Raises:
+        UnsupportedArchitectureError: It has no one sequence of image tokens.
     """
-    size = pixels.shape[-2:]
-    total = torch.zeros(())
-    for scale in scales:
-        scaled = [max(round(s * scale), w) for s, w in zip(size, window, strict=True)]
-        image = F.interpolate(pixels, scaled, mode="bilinear", align_corners=False)
-        views = [image, image.flip(-1)] if flip else [image]
-        for number, view in enumerate(views):
-            found = _slide(model, view, window, overlap).softmax(1)
-            found = found.flip(-1) if number else found
-            found = F.interpolate(found, size, mode="bilinear", align_corners=False)
-            total = total.to(found) + found
-    return total / (len(scales) * (2 if flip else 1))
-
-
-def _slide(model: nn.Module, image: Tensor, window: tuple[int, int], overlap: float) -> Tensor:
-    scores, counts = torch.zeros(()), torch.zeros(())
-    rows, columns = (
-        _starts(size, part, overlap) for size, part in zip(image.shape[-2:], window, strict=True)
-    )
-    for top in rows:
-        for left in columns:
-            place = (..., slice(top, top + window[0]), slice(left, left + window[1]))
-            part = model(image[place])
-            part = part if isinstance(part, Tensor) else part.logits
-            if not counts.dim():
-                scores = part.new_zeros(*part.shape[:2], *image.shape[-2:])
-                counts = part.new_zeros(image.shape[-2:])
-            scores[place] += F.interpolate(part, window, mode="bilinear", align_corners=False)
-            counts[place] += 1
-    return scores / counts
-
-
-def _starts(size: int, window: int, overlap: float) -> list[int]:
-    step = max(1, int(window * (1 - overlap)))
-    return sorted({min(start, size - window) for start in range(0, size, step)})
-
-
-def score(predictions: Iterable[tuple[Tensor, Tensor]], classes: int) -> Scores:
-    """Return mean intersection over union, over all pixels of all images together.
-
-    Args:
-        predictions: Pairs of predicted and true class indices, of one shape; 255 is left out.
-        classes: Number of classes; one that neither occurs nor is predicted does not count.
-    """
-    table = torch.zeros(classes, classes, dtype=torch.int64)
-    for found, truth in predictions:
-        known = truth != IGNORE
-        index = truth[known].long() * classes + found[known].long()
-        table += torch.bincount(index.cpu(), minlength=classes**2).reshape(classes, classes)
-    hit = table.diagonal().double()
-    union = table.sum(0) + table.sum(1) - table.diagonal()
-    iou = hit / union
-    return Scores(
-        float(iou[union > 0].mean()), iou.tolist(), float(hit.sum() / table.sum().clamp(min=1))
-    )
-
-
-def _plain_encoder(backbone: nn.Module) -> Encoder:
     if carries(backbone):
         return host_and_prompts(backbone, "Segmenter")[1].encoder
     encoder = encoder_for(backbone, "prepend")

@@ -1,0 +1,149 @@
+"""Task adapters of segmenters: prompts and decoder in one file of the adapter format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..adapter_file import FILE_NAME, Adapter, read_adapter, write_adapter
+from ..adapters import check_labels, load_task_adapter
+from ..backbones.identity import default_preprocessing, describe_backbone
+from ..errors import AdapterError, AdapterMismatchError
+from ..fingerprint import fingerprint
+from ..hosts import host_and_prompts
+from ..preprocessing import describe_preprocessing
+from ..source import find_adapter
+from ..spec import NOWHERE
+from .model import PupHead, Segmenter, plain_encoder
+
+# `head.reads` of the format: every image token, behind the final norm.
+READS = "tokens"
+_PREFIX = "head.module."
+
+
+def save_segmenter(
+    model: Segmenter,
+    path: str | Path,
+    *,
+    task: str | None = None,
+    labels: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> Path:
+    """Save decoder, prompts and what else a protocol trained as one task adapter.
+
+    The decoder is the file's head, of class `PupHead`. Auxiliary heads, which serve training alone,
+    and the backbone's classifier are left out.
+
+    Args:
+        model: A segmenter whose backbone carries a protocol or prompts.
+        path: As in `save_task_adapter`; so are the others.
+        task: Name of the task.
+        labels: Class names in the order of the scores. None: those that were loaded.
+        preprocessing: Of the images; `size` is that of a window.
+        metrics: JSON values.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        NotPromptedError: The backbone carries nothing.
+        AdapterError: As in `save_task_adapter`, or not as many labels as classes.
+    """
+    check_labels(labels, "save_segmenter")
+    names = list(labels) if labels is not None else model.labels
+    if names is not None and len(names) != model.classes:
+        raise AdapterError(
+            f"save_segmenter(labels=...): {len(names)} names for {model.classes} classes."
+        )
+    host, prompts = host_and_prompts(model.backbone, "save_segmenter")
+    info, delta = prompts.info, prompts.delta
+    moved = delta is not None and delta.protocol.moves
+    marks = delta.fingerprint if moved else fingerprint(host, prompts.encoder)
+    metadata = {
+        "spec": None if prompts.spec.location == NOWHERE else prompts.spec.to_dict(),
+        "backbone": describe_backbone(host, prompts.encoder) | {"fingerprint": marks},
+        "head": {
+            "class": PupHead.__name__,
+            "classes": model.classes,
+            "labels": names,
+            "in_features": model.decoder.norm.weight.numel(),
+            "reads": READS,
+        },
+        "preprocessing": describe_preprocessing(preprocessing)
+        if preprocessing
+        else info.get("preprocessing") or default_preprocessing(host, prompts.encoder),
+        "task": task if task is not None else info.get("task"),
+        "metrics": metrics if metrics is not None else info.get("metrics"),
+        "library_version": __version__,
+    }
+    tensors: dict[str, Tensor] = {f"prompts.{n}": p for n, p in prompts.own_parameters().items()}
+    if delta is not None:
+        metadata["protocol"] = delta.protocol.to_dict()
+        tensors |= delta.tensors(host)
+    target = Path(path).expanduser()
+    target = target if target.suffix == ".safetensors" else target / FILE_NAME
+    return write_adapter(target, tensors | _tensors(model.decoder), metadata)
+
+
+def load_segmenter(backbone: nn.Module, source: str | Path, **hub: Any) -> Segmenter:
+    """Make a segmenter of a backbone from a task adapter, in eval mode.
+
+    Everything is checked before the backbone changes.
+
+    Args:
+        backbone: Bare or prompted, with the weights that the adapter was made for.
+        source: As in `load_task_adapter`.
+        hub: `revision`, `token`, `cache_dir`, `local_files_only`, as there.
+
+    Raises:
+        AdapterError: The file cannot be read, is damaged or incomplete.
+        AdapterMismatchError: It was made for another backbone, or holds no such decoder.
+        UnsupportedArchitectureError: The backbone cannot take it.
+    """
+    adapter = read_adapter(find_adapter(source, call="load_segmenter", **hub), "load_segmenter")
+    decoder = _decoder(adapter, plain_encoder(backbone).blocks[-1].width)
+    head = adapter.metadata["head"]
+    load_task_adapter(backbone, adapter.path, strict="prompts")
+    # Every value is overwritten below, so the global random state is left alone.
+    with torch.random.fork_rng(devices=[]):
+        model = Segmenter(backbone, head["classes"], None, channels=decoder.classify.in_channels)
+    model.labels = head["labels"]
+    with torch.no_grad():
+        for name, tensor in _tensors(model.decoder).items():
+            tensor.copy_(adapter.tensors[name])
+    return model.eval()
+
+
+def _decoder(adapter: Adapter, width: int) -> PupHead:
+    """Return a decoder as the file calls for, without values, after all checks."""
+    head, where = adapter.metadata["head"], f"load_segmenter: {adapter.path}"
+    kind = None if head is None else (head.get("class"), head["reads"])
+    if kind != (PupHead.__name__, READS):
+        raise AdapterMismatchError(
+            f"{where}: it holds {'no head' if head is None else 'a classifier'}, not a decoder; "
+            "use load_task_adapter."
+        )
+    if head["in_features"] != width:
+        raise AdapterMismatchError(
+            f"{where}: its decoder takes {head['in_features']} features, this model gives {width}."
+        )
+    last = adapter.tensors.get(f"{_PREFIX}classify.weight")
+    if last is None or last.dim() != 4 or not last.shape[1]:
+        raise AdapterError(f"{where}: its decoder has no layer classify.")
+    with torch.device("meta"):
+        decoder = PupHead(width, head["classes"], last.shape[1])
+    shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(decoder).items()}
+    adapter.expect(shapes, prefix="head")
+    return decoder
+
+
+def _tensors(decoder: PupHead) -> dict[str, Tensor]:
+    """Return parameters and running statistics under their names in the file."""
+    state = decoder.state_dict(keep_vars=True)
+    return {f"{_PREFIX}{n}": t for n, t in state.items() if t.is_floating_point()}

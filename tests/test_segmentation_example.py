@@ -1,0 +1,153 @@
+"""The segmentation example: protocols side by side on drawn shapes, offline, run once each."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("accelerate")
+pytest.importorskip("timm")
+pytest.importorskip("torchvision")
+
+from peft_vpt.experiments import read_records
+from peft_vpt.segmentation import load_segmenter
+from peft_vpt.training import preset
+
+example: Any = importlib.import_module("examples.finetune_segmentation")
+RATE = preset("linear").base_lr
+FAST = ("--epochs", "1", "--channels", "8", "--length", "4", "--scales", "1,1.5")
+
+
+def run(folder: Path, *options: str) -> Any:
+    return example.main([*FAST, "--output", str(folder), *options])
+
+
+def forbid(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    def called(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("it ran again")
+
+    for name in names:
+        monkeypatch.setattr(example, name, called)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    folder = tmp_path_factory.mktemp("runs")
+    return folder, run(folder, "--protocols", "head,vpt-deep", "--factors", "1,3")
+
+
+def test_rates_are_chosen_on_val_and_test_is_seen_once(done: tuple[Path, Any]) -> None:
+    folder, found = done
+    records = read_records(folder / "records.jsonl", strict=True)
+    val, test = ([r for r in records if r["split"] == split] for split in ("val", "test"))
+    assert [len(val), len(test)] == [4, 2]
+    assert found == test
+    for record in test:
+        own = [r for r in val if r["protocol"] == record["protocol"]]
+        best = max(own, key=lambda r: r["metrics"]["miou"])
+        assert record["config"]["recipe"] == best["config"]["recipe"]
+        assert record["config"]["evaluation"]["scales"] == [1.0, 1.5]
+        assert {r["config"]["recipe"]["base_lr"] for r in own} == {RATE, 3 * RATE}
+
+
+def test_records_hold_what_a_table_needs(done: tuple[Path, Any]) -> None:
+    folder, (head, vpt) = done
+    names = ["background", "disc", "square"]
+    for record in (head, vpt):
+        metrics = record["metrics"]
+        each = [metrics[f"iou {name}"] for name in names]
+        assert metrics["miou"] == pytest.approx(np.mean(each))
+        assert 0 < metrics["miou"] < 1
+        assert 0 < metrics["miou_multi"] < 1
+        # The decoder's closed formula: norm, four convolutions with statistics, the classifier.
+        assert record["decoder"] == 2 * 96 + 9 * 96 * 8 + 3 * 9 * 8 * 8 + 4 * 2 * 8 + 3 * 8 + 3
+    assert head["trainable"] == head["decoder"]
+    # Six blocks, four prompts each, width 96.
+    assert vpt["trainable"] - vpt["decoder"] == 6 * 4 * 96
+    lines = example.table([head, vpt], names).splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["head", "vpt-deep"]
+    assert f"{100 * vpt['metrics']['miou']:.1f}" in lines[3]
+    assert vpt["stored_bytes"] == sum(
+        path.stat().st_size for path in folder.glob(f"shapes/vpt-deep-x{factor(vpt):g}-0/*")
+    )
+
+
+def factor(record: Any) -> float:
+    return float(round(record["config"]["recipe"]["base_lr"] / RATE, 3))
+
+
+def test_a_run_with_a_record_is_not_run_again(
+    done: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, found = done
+    text = (folder / "records.jsonl").read_text()
+    forbid(monkeypatch, "fit", "predict")
+    assert run(folder, "--protocols", "head,vpt-deep", "--factors", "1,3") == found
+    assert (folder / "records.jsonl").read_text() == text
+    assert "| vpt-deep |" in capsys.readouterr().out
+    with pytest.raises(AssertionError, match="ran again"):
+        run(folder, "--protocols", "head", "--factors", "1", "--epochs", "2")
+
+
+def test_test_results_come_from_the_adapter(
+    done: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, found = done
+    args = example.parse_arguments([*FAST, "--output", str(folder)])
+    task = example.open_segmentation(folder / "shapes")
+    runs = example.Runs(args, task)
+    adapter = folder / "shapes" / f"vpt-deep-x{factor(found[1]):g}-0"
+    scores = runs.measure(load_segmenter(runs.backbone(), adapter), "test", (1.0,))
+    assert scores.miou == found[1]["metrics"]["miou"]
+    # Killed between val and test: the rest is done without training.
+    kept = [line for line in (folder / "records.jsonl").read_text().splitlines()]
+    (tmp_path / "records.jsonl").write_text("".join(f"{k}\n" for k in kept if '"val"' in k))
+    (tmp_path / "shapes").symlink_to(folder / "shapes")
+    forbid(monkeypatch, "fit")
+    again = run(tmp_path, "--protocols", "head,vpt-deep", "--factors", "1,3")
+    assert [r["metrics"] for r in again] == [r["metrics"] for r in found]
+
+
+def test_data_of_ones_own_with_unknown_pixels(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for split in ("training", "validation", "test"):
+        for kind in ("images", "annotations"):
+            (tmp_path / "own" / kind / split).mkdir(parents=True)
+        for name in "ab":
+            pixels, mask = rng.integers(0, 256, (40, 56, 3)), rng.integers(0, 2, (40, 56))
+            mask[:5] = 255
+            Image.fromarray(pixels.astype(np.uint8)).save(
+                tmp_path / f"own/images/{split}/{name}.jpg"
+            )
+            mask_path = tmp_path / f"own/annotations/{split}/{name}.png"
+            Image.fromarray(mask.astype(np.uint8)).save(mask_path)
+    options = ("--data", str(tmp_path / "own"), "--factors", "1", "--batch", "2", "--seeds", "2")
+    records = run(tmp_path / "out", *options, "--protocols", "vpt+bias")
+    assert [r["seed"] for r in records] == [0, 1]
+    assert records[0]["metrics"] != records[1]["metrics"]
+    text = example.table(records, ["0", "1"])
+    assert " +- " in text
+    assert "iou 1" in text
+
+
+def test_images_to_test_on_are_needed(tmp_path: Path) -> None:
+    folder = example.draw_shapes(tmp_path / "shapes")
+    for kind in ("images", "annotations"):
+        (folder / kind / "test").rename(folder / kind / "unused")
+    with pytest.raises(SystemExit, match="no images/test"):
+        run(tmp_path / "out", "--data", str(folder))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = example.main(["--output", str(tmp_path)])
+    assert [r["protocol"] for r in records] == example.PROTOCOLS.split(",")
+    # All background is a mean of a third; every protocol finds shapes.
+    assert all(r["metrics"]["miou"] > 0.45 for r in records)
+    assert capsys.readouterr().out.count("\n| ") == 2 + len(records)
