@@ -365,7 +365,7 @@ def test_another_run_is_not_replaced_unasked(world: Path, capsys: Capture) -> No
     call(capsys, *TRAIN, "--output", "out")
     before = {file.name: file.read_bytes() for file in Path("out").iterdir()}
     err = call(capsys, *TRAIN, "--output", "out", "--lr", "0.1", code=1)[1]
-    assert "recipe.base_lr: 0.008 there, 0.1 here" in err
+    assert f"recipe.base_lr: {preset('vpt-deep').base_lr} there, 0.1 here" in err
     assert "--restart to start over" in err
     err = call(capsys, *TRAIN, "--output", "out", "--transform", "timm", code=1)[1]
     assert "data.preprocessing.crop: None there, 0.95 here" in err
@@ -523,7 +523,8 @@ def test_eval_of_bad_input(world: Path, capsys: Capture) -> None:
 # sweep
 
 SWEEP = ("sweep", "--data", "task", *SHORT, "--lengths", "1,2", "--seeds", "2", "--output", "out")
-RATES = [0.3 * 8e-3, 8e-3, 3 * 8e-3]
+OWN = preset("linear").base_lr
+RATES = [0.3 * OWN, OWN, 3 * OWN]
 
 
 def runs(split: str) -> list[dict[str, Any]]:
