@@ -40,6 +40,7 @@ from peft_vpt.data import (
     segmentation_transform,
 )
 from peft_vpt.experiments import append_record, make_record, read_records, record_key
+from peft_vpt.experiments.compare import FACTORS
 from peft_vpt.experiments.tables import markdown_table
 from peft_vpt.segmentation import Scores, Segmenter, load_segmenter, predict, save_segmenter, score
 from peft_vpt.training import Recipe, lr_factor, preset
@@ -55,7 +56,7 @@ def draw_shapes(folder: Path, seed: int = 0) -> Path:
     """Write images of discs and squares in any colours, with masks, in ADE20K's layout."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[:48, :48]
-    for split, count in {"training": 32, "validation": 8, "test": 12}.items():
+    for split, count in {"training": 32, "validation": 8, "test": 8}.items():
         for kind in ("images", "annotations"):
             (folder / kind / split).mkdir(parents=True, exist_ok=True)
         for index in range(count):
@@ -92,6 +93,8 @@ def fit(model: Segmenter, batches: Any, *, recipe: Recipe) -> tuple[float, float
             found = model.loss(pixels, masks)
             optimizer.zero_grad()
             found.backward()
+            if recipe.clip_norm is not None:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
             optimizer.step()
             losses.append(found.item())
             step += 1
@@ -295,7 +298,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--batch", type=int, default=16)
     add("--length", type=int, default=10, help="prompts per block")
     add("--channels", type=int, default=32, help="of the decoder")
-    add("--factors", type=numbers, default=(1.0, 3.0), help="multiples of the preset's rate")
+    add("--factors", type=numbers, default=FACTORS, help="multiples of the preset's rate")
     add("--seeds", type=int, default=1, help="runs per protocol at the best rate")
     add("--scales", type=numbers, default=(0.75, 1.0, 1.25), help="of multi-scale tests")
     add("--flip", action="store_true", help="mirror images in multi-scale tests")

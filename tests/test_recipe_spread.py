@@ -22,7 +22,13 @@ from peft_vpt.training import preset
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "recipe_spread.py"))
 MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-SMALL = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
+SMALL: dict[str, Any] = {
+    "patch_size": 8,
+    "embed_dim": 24,
+    "depth": 2,
+    "num_heads": 2,
+    "num_classes": 0,
+}
 
 
 @pytest.fixture
