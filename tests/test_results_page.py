@@ -1,0 +1,82 @@
+"""The page of results: its numbers are those of the records, whatever they are."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("scipy")
+pytest.importorskip("torchvision")
+
+from peft_vpt.experiments import append_record, make_record
+from peft_vpt.training import preset
+
+script: Any = importlib.import_module("examples.results_page")
+
+
+def add(file: Path, protocol: str, top1: float, *, split: str = "test", **other: Any) -> None:
+    recipe = preset("vpt-deep", epochs=12, seed=other.get("seed", 0), **other.pop("changes", {}))
+    config = {"recipe": recipe.to_dict(), "options": {"length": 7}}
+    config["preprocessing"] = {"size": [112, 112]}
+    fields = {"task": "land", "group": "Specialized", "backbone": "vit", "seed": 0, "trainable": 9}
+    metrics = {"top1": top1, **other.pop("metrics", {})}
+    append_record(
+        file,
+        make_record(
+            **{**fields, "protocol": protocol, "split": split, "config": config, **other},
+            metrics=metrics,
+        ),
+    )
+
+
+def test_numbers_come_from_the_records(tmp_path: Path) -> None:
+    file = tmp_path / "results" / "comparison.jsonl"
+    for seed, (deep, linear) in enumerate(((0.9, 0.8), (0.92, 0.81))):
+        add(file, "vpt-deep", deep, seed=seed)
+        add(file, "linear", linear, seed=seed)
+    add(file, "vpt-deep", 0.77, split="val", changes={"base_lr": 0.5})
+    first = script.main(["--folder", str(tmp_path)]).read_text()
+    assert "91.0** ± 1.4" in first
+    assert "- land: vpt-deep beats linear (+10.5 points)." in first
+    assert "| land, vpt-deep | 77.0 |" in first
+    assert "--size 112 --epochs 12 --length 7 --seeds 2" in first
+    assert "Segmentation" not in first
+    assert (tmp_path / "results" / "accuracy.svg").exists()
+    assert script.main(["--folder", str(tmp_path)]).read_text() == first
+
+
+def test_a_loss_is_said(tmp_path: Path) -> None:
+    file = tmp_path / "results" / "comparison.jsonl"
+    add(file, "vpt-deep", 0.7)
+    add(file, "linear", 0.75)
+    page = script.write(file.parent)
+    assert "- land: vpt-deep does not beat linear (-5.0 points)." in page
+
+
+def test_rates_and_segmentation_have_their_sections(tmp_path: Path) -> None:
+    for name in ("vpt-deep", "linear"):
+        add(tmp_path / "comparison.jsonl", name, 0.7)
+    own = {kind: preset("vpt-deep", kind=kind) for kind in ("default", "paper")}
+    for kind, values in (("default", (0.5, 0.75)), ("paper", (0.25, 0.1))):
+        for factor, top1 in zip((1.0, 3.0), values, strict=True):
+            changes = {
+                "optimizer": own[kind].optimizer,
+                "base_lr": own[kind].base_lr * factor,
+            }
+            add(tmp_path / "rates.jsonl", "vpt-deep", top1, split="val", changes=changes)
+    masks = {"miou": 0.625, "miou_multi": 0.65, "iou nucleus": 0.4}
+    add(tmp_path / "segmentation.jsonl", "head", 0.0, metrics=masks)
+    page = script.write(tmp_path)
+    assert "| vit, land, default | 50.0 | 75.0 |   25.0 |" in page
+    assert "| vit, land, paper   | 25.0 | 10.0 |   15.0 |" in page
+    assert "| head   | 62.5 |              65.0 |        40.0 |" in page
+
+
+def test_no_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        script.main(["--folder", str(tmp_path)])
+    assert "comparison.jsonl: no such file" in capsys.readouterr().err
