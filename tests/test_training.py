@@ -783,6 +783,9 @@ if Accelerator().is_main_process:
     torch.save(values(model), f"{out}/weights.pt")
     processes = result.config["machine"]["processes"]
     json.dump([size, processes, result.history], open(f"{out}/h.json", "w"))
+# A group left open races with its peer's exit, which sometimes aborts the interpreter.
+Accelerator().wait_for_everyone()
+Accelerator().end_training()
 """
 
 
