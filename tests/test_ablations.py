@@ -27,8 +27,8 @@ from peft_vpt import apply_protocol, count_parameters, inject_prompts, load_task
 from peft_vpt.cli import main
 from peft_vpt.data import eval_transform, loader, open_task
 from peft_vpt.errors import SpecError, VPTError
-from peft_vpt.experiments import compare as compared
 from peft_vpt.experiments import embeddings
+from peft_vpt.experiments import run as runs
 from peft_vpt.experiments.ablations import (
     ABLATIONS,
     DECAYS,
@@ -283,7 +283,7 @@ def test_val_chooses_among_lengths_and_rates_together(
             config=config_of(recipe, given["options"], pixels, given["train"]),
         )  # fmt: skip
 
-    monkeypatch.setattr(compared, "run_once", scripted)
+    monkeypatch.setattr(runs, "run_once", scripted)
     row = Variant("deep", "vpt-deep", {"dropout": 0.0}, choices=[{"length": n} for n in (1, 4, 9)])
     records = run(folder, tmp_path / "out", (row,), factors=(1.0, 0.1), seeds=(3, 4))
     assert seen[:6] == [(n, f, 3, "train", "val") for n in (1, 4, 9) for f in (0.1, 1.0)]
@@ -297,14 +297,14 @@ def test_a_share_of_the_images_trains_on_that_share_alone(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[str, int, int]] = []
-    once = compared.run_once
+    once = runs.run_once
 
     def counted(pixels: Pixels, *args: Any, **options: Any) -> Any:
         counts = [len(pixels.split(options[part])) for part in ("train", "test")]
         seen.append((options["train"], *counts))
         return once(pixels, *args, **options)
 
-    monkeypatch.setattr(compared, "run_once", counted)
+    monkeypatch.setattr(runs, "run_once", counted)
     rows = with_fraction((DEEP,), 0.3)
     records = run(folder, tmp_path / "out", rows, factors=(0.1, 1.0))
     # 9 of 30 training images; val and test are whole.

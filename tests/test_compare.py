@@ -16,7 +16,7 @@ from peft_vpt import load_task_adapter
 from peft_vpt.cli import main
 from peft_vpt.data import eval_transform, open_task
 from peft_vpt.errors import SpecError, VPTError
-from peft_vpt.experiments import compare as compared
+from peft_vpt.experiments import run as runs
 from peft_vpt.experiments.compare import Plan, compare
 from peft_vpt.experiments.records import read_records
 from peft_vpt.experiments.report import write_report
@@ -96,7 +96,7 @@ def test_a_comparison_goes_on_where_it_stopped(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     done: list[str] = []
-    once = compared.run_once
+    once = runs.run_once
 
     def counted(pixels: Any, protocol: str, *args: Any, **options: Any) -> Any:
         if len(done) == 3:
@@ -104,17 +104,17 @@ def test_a_comparison_goes_on_where_it_stopped(
         done.append(protocol)
         return once(pixels, protocol, *args, **options)
 
-    monkeypatch.setattr(compared, "run_once", counted)
+    monkeypatch.setattr(runs, "run_once", counted)
     with pytest.raises(KeyboardInterrupt):
         run(folder, tmp_path / "out")
     first = read_records(tmp_path / "out" / "records.jsonl")
     done.clear()
     done.append("spare")
-    monkeypatch.setattr(compared, "run_once", once)
+    monkeypatch.setattr(runs, "run_once", once)
     records = run(folder, tmp_path / "out")
     assert records[: len(first)] == first
     assert len(records) == 2 + 8
-    monkeypatch.setattr(compared, "run_once", counted)
+    monkeypatch.setattr(runs, "run_once", counted)
     done[:] = ["full"] * 3
     assert run(folder, tmp_path / "out") == records
 

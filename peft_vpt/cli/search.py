@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from .images import describe_images
 from .output import complain
-from .sources import fitted, protocol_options
+from .sources import protocol_options
 
 if TYPE_CHECKING:
     from torch import nn
@@ -114,8 +114,13 @@ class Search:
         return [self._record(pixels, best, seed, "trainval", "test") for seed in range(seeds)]
 
     def _top1(self, pixels: Pixels, settings: Settings, seed: int, train: str, test: str) -> float:
-        record = self._record(pixels, settings, seed, train, test)
-        top1: float = record["metrics"]["top1"]
+        from ..training import DivergedError
+
+        metrics = self._record(pixels, settings, seed, train, test)["metrics"]
+        # On val the study remembers it; a final run counts as wrong everywhere.
+        if test == "val" and "diverged" in metrics:
+            raise DivergedError(f"{CALL}: {describe(settings)}, seed {seed}: the loss diverged.")
+        top1: float = metrics["top1"]
         complain(f"{test} top1 {top1:.4f}: {describe(settings)}, seed {seed}")
         return top1
 
@@ -123,34 +128,15 @@ class Search:
         self, pixels: Pixels, settings: Settings, seed: int, train: str, test: str
     ) -> Record:
         """Return the record of a run: the one that is there, or a new one."""
-        from ..experiments.records import append_record, make_record, read_records, record_key
-        from ..experiments.run import config_of, run_once
-        from ..training import DivergedError
+        from ..experiments.run import run_recorded
 
-        task, file = pixels.task, self.folder / RECORDS
-        recipe = fitted(self.recipe(settings, seed), len(task.split(train)))
-        options = {name: settings[name] for name in _OPTIONS if name in settings}
-        stub = make_record(
-            task=task.name, protocol=self.protocol, backbone=self.model, seed=seed, split=test,
-            group=self.group, metrics={}, config=config_of(recipe, options, pixels, train),
+        return run_recorded(
+            self.folder / RECORDS, pixels, self.protocol, partial(self._sized, pixels),
+            self.recipe(settings, seed), backbone=self.model, train=train, test=test,
+            group=self.group,
+            options={name: settings[name] for name in _OPTIONS if name in settings},
+            folder=self.folder / pixels.task.name if test == "test" else None,
         )  # fmt: skip
-        key = record_key(stub)
-        for known in read_records(file):
-            if record_key(known) == key:
-                return known
-        try:
-            record = run_once(
-                pixels, self.protocol, partial(self._sized, pixels), recipe,
-                backbone=self.model, train=train, test=test, group=self.group, options=options,
-                folder=self.folder / task.name if test == "test" else None,
-            )  # fmt: skip
-        except DivergedError:
-            # On val the study remembers it; a final run counts as wrong everywhere.
-            if test == "val":
-                raise
-            record = stub | {"metrics": {"top1": 0.0, "diverged": 1.0}}
-        append_record(file, record)
-        return record
 
     def _sized(self, pixels: Pixels) -> nn.Module:
         from ..backbones.image_model import says_its_size

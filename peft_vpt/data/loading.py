@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import SpecError, VPTError
+from ..randomness import seeded
 from .check import broken_images, each
-from .drawing import EpochSampler, Key, seeded
+from .drawing import EpochSampler, Key
 from .splits import Split, listing
 
 

@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import SpecError, VPTError
 from ..preprocessing import load_image
+from ..randomness import seeded
 from .check import each, remembered
-from .drawing import EpochSampler, Key, seeded, stratified
+from .drawing import EpochSampler, Key, stratified
 from .folders import image_files
 from .found import read_classes
 from .loading import worker_options

@@ -10,10 +10,10 @@ from typing import Any
 
 from ..data import Task
 from ..errors import SpecError, VPTError
-from ..training import DivergedError, Recipe, preset
+from ..training import Recipe, preset
 from . import control
 from .records import Key, Record, append_record, make_record, read_records, record_key
-from .run import Build, Pixels, Settings, config_of, run_once
+from .run import Build, Pixels, Settings, run_recorded
 from .saved import draw_embeddings, ensemble_record, ensemble_stub
 from .variants import Variant, folder_name, is_name, plain, reduced
 
@@ -179,32 +179,14 @@ class _Work:
     def run(self, row: Variant, factor: float, seed: int, train: str, test: str) -> Record:
         """Return the record of a run: the one that is there, or a new one."""
         pixels, build = self.settings.of(row)
-        images = len(pixels.task.split(train))
-        recipe = self.plan.recipe(row, self.backbone, factor, seed)
-        recipe = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, images))
-        stub = make_record(
-            task=pixels.task.name,
-            protocol=row.label,
-            backbone=self.backbone,
-            seed=seed,
-            split=test,
-            metrics={},
-            config=config_of(recipe, row.options, pixels, train, row.fraction),
-        )
-        self.used.add(record_key(stub))
-        known = {record_key(r): r for r in self._records()}
-        if record_key(stub) in known:
-            return known[record_key(stub)]
-        try:
-            record = run_once(
-                pixels, row.protocol, build, recipe, backbone=self.backbone, train=train, test=test,
-                group=self.group, options=row.options, label=row.label, fraction=row.fraction,
-                progress=self.progress,
-                folder=self.file.parent / pixels.task.name if test == "test" else None,
-            )  # fmt: skip
-        except DivergedError:
-            record = stub | {"group": self.group, "metrics": {"top1": 0.0, "diverged": 1.0}}
-        append_record(self.file, record)
+        record = run_recorded(
+            self.file, pixels, row.protocol, build,
+            self.plan.recipe(row, self.backbone, factor, seed), backbone=self.backbone,
+            train=train, test=test, group=self.group, options=row.options, label=row.label,
+            fraction=row.fraction, progress=self.progress,
+            folder=self.file.parent / pixels.task.name if test == "test" else None,
+        )  # fmt: skip
+        self.used.add(record_key(record))
         return record
 
     def best(self, row: Variant) -> tuple[Variant, float]:

@@ -16,10 +16,10 @@ from ..backbones.image_model import says_its_size
 from ..data import Split, Task, decode, loader
 from ..inject import count_parameters
 from ..protocols import apply_protocol
-from ..training import Recipe, evaluate, fit
+from ..training import DivergedError, Recipe, evaluate, fit
 from ..training.describe import library_versions
 from .embeddings import class_prototypes, prompt_values
-from .records import Record, make_record
+from .records import Record, append_record, make_record, read_records, record_key
 from .variants import Variant, device, folder_name
 
 Build = Callable[[], nn.Module]
@@ -168,6 +168,42 @@ def run_once(
         config=config_of(recipe, options, pixels, train, fraction),
         versions=library_versions(),
     )
+
+
+def run_recorded(
+    file: Path, pixels: Pixels, protocol: str, build: Build, recipe: Recipe, **about: Any
+) -> Record:
+    """Return the record of a run in a file: the one that is there, or that of a new run.
+
+    A run that diverged is recorded as wrong everywhere, with the metric `diverged`.
+
+    Args:
+        file: Of records.
+        pixels: As in `run_once`.
+        protocol: As in `run_once`.
+        build: As in `run_once`.
+        recipe: As in `run_once`; its batch is cut to the number of training images.
+        about: The other arguments of `run_once`.
+    """
+    train, test = about.get("train", "train"), about.get("test", "val")
+    images = len(pixels.task.split(train))
+    recipe = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, images))
+    options, fraction = about.get("options") or {}, about.get("fraction", 1.0)
+    stub = make_record(
+        task=pixels.task.name, group=about.get("group"), protocol=about.get("label") or protocol,
+        backbone=about["backbone"], seed=recipe.seed, split=test,
+        metrics={"top1": 0.0, "diverged": 1.0},
+        config=config_of(recipe, options, pixels, train, fraction),
+    )  # fmt: skip
+    known = {record_key(record): record for record in read_records(file)}
+    if record_key(stub) in known:
+        return known[record_key(stub)]
+    try:
+        record = run_once(pixels, protocol, build, recipe, **about)
+    except DivergedError:
+        record = stub
+    append_record(file, record)
+    return record
 
 
 def prepared(

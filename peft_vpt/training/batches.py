@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterator, Sized
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..errors import SpecError
+from ..randomness import seeded
 from .recipes import Recipe
 
 Key = tuple[int, int]
@@ -128,24 +128,6 @@ def derive(*parts: Any) -> int:
     """Return a seed below 2**32 that follows from the parts."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big")
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the CPU's global generators inside the `with`, and put them back."""
-    import numpy as np
-
-    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    random.seed(seed)
-    np.random.seed(seed)
-    # Not torch.manual_seed, which would reach out to the GPU from a worker.
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        random.setstate(state[0])
-        np.random.set_state(state[1])
-        torch.set_rng_state(state[2])
 
 
 def seed_step(seed: int) -> None:
