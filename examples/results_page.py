@@ -51,7 +51,8 @@ def write(folder: Path) -> str:
     ]  # fmt: skip
     rates, segmented = (read_records(folder / f"{n}.jsonl") for n in ("rates", "segmentation"))
     if rates:
-        notes += ["## Default and paper preset", SPREAD, spread_table(rates)]
+        searched = [r for r in compared if (r["protocol"], r["split"]) == ("vpt-deep", "val")]
+        notes += ["## Default and paper preset", SPREAD, spread_table([*searched, *rates])]
     if segmented:
         notes += ["## Segmentation", SEGMENTED.format(**settings(segmented)),
                   segmentation_table(segmented)]  # fmt: skip

@@ -47,6 +47,8 @@ _COMMON: dict[str, Any] = {
 }
 # Without the clipping and the longer warm-up, prompts can stay at chance from this rate on.
 _PROMPTS = {"prompt_lr_scale": 2.5, "clip_norm": 1.0, "warmup_epochs": 20.0}
+# Three times this rate, and a third of it, still work on every task that was measured.
+_DEEP = {**_PROMPTS, "base_lr": 1.2e-2}
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "linear": {},
     "mlp": {"base_lr": 8e-3},
@@ -58,8 +60,8 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "cls": {},
     "prompt-fixed": {},
     "vpt-shallow": _PROMPTS,
-    "vpt-deep": _PROMPTS,
-    "vpt+bias": _PROMPTS,
+    "vpt-deep": _DEEP,
+    "vpt+bias": _DEEP,
 }
 
 
