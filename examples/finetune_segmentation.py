@@ -11,7 +11,8 @@ images, at their own size, in sliding windows, at one scale and at several. "hea
 decoder alone.
 
 ``OUTPUT/records.jsonl`` gets a record per run, and a run that has one is not run again. Beside it
-is a task adapter per run, decoder and prompts in one file, from which test results are made.
+is a task adapter per run, decoder and prompts in one file, from which test results are made; its
+folder is named by the run's whole configuration, so other options never meet its weights.
 
 Usage: ``python examples/finetune_segmentation.py --data FOLDER --model NAME --weights
 FILE.safetensors --size 128``. With ``--weights`` nothing is downloaded.
@@ -19,6 +20,7 @@ FILE.safetensors --size 128``. With ``--weights`` nothing is downloaded.
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -41,6 +43,7 @@ from peft_vpt.data import (
 )
 from peft_vpt.experiments import append_record, make_record, read_records, record_key
 from peft_vpt.experiments.compare import FACTORS
+from peft_vpt.experiments.records import config_hash
 from peft_vpt.experiments.tables import markdown_table
 from peft_vpt.segmentation import Scores, Segmenter, load_segmenter, predict, save_segmenter, score
 from peft_vpt.training import Recipe, lr_factor, preset
@@ -161,9 +164,9 @@ class Runs:
             "evaluation": sides,
         }
 
-    def run(self, protocol: str, factor: float, seed: int, split: str) -> dict[str, Any]:
-        """Return the record of a run on val or test: the one that is there, or a new one."""
-        stub = make_record(
+    def stub(self, protocol: str, factor: float, seed: int, split: str) -> dict[str, Any]:
+        """Return the record of a run without what it finds."""
+        return make_record(
             task=self.task.name,
             group="segmentation",
             protocol=protocol,
@@ -174,7 +177,16 @@ class Runs:
             config=self.config(protocol, factor, seed, split),
             versions=library_versions(),
         )
-        folder = self.args.output / self.task.name / f"{protocol}-x{factor:g}-{seed}"
+
+    def folder(self, protocol: str, factor: float, seed: int) -> Path:
+        """Return where a run's weights are, and no other run's."""
+        run = config_hash({"run": record_key(self.stub(protocol, factor, seed, "val"))})
+        return self.args.output / self.task.name / f"{protocol}-x{factor:g}-{seed}-{run}"
+
+    def run(self, protocol: str, factor: float, seed: int, split: str) -> dict[str, Any]:
+        """Return the record of a run on val or test: the one that is there, or a new one."""
+        stub = self.stub(protocol, factor, seed, split)
+        folder = self.folder(protocol, factor, seed)
         known = {record_key(r): r for r in read_records(self.file)}
         there = known.get(record_key(stub))
         if there and (split == "test" or (folder / "adapter.safetensors").exists()):
@@ -220,6 +232,12 @@ class Runs:
         """Measure a saved segmenter on test, at one scale and at several."""
         kept, began = self.run(protocol, factor, seed, "val"), time.process_time()
         model = load_segmenter(self.backbone(), folder)
+        saved = model.backbone.prompts.info["metrics"]["val miou"]
+        if saved != kept["metrics"]["miou"]:
+            raise SystemExit(
+                f"{folder} has a val mIoU of {saved}, the record of its run in {self.file} has "
+                f"{kept['metrics']['miou']}: they are not of one training. Delete both."
+            )
         one = metrics(self.measure(model, "test", (1.0,)), self.task.classes)
         several = self.measure(model, "test", self.args.scales, flip=self.args.flip)
         names = ("trainable", "total", "decoder", "stored_bytes", "seconds")
@@ -235,12 +253,15 @@ class Runs:
         batches = segmentation_loader(self.task.splits[split], self.whole, batch_size=1)
         options: dict[str, Any] = {"window": self.window(), "overlap": self.args.overlap}
         device = next(model.parameters()).device
-        found = (
+        scored = (
             (predict(model, pixels.to(device), scales=scales, flip=flip, **options).cpu(), masks)
             for pixels, masks in batches
         )
-        pairs = ((scores.argmax(1), masks) for scores, masks in found)
-        return score(pairs, len(self.task.classes))
+        pairs = ((scores.argmax(1), masks) for scores, masks in scored)
+        found = score(pairs, len(self.task.classes))
+        if math.isnan(found.miou):
+            raise SystemExit(f"{self.task.name}: all pixels of {split} are ignored; no mIoU.")
+        return found
 
     def compare(self) -> list[dict[str, Any]]:
         """Choose a rate per protocol on val, and return the records of its runs on test."""
@@ -255,23 +276,30 @@ class Runs:
         return found
 
 
-def metrics(scores: Scores, classes: Sequence[str]) -> dict[str, float]:
-    """Return scores by name, an IoU for each class."""
-    each = {f"iou {name}": value for name, value in zip(classes, scores.iou, strict=True)}
+def metrics(scores: Scores, classes: Sequence[str]) -> dict[str, float | None]:
+    """Return scores by name, an IoU for each class: None where it is absent."""
+    each = {
+        f"iou {name}": None if math.isnan(value) else value
+        for name, value in zip(classes, scores.iou, strict=True)
+    }
     return {"miou": scores.miou, "pixel_accuracy": scores.pixel_accuracy, **each}
 
 
 def table(records: Sequence[dict[str, Any]], classes: Sequence[str]) -> str:
-    """Lay out means over seeds, with the deviation from two seeds on, in percent."""
+    """Lay out means over seeds, with the deviation from two seeds on, in percent.
+
+    A class that is absent has "-".
+    """
     columns = ["miou", "miou_multi", *(f"iou {name}" for name in classes)]
     rows = []
     for protocol in dict.fromkeys(record["protocol"] for record in records):
         mine = [record for record in records if record["protocol"] == protocol]
         cells = []
         for column in columns:
-            values = 100 * np.array([record["metrics"][column] for record in mine])
+            known = [record["metrics"][column] for record in mine]
+            values = 100 * np.array([value for value in known if value is not None])
             spread = f" +- {values.std(ddof=1):.1f}" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.1f}{spread}")
+            cells.append(f"{values.mean():.1f}{spread}" if len(values) else "-")
         beside = mine[0]["trainable"] - mine[0]["decoder"]
         rate = f"{mine[0]['config']['recipe']['base_lr']:g}"
         rows.append([protocol, *cells, f"{mine[0]['trainable']:,}", f"{beside:,}", rate])

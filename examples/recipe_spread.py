@@ -4,7 +4,9 @@ Each preset trains at multiples of its own base rate. Those of ``--factors`` lie
 ten; their spread, the best accuracy minus the worst, is what a user loses who does not search.
 Those of ``--beyond`` are shown beside them and not counted. Every run leaves a record in
 ``--output``, and a run that has one there is not repeated, so a measurement that was stopped goes
-on; records of ``peft-vpt compare`` with the same settings count as well.
+on; records of ``peft-vpt compare`` with the same settings count as well. Both presets get the batch
+of ``--batch``, so that one budget of steps serves both: the ``paper`` row is with that batch (64
+unless another is asked for), not with the paper's own.
 
 Usage: ``python examples/recipe_spread.py --data FOLDER --model NAME --weights FILE``. The model is
 timm's, nothing is downloaded. A model of other sizes than its name says is described by
@@ -22,11 +24,9 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
-from torch import nn
-
 from peft_vpt.backbones.identity import describe_timm_config
 from peft_vpt.data import eval_transform, open_task
+from peft_vpt.experiments.local import build_from_file
 from peft_vpt.experiments.records import (
     Record,
     append_record,
@@ -34,7 +34,8 @@ from peft_vpt.experiments.records import (
     read_records,
     record_key,
 )
-from peft_vpt.experiments.run import Pixels, config_of, run_once
+from peft_vpt.experiments.run import Pixels, config_of, fitted, run_once
+from peft_vpt.experiments.sums import file_sum
 from peft_vpt.experiments.tables import markdown_table
 from peft_vpt.training import DivergedError, Recipe, preset
 
@@ -58,7 +59,9 @@ class Measurement:
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.file = args.output / "records.jsonl"
-        self.build = partial(build, args.model, args.weights, args.size, args.model_args)
+        self.build = partial(
+            build_from_file, args.model, args.weights, args.size, **args.model_args
+        )
         self.task = open_task(args.data)
         self.train = "train" if args.split == "val" else "trainval"
         self.options = {"length": args.length} if args.protocol.startswith("vpt") else {}
@@ -87,9 +90,9 @@ class Measurement:
             length=args.length,
             epochs=args.epochs,
             seed=args.seed,
-            **{"batch_size": min(args.batch, images), **args.changes},
+            **{"batch_size": args.batch, **args.changes},
         )
-        return dataclasses.replace(found, base_lr=found.base_lr * point.factor)
+        return fitted(dataclasses.replace(found, base_lr=found.base_lr * point.factor), images)
 
     def stub(self, point: Point) -> Record:
         """Return a record without results: what makes this run this one."""
@@ -103,7 +106,14 @@ class Measurement:
             metrics={},
             preset=point.kind,
             factor=point.factor,
-            config=config_of(self.recipe(point), self.options, self.pixels, self.train),
+            config=config_of(
+                self.recipe(point),
+                self.options,
+                self.pixels,
+                self.train,
+                self.args.split,
+                file_sum(self.args.weights),
+            ),
         )
 
     def run(self, point: Point) -> Record:
@@ -131,21 +141,12 @@ class Measurement:
                     test=args.split,
                     group=args.group,
                     options=self.options,
+                    weights=file_sum(args.weights),
                 )
             except DivergedError:
                 return stub | {"metrics": {"top1": 0.0, "diverged": 1.0}}
         risen = any(RISEN in str(warning.message) for warning in caught)
         return record | told | {"risen": risen}
-
-
-def build(name: str, weights: Path, size: int | None, arguments: dict[str, Any]) -> nn.Module:
-    """Build a timm model from a local file of weights."""
-    sized: dict[str, Any] = {} if size is None else {"img_size": size}
-    overlay = {"file": str(weights)}
-    model: nn.Module = timm.create_model(
-        name, pretrained=True, pretrained_cfg_overlay=overlay, **{**sized, **arguments}
-    )
-    return model.eval()
 
 
 def table(found: dict[Point, Record], counted: Sequence[float]) -> str:
@@ -232,8 +233,9 @@ def main(arguments: Sequence[str] | None = None) -> str:
     images = len(work.task.split(args.split))
     text = (
         f"Accuracy in percent on {images} {args.split} images of {work.task.name}: {args.model}, "
-        f"{args.protocol}, {args.epochs} epochs, seed {args.seed}; '!': `fit` warned that the "
-        f"loss had risen above its start.\n\n{table(found, args.factors)}"
+        f"{args.protocol}, {args.epochs} epochs, seed {args.seed}, batch {args.batch} in both "
+        "presets, in place of the paper's own; '!': `fit` warned that the loss had risen above its "
+        f"start.\n\n{table(found, args.factors)}"
     )
     print(f"\n{text}")
     return text

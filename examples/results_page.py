@@ -192,8 +192,14 @@ def rate(record: Record) -> float:
 
 
 def percent(records: Sequence[Record], metric: str) -> str:
-    """Return the mean of a share over runs, in percent, with the deviation where there is one."""
-    found = spread(r["metrics"][metric] for r in records)
+    """Return the mean of a share over runs, in percent, with the deviation where there is one.
+
+    Runs without a value (of a class that is absent) do not count; "-" where none has one.
+    """
+    values = [r["metrics"][metric] for r in records if r["metrics"][metric] is not None]
+    if not values:
+        return "-"
+    found = spread(values)
     text = f"{100 * found.mean:.1f}"
     return text + (f" ± {100 * found.std:.1f}" if found.number > 1 else "")
 

@@ -15,6 +15,7 @@ from .backbones.anatomy import Encoder, module_at
 from .backbones.heads import class_count
 from .backbones.identity import describe_backbone
 from .backbones.weights import UnreadableWeightsError
+from .decoder import READS, decoder_names, decoder_tensors, describe_decoder
 from .errors import (
     AdapterError,
     AdapterMismatchError,
@@ -27,11 +28,15 @@ from .hosts import carries, device_of, host_and_prompts
 from .inject import prepare
 from .pixels import PixelPlace
 from .prompts import prompt_shapes
-from .protocols.delta import Delta
+from .protocols.delta import Delta, given_features
 from .protocols.modules import MlpHead
 from .spec import PromptSpec
 
 HEAD_NAMES = ("head", "head_dist")
+_SIDE_HINT = (
+    " The file holds no code: on a bare model, first call apply_protocol(model, 'sidetune', "
+    "features=...) with the features that it was made with."
+)
 
 
 def check_fit(
@@ -108,6 +113,9 @@ def _check_head(
         adapter.expect({}, prefix="head")
         return
     hint = "strict='prompts' loads the prompts alone."
+    if head["reads"] == READS:
+        _check_decoder(adapter, host, encoder, f"; {hint}")
+        return
     reads = None if encoder.head is None else encoder.reads(spec.pooling)
     if reads != head["reads"]:
         has = "has no classifier" if reads is None else f"has a head that reads {reads!r}"
@@ -141,6 +149,25 @@ def _check_head(
             f"reset_classifier({head['classes']}) first, or {hint}"
         )
     adapter.expect(_head_shapes(head, host, encoder, width), prefix="head")
+
+
+def _check_decoder(adapter: Adapter, host: nn.Module, encoder: Encoder, hint: str) -> None:
+    """Compare a decoder of the file with the one around this encoder."""
+    head, where = adapter.metadata["head"], f"load_task_adapter: {adapter.path}"
+    if not decoder_names(host, encoder) or head.get("class") != type(host).__name__:
+        raise AdapterMismatchError(
+            f"{where}: it holds the decoder of a {head.get('class')}, which only the same class "
+            f"can take, this model is a {type(host).__name__}{hint}"
+        )
+    own = describe_decoder(host, encoder)
+    for name in ("classes", "in_features"):
+        if head[name] != own[name]:
+            raise AdapterMismatchError(
+                f"{where}: its decoder has {name} {head[name]}, this model's has {own[name]}; "
+                f"build the model for that many{hint}"
+            )
+    tensors = decoder_tensors(host, encoder)
+    adapter.expect({name: tuple(t.shape) for name, t in tensors.items()}, prefix="head")
 
 
 def _head_shapes(
@@ -223,9 +250,11 @@ def _check_protocol(
             f"{where}: it holds a head and nothing else, so strict='prompts' leaves nothing."
         )
     try:
-        delta = Delta(protocol, host, encoder)
+        delta = Delta(protocol, host, encoder, given_features(present))
     except (SpecError, UnsupportedArchitectureError) as error:
         raise AdapterMismatchError(f"{where}: does not fit this model: {error}") from error
+    if trains_decoder(adapter):
+        delta.leave(decoder_names(host, encoder))
     shapes = {name: tuple(t.shape) for name, t in delta.tensors(host).items()}
     have = {n: tuple(t.shape) for n, t in adapter.tensors.items() if n.startswith("delta.")}
     if have != shapes:
@@ -233,7 +262,14 @@ def _check_protocol(
         raise AdapterMismatchError(
             f"{where}: its weights of protocol {protocol.name!r} do not fit this model: "
             f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}."
+            f"{_SIDE_HINT if protocol.kind == 'sidetune' else ''}"
         )
+
+
+def trains_decoder(adapter: Adapter) -> bool:
+    """Tell whether an adapter is of a model whose decoder trained whole."""
+    head = adapter.metadata["head"]
+    return head is not None and head["reads"] == READS
 
 
 def new_classes(adapter: Adapter, encoder: Encoder, *, with_head: bool) -> int | None:

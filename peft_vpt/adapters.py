@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from . import __version__
 from .adapter_file import FILE_NAME, Adapter, read_adapter, write_adapter
-from .adapter_match import HEAD_NAMES, check_fit, head_tensors, new_classes
+from .adapter_match import HEAD_NAMES, check_fit, head_tensors, new_classes, trains_decoder
 from .backbones.anatomy import Encoder, module_at
 from .backbones.heads import FormerHead, class_count, head_owner, set_labels
 from .backbones.identity import default_preprocessing, describe_backbone, label_names
 from .backbones.image_model import encoder_for
+from .decoder import claim_decoder, decoder_names, decoder_tensors, describe_decoder, has_decoder
 from .errors import AdapterError
 from .fingerprint import fingerprint
 from .hosts import carries, host_and_prompts, refuse_unfit, unwrap
@@ -26,6 +27,7 @@ from .inject import freeze, inject_spec, remove_prompts
 from .preprocessing import describe_preprocessing
 from .prompts import Prompts
 from .protocols import apply_delta
+from .protocols.delta import given_features
 from .protocols.options import Protocol
 from .source import find_adapter
 from .spec import NOWHERE, PromptSpec
@@ -148,12 +150,19 @@ def load_task_adapter(
         encoder = encoder_for(host, "pad" if any_image_model else adapter.spec.location)
     with_head = strict != "prompts" and adapter.metadata["head"] is not None
     spec = check_fit(adapter, host, encoder, strict, with_head=with_head)
-    _install(host, adapter, spec, encoder, with_head=with_head)
+    decoder = trains_decoder(adapter) or (strict == "prompts" and _carries_decoder(host))
+    _install(host, adapter, spec, encoder, with_head=with_head, decoder=decoder)
     return model
 
 
 def _install(
-    host: nn.Module, adapter: Adapter, spec: PromptSpec, encoder: Encoder, *, with_head: bool
+    host: nn.Module,
+    adapter: Adapter,
+    spec: PromptSpec,
+    encoder: Encoder,
+    *,
+    with_head: bool,
+    decoder: bool,
 ) -> None:
     """Bring the model to the adapter's structure and copy its tensors; all is checked by now."""
     head = adapter.metadata["head"] if with_head else None
@@ -161,16 +170,29 @@ def _install(
     bias = head is None or head.get("bias", True)
     kept: dict[str, Tensor] = {}
     names = head["labels"] if head is not None else None
-    if not _has_structure(host, adapter, spec, encoder, classes, bias):
+    decoder = decoder and bool(decoder_names(host, encoder))
+    same = _has_structure(host, adapter, spec, encoder, classes, bias)
+    if not same or _carries_decoder(host) != decoder:
+        former = host_and_prompts(host, "load_task_adapter")[1].delta if carries(host) else None
         if carries(host):
-            if head is None and encoder.head is not None:
+            if not with_head and decoder and _carries_decoder(host):
+                present = decoder_tensors(host, encoder)
+                kept |= {name: tensor.detach().clone() for name, tensor in present.items()}
+            elif head is None and encoder.head is not None:
                 kept = {n: t.detach().clone() for n, t in head_tensors(host, encoder).items()}
                 names, bias = label_names(host, encoder), "head.bias" in kept
                 classes = class_count(host, encoder.head) if _has_task_head(host) else None
             remove_prompts(host)
         # Every value is overwritten below, so the global random state is left alone.
         generator = torch.Generator().manual_seed(0)
-        _inject(host, adapter.protocol, spec, encoder, classes, bias, generator)
+        options: Any = {"num_classes": classes, "head_bias": bias, "generator": generator}
+        if adapter.protocol is None:
+            inject_spec(host, spec, encoder, **options)
+        else:
+            features = given_features(former)
+            apply_delta(host, adapter.protocol, spec, encoder, features=features, **options)
+        if decoder:
+            claim_decoder(host, host_and_prompts(host, "load_task_adapter")[1])
     prompts = host_and_prompts(host, "load_task_adapter")[1]
     source = adapter.tensors | kept
     targets = _tensors(host, with_head=with_head or bool(kept))
@@ -183,30 +205,18 @@ def _install(
         _name_labels(host, encoder, names)
 
 
-def _inject(
-    host: nn.Module,
-    protocol: Protocol | None,
-    spec: PromptSpec,
-    encoder: Encoder,
-    classes: int | None,
-    bias: bool,
-    generator: torch.Generator,
-) -> None:
-    if protocol is None:
-        inject_spec(host, spec, encoder, num_classes=classes, head_bias=bias, generator=generator)
-        return
-    apply_delta(
-        host, protocol, spec, encoder, num_classes=classes, head_bias=bias, generator=generator
-    )
-
-
 def _tensors(host: nn.Module, *, with_head: bool) -> dict[str, Tensor]:
     """Return what a file holds of a model, under the names there."""
     prompts = host_and_prompts(host, "save_task_adapter")[1]
     found: dict[str, Tensor] = {f"prompts.{n}": p for n, p in prompts.own_parameters().items()}
     if prompts.delta is not None:
         found |= prompts.delta.tensors(host)
-    return found | (head_tensors(host, prompts.encoder) if with_head else {})
+    find = decoder_tensors if has_decoder(prompts) else head_tensors
+    return found | (find(host, prompts.encoder) if with_head else {})
+
+
+def _carries_decoder(host: nn.Module) -> bool:
+    return carries(host) and has_decoder(host_and_prompts(host, "load_task_adapter")[1])
 
 
 @torch.no_grad()
@@ -215,16 +225,18 @@ def _copy(host: nn.Module, encoder: Encoder, pairs: dict[str, tuple[Tensor, Tens
     meta = {}
     for name, (target, value) in pairs.items():
         if target.is_meta:
-            meta[_host_name(encoder, name)] = value.to(target.dtype)
+            meta[_host_name(encoder, name, _carries_decoder(host))] = value.to(target.dtype)
         else:
             target.copy_(value)
     if meta:
         host.load_state_dict(meta, strict=False, assign=True)
 
 
-def _host_name(encoder: Encoder, name: str) -> str:
+def _host_name(encoder: Encoder, name: str, decoder: bool) -> str:
     """Turn a tensor's name in the file into its name in the host."""
     kind, _, rest = name.partition(".")
+    if decoder and kind == "head":
+        return rest.removeprefix("module.")
     if encoder.head is None or kind not in HEAD_NAMES:
         return name
     return f"{encoder.head.paths[HEAD_NAMES.index(kind)]}.{rest.removeprefix('module.')}"
@@ -291,14 +303,15 @@ def _describe_head(
     host: nn.Module, prompts: Prompts, labels: list[str] | None
 ) -> dict[str, Any] | None:
     head = prompts.encoder.head
+    if has_decoder(prompts):
+        described = describe_decoder(host, prompts.encoder)
+        _check_count(labels, described["classes"])
+        return described | {"labels": labels}
     if head is None or not head_tensors(host, prompts.encoder):
         return None
     module = module_at(host, head.paths[0])
     classes = class_count(host, head)
-    if labels is not None and len(labels) != classes:
-        raise AdapterError(
-            f"save_task_adapter(labels=...): {len(labels)} names for a head of {classes} classes."
-        )
+    _check_count(labels, classes)
     extra: dict[str, Any] = {}
     if not isinstance(module, nn.Linear):
         extra["class"] = type(module).__name__
@@ -311,6 +324,13 @@ def _describe_head(
         "reads": prompts.encoder.reads(prompts.spec.pooling),
         **extra,
     }
+
+
+def _check_count(labels: list[str] | None, classes: int) -> None:
+    if labels is not None and len(labels) != classes:
+        raise AdapterError(
+            f"save_task_adapter(labels=...): {len(labels)} names for a head of {classes} classes."
+        )
 
 
 def _name_labels(host: nn.Module, encoder: Encoder, labels: list[str] | None) -> None:

@@ -109,9 +109,8 @@ def check_head(
     if spec.pooling == "default":
         return 0 if head is None else head.width
     call = f"inject_prompts(pooling={spec.pooling!r})"
-    if head is None or len(head.paths) > 1 or not encoder.blocks:
-        what = "no classifier" if head is None else "two classifiers (distillation)"
-        what = what if encoder.blocks else "no tokens that are known"
+    if head is None or encoder.headless or not encoder.blocks:
+        what = encoder.headless if encoder.blocks else "no tokens that are known"
         raise SpecError(
             f"{call}: {type(model).__name__} has {what}, so pooling can only be default."
         )

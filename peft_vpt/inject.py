@@ -282,11 +282,14 @@ def _on_meta(model: nn.Module) -> bool:
 
 
 def freeze(model: nn.Module, encoder: Encoder) -> None:
-    """Let nothing train but head and, if the spec says so, prompts."""
+    """Let nothing train but head, a decoder that was claimed, and, if so specified, prompts."""
     model.requires_grad_(False)
     for path in encoder.head.paths if encoder.head is not None else ():
         module_at(model, path).requires_grad_(True)
     prompts = host_and_prompts(model, "freeze")[1]
+    for name, parameter in model.named_parameters():
+        if name in prompts.undo.get("decoder", ()) and parameter.is_floating_point():
+            parameter.requires_grad_(True)
     prompts.requires_grad_(prompts.spec.train_prompts)
     if prompts.delta is not None:
         prompts.delta.unfreeze(model)

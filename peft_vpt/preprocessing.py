@@ -162,8 +162,8 @@ def _require(values: Mapping[str, Any]) -> None:
 def load_image(path: str | Path) -> Any:
     """Read an image file as an 8-bit RGB PIL image, turned as its EXIF tag says.
 
-    16-bit values are scaled to 8 bits, where PIL's own conversion would clip them. Transparency is
-    dropped, as in timm and torchvision.
+    Wider values are scaled to 8 bits, as `to_rgb` says, where PIL's own conversion would clip them.
+    Transparency is dropped, as in timm and torchvision.
 
     Raises:
         OSError: The file cannot be read as an image.
@@ -176,15 +176,25 @@ def load_image(path: str | Path) -> Any:
 
 
 def to_rgb(image: Any) -> Any:
-    """Convert a PIL image of any mode to 8-bit RGB."""
+    """Convert a PIL image of any mode to 8-bit RGB.
+
+    White is 65535 in a 16-bit image. Where the mode does not say it, the highest value of the image
+    does: in 32-bit integers white is 255, 65535 or that value, and in floats 1, 255 or that value,
+    the first that is not below it.
+
+    Raises:
+        OSError: A float image has values that are not finite.
+    """
     import numpy as np
     from PIL import Image
 
     if image.mode in _SIXTEEN_BITS or image.mode in ("I", "F"):
         values = np.asarray(image, dtype=np.float64)
         top = float(values.max(initial=0.0))
-        peak = next(p for p in (1.0, 255.0, math.inf) if top <= p) if image.mode == "F" else 65535.0
-        peak = top if math.isinf(peak) else peak
+        if not np.isfinite(values).all():
+            raise OSError("it has values that are not finite (NaN or infinity)")
+        whites = {"F": (1.0, 255.0, top), "I": (255.0, 65535.0, top)}.get(image.mode, (65535.0,))
+        peak = next(white for white in whites if top <= white)
         scaled = np.clip(values / peak * 255.0, 0, 255).round().astype(np.uint8)
         return Image.fromarray(scaled).convert("RGB")
     if image.mode == "La":

@@ -197,6 +197,11 @@ class Prompts(nn.Module):
     def _head_modules(self) -> Iterator[nn.Module]:
         for path in self.encoder.head.paths if self.encoder.head else ():
             yield from module_at(self._host[0], path).modules()
+        # A decoder that trains whole does so with its dropout and statistics.
+        inside = (self.encoder.path, "prompts")
+        for path, module in self._host[0].named_modules() if "decoder" in self.undo else ():
+            if path and not any(path == p or path.startswith(f"{p}.") for p in inside):
+                yield module
 
     def _apply(self, *args: Any, **kwargs: Any) -> Prompts:
         self.clear_cache()

@@ -8,6 +8,7 @@ from torch import nn
 
 from .backbones.anatomy import is_kind, module_at
 from .backbones.heads import FormerHead, restore_head
+from .decoder import restore_decoder
 from .prompts import Prompts
 
 _IGNORED = "_keys_to_ignore_on_save"
@@ -31,6 +32,7 @@ def restore(host: nn.Module, prompts: Prompts) -> None:
     """Put head, gradient flags, training flags and checkpoint keys back."""
     undo = prompts.undo
     _restore_head(host, prompts)
+    restore_decoder(host, prompts)
     for name, parameter in host.named_parameters():
         parameter.requires_grad_(undo["requires_grad"].get(name, parameter.requires_grad))
     vars(host).pop(_IGNORED, None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -39,14 +40,21 @@ from peft_vpt.experiments.ablations import (
 )
 from peft_vpt.experiments.compare import Plan, compare
 from peft_vpt.experiments.records import config_hash, make_record, read_records, select
-from peft_vpt.experiments.report import is_ensemble, like, place, write_ablation, write_report
+from peft_vpt.experiments.report import (
+    is_ensemble,
+    like,
+    newest,
+    place,
+    write_ablation,
+    write_report,
+)
 from peft_vpt.experiments.run import Pixels, config_of
 from peft_vpt.experiments.saved import ensemble_record
+from peft_vpt.experiments.sums import image_sums
 from peft_vpt.experiments.variants import (
     Facts,
     Variant,
     facts_of,
-    folder_name,
     pooled,
     reduced,
     refusal,
@@ -242,7 +250,7 @@ def run(folder: Path, output: Path, variants: Any, **changes: Any) -> Any:
     )  # fmt: skip
 
 
-def test_a_protocol_as_it_is_keeps_the_key_of_its_records(folder: Path, tmp_path: Path) -> None:
+def test_a_protocol_has_one_key_as_it_is_and_as_a_variant(folder: Path, tmp_path: Path) -> None:
     records = run(
         folder, tmp_path / "out", (), protocols=("linear", "vpt-deep"),
         options={"vpt-deep": {"length": 2}},
@@ -251,10 +259,11 @@ def test_a_protocol_as_it_is_keeps_the_key_of_its_records(folder: Path, tmp_path
         options = {"length": 2} if record["protocol"] == "vpt-deep" else {}
         recipe = preset(record["protocol"], epochs=1, batch_size=8)
         by_hand = {"recipe": recipe.to_dict(), "options": options, "preprocessing": IMAGES,
-                   "train": "trainval"}  # fmt: skip
+                   "train": "trainval", "weights": None,
+                   "images": image_sums(open_task(folder), ("train", "val", "test"))}  # fmt: skip
         assert config_hash(record["config"]) == config_hash(by_hand)
     assert [r["protocol"] for r in records[2:]] == ["linear", "vpt-deep"]
-    assert (tmp_path / "out" / "task" / "vpt-deep-0" / "adapter.safetensors").exists()
+    assert (tmp_path / "out" / records[3]["adapter"] / "adapter.safetensors").exists()
     # The same settings as a variant are the same run.
     assert run(folder, tmp_path / "out", (DEEP,)) == records[3:]
 
@@ -280,7 +289,7 @@ def test_val_chooses_among_lengths_and_rates_together(
         return make_record(
             task=pixels.task.name, protocol=given["label"], backbone=given["backbone"],
             seed=recipe.seed, split=given["test"], metrics={"top1": top1[at]},
-            config=config_of(recipe, given["options"], pixels, given["train"]),
+            config=config_of(recipe, given["options"], pixels, given["train"], given["test"]),
         )  # fmt: skip
 
     monkeypatch.setattr(runs, "run_once", scripted)
@@ -365,8 +374,7 @@ def test_class_prototypes_are_the_first_values_of_prompts(folder: Path, tmp_path
     )
     means = torch.stack([found[classes == c].mean(dim=0) for c in range(3)])
     fixed, learned = (
-        load_task_adapter(bare(), tmp_path / "out" / "task" / name)
-        for name in ("fixed-0", "learned-0")
+        load_task_adapter(bare(), tmp_path / "out" / record["adapter"]) for record in records
     )
     for block in range(3):
         # Sums in double precision there, in single here.
@@ -392,14 +400,12 @@ def test_convnets_get_a_border_for_the_images_in_use(folder: Path, tmp_path: Pat
 # Ensembles and embeddings
 
 
-def by_hand(folder: Path, path: Path, label: str, seeds: Any) -> dict[str, float]:
+def by_hand(folder: Path, adapters: list[Path]) -> dict[str, float]:
     """Mean probabilities of each adapter by itself."""
     pixels = Pixels(open_task(folder), eval_transform(IMAGES)).split("test")
     shares = []
-    for seed in seeds:
-        model = load_task_adapter(
-            build("timm/cls", torch.float32), path / folder_name(label, seed)
-        ).eval()
+    for path in adapters:
+        model = load_task_adapter(build("timm/cls", torch.float32), path).eval()
         with torch.no_grad():
             shares.append(model(pixels.images).softmax(dim=1))
     mean = torch.stack(shares).mean(dim=0)
@@ -414,10 +420,11 @@ def test_an_ensemble_of_the_seeds_is_their_mean_probability(folder: Path, tmp_pa
     assert set(found) == {f"{row.label} ensemble" for row in rows}
     for row in rows:
         metrics = found[f"{row.label} ensemble"]["metrics"]
-        expected = by_hand(folder, tmp_path / "out" / "task", row.label, (0, 1))
+        members = select(records, protocol=row.label)
+        expected = by_hand(folder, [tmp_path / "out" / r["adapter"] for r in members])
         # float32 logits of order 1, in another order of sums.
         assert {k: metrics[k] for k in expected} == pytest.approx(expected, abs=1e-5)
-        alone = [r["metrics"]["top1"] for r in select(records, protocol=row.label)]
+        alone = [r["metrics"]["top1"] for r in members]
         assert metrics["members_best_top1"] == max(alone)
         assert metrics["members_mean_top1"] == pytest.approx(sum(alone) / 2)
     assert found["vpt-deep ensemble"]["config"]["members"] == [0, 1]
@@ -431,11 +438,23 @@ def test_adapters_of_other_runs_are_no_members(folder: Path, tmp_path: Path) -> 
     records = run(folder, tmp_path / "out", (DEEP,), seeds=(0, 1))
     pixels = Pixels(open_task(folder), eval_transform(IMAGES))
     make = partial(ensemble_record, records, pixels, partial(build, "timm/cls", torch.float32))
-    assert make(tmp_path / "out" / "task")["protocol"] == "vpt-deep ensemble"
-    # The same label with other settings leaves its adapters in the same place.
-    run(folder, tmp_path / "out", (DEEP,), seeds=(0, 1), epochs=2)
+    made = make(tmp_path / "out")
+    # Runs of other settings put their adapters beside these.
+    other = run(folder, tmp_path / "out", (DEEP,), seeds=(0, 1), epochs=2)
+    assert len({r["adapter"] for r in [*records, *other]}) == 4
+    assert make(tmp_path / "out")["metrics"] == made["metrics"]
+    # Older records do not name them.
+    for record in records:
+        old = tmp_path / "old" / "task" / f"vpt-deep-{record['seed']}"
+        shutil.copytree(tmp_path / "out" / record["adapter"], old)
+    nameless = [{k: v for k, v in r.items() if k != "adapter"} for r in records]
+    bare = partial(build, "timm/cls", torch.float32)
+    found = ensemble_record(nameless, pixels, bare, tmp_path / "old")
+    assert found["metrics"] == made["metrics"]
+    mine, theirs = (tmp_path / "out" / r[0]["adapter"] for r in (records, other))
+    shutil.copytree(theirs, mine, dirs_exist_ok=True)
     with pytest.raises(VPTError, match="of another run"):
-        make(tmp_path / "out" / "task")
+        make(tmp_path / "out")
     with pytest.raises(VPTError, match=r"is not at .*run the comparison again"):
         make(tmp_path)
 
@@ -503,6 +522,16 @@ def test_pages_tell_ensembles_and_other_settings_apart(folder: Path, tmp_path: P
     tests, together = page.split("## Tests")[1].split("## Ensembles of the seeds")
     assert "ensemble" not in tests
     assert together.count("linear ensemble") == 1
+    # A row that has run twice on another task counts once, and never ends a page.
+    twice = [*first, *(r | {"metrics": r["metrics"] | {"top1": 0.125}} for r in first)]
+    text = write_report(twice, tmp_path / "out", title="T", intro="I").read_text()
+    assert f"the last one counts ({len(first) - 2} left out)" in text
+    assert text.count("**12.50**") >= 2
+    assert len(newest([r | {"split": "val"} for r in twice])[0]) == len(twice)
+    with pytest.raises(VPTError, match="choose one backbone"):
+        write_report(
+            [*first, *(r | {"backbone": "b"} for r in first)], tmp_path, title="", intro=""
+        )
     # Other epochs are other runs, and a page holds those of its plan alone.
     second = run(folder, tmp_path / "out", rows, seeds=(0, 1), epochs=2)
     assert {r["config"]["recipe"]["epochs"] for r in second} == {2}
@@ -515,6 +544,11 @@ def test_pages_tell_ensembles_and_other_settings_apart(folder: Path, tmp_path: P
     }  # fmt: skip
     other = [r | {"task": "second"} for r in first]
     assert like(first, [*other, *second, *(r | {"task": "third"} for r in second)]) == first + other
+    # Another preset, or other weights, are another comparison; other images are another task.
+    apart = [r | {"preset": "paper"} for r in other]
+    apart += [r | {"config": r["config"] | {"weights": "other"}} for r in other]
+    images = [r | {"config": r["config"] | {"images": {}}} for r in other]
+    assert like(first, [*apart, *images]) == first + images
 
 
 # The command line

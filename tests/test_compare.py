@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,12 +17,13 @@ from zoo import build
 
 from peft_vpt import load_task_adapter
 from peft_vpt.cli import main
-from peft_vpt.data import eval_transform, open_task
+from peft_vpt.data import Split, decode, eval_transform, open_task
 from peft_vpt.errors import SpecError, VPTError
 from peft_vpt.experiments import run as runs
 from peft_vpt.experiments.compare import Plan, compare
 from peft_vpt.experiments.records import read_records
 from peft_vpt.experiments.report import write_report
+from peft_vpt.experiments.sums import file_sum, split_sum
 
 IMAGES = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear",
           "crop": None}  # fmt: skip
@@ -49,12 +53,12 @@ PLAN = Plan(
 )
 
 
-def run(folder: Path, output: Path, plan: Plan = PLAN) -> Any:
+def run(folder: Path, output: Path, plan: Plan = PLAN, weights: str | None = None) -> Any:
     make = partial(build, "timm/cls", torch.float32)
     transform = eval_transform(IMAGES)
     return compare(
         open_task(folder), transform, make, backbone="tiny", folder=output, plan=plan,
-        group="Natural", progress=False,
+        group="Natural", weights=weights, progress=False,
     )  # fmt: skip
 
 
@@ -84,7 +88,8 @@ def test_rates_are_chosen_on_val_and_test_is_seen_by_the_final_runs_alone(
     transform, split = eval_transform(IMAGES), task.split("test")
     pixels = torch.stack([transform(split.image(i)) for i in range(len(split))])
     for record in final:
-        path = tmp_path / "out" / "task" / f"{record['protocol']}-{record['seed']}"
+        assert record["adapter"].startswith(f"task/{record['protocol']}-{record['seed']}-")
+        path = tmp_path / "out" / record["adapter"]
         model = load_task_adapter(build("timm/cls", torch.float32), path).eval()
         right = model(pixels).argmax(1) == torch.tensor(split.labels)
         assert record["metrics"]["top1"] == pytest.approx(float(right.float().mean()))
@@ -119,6 +124,90 @@ def test_a_comparison_goes_on_where_it_stopped(
     assert run(folder, tmp_path / "out") == records
 
 
+def test_results_of_other_images_and_other_weights_are_not_taken_for_these(
+    folder: Path, tmp_path: Path
+) -> None:
+    plan = dataclasses.replace(PLAN, protocols=("linear",), factors=(1.0,), seeds=(0,))
+    first = run(folder, tmp_path / "out", plan)
+    shutil.copytree(folder, tmp_path / "moved" / "task")
+    assert run(tmp_path / "moved" / "task", tmp_path / "out", plan) == first
+    # Same names and labels; the classes of one split are exchanged.
+    other = tmp_path / "other" / "task"
+    shutil.copytree(folder, other)
+    for name, source in (("dark", "light"), ("light", "dark")):
+        shutil.copytree(folder / "test" / source, other / "test" / name, dirs_exist_ok=True)
+    found = run(other, tmp_path / "out", plan)
+    pixels = [r["metrics"]["top1"] for r in (*first, *found) if r["protocol"] == "16x16 pixels"]
+    assert pixels == [1.0, 0.0]
+    assert len(found) == len(first) == 3
+    assert not [r for r in found if r in first]
+    weighed = run(folder, tmp_path / "out", plan, weights="abc")
+    assert weighed[:2] == first[:2]
+    assert weighed[2]["config"]["weights"] == "abc"
+    assert len({r["adapter"] for r in (first[2], found[2], weighed[2])}) == 3
+    # Of the runs that are there, those on these images with these weights stand beside.
+    bias = dataclasses.replace(plan, protocols=("bias",))
+    beside = run(other, tmp_path / "out", bias)
+    assert [r for r in beside if r["protocol"] == "linear"] == found[2:]
+
+
+def test_checksums_tell_splits_and_files_apart(folder: Path, tmp_path: Path) -> None:
+    split = open_task(folder).split("val")
+    total = split_sum(split)
+    assert split_sum(split.subset(reversed(range(len(split))))) != total
+    assert split_sum(Split(split.paths, tuple(1 - x for x in split.labels))) != total
+    images = [split.image(i) for i in range(len(split))]
+    held = Split((), split.labels, images)
+    assert split_sum(held) == split_sum(Split((), split.labels, [x.copy() for x in images]))
+    assert split_sum(Split((), split.labels, images[::-1])) != split_sum(held)
+    decoded = [decode(part, eval_transform(IMAGES)) for part in (held, split)]
+    assert split_sum(decoded[0]) == split_sum(decoded[1])
+    decoded[0].images[0, 0, 0, 0] += 1
+    assert split_sum(decoded[0]) != split_sum(decoded[1])
+    file = tmp_path / "file"
+    sums = []
+    for text in ("one", "two"):
+        file.write_text(text)
+        os.utime(file, ns=(1, len(sums)))
+        sums.append(file_sum(file))
+    assert sums[0] != sums[1]
+    with pytest.raises(VPTError, match="cannot be read"):
+        file_sum(tmp_path / "absent")
+
+
+def test_a_recipe_follows_from_the_length_and_is_checked_before_anything(
+    folder: Path, tmp_path: Path
+) -> None:
+    long = Plan(protocols=("vpt-deep",), options={"vpt-deep": {"length": 200}}, kind="paper")
+    # Jia et al. 2022, Table 8.
+    assert long.recipe(long.rows()[0], "vit_base_patch16_224", 1.0, 0).batch_size == 64
+    for wrong in ({"kind": "papr"}, {"changes": {"epoch": 3}}):
+        with pytest.raises(SpecError, match="preset"):
+            run(folder, tmp_path / "out", dataclasses.replace(PLAN, **wrong))
+    shutil.rmtree(folder / "val")
+    task = open_task(folder, val_fraction=0.1)
+    lacking = dataclasses.replace(task, splits={"train": task.split("train")})
+    with pytest.raises(VPTError, match="no split 'val'"):
+        compare(lacking, eval_transform(IMAGES), torch.nn.Identity, backbone="b",
+                folder=tmp_path / "out")  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_step_costs_is_recorded_and_shown(folder: Path, tmp_path: Path) -> None:
+    records = run(folder, tmp_path / "out")
+    of = {r["protocol"]: r for r in records if r["trainable"]}
+    linear, deep = of["linear"], of["vpt-deep"]
+    weights = sum(4 * p.numel() for p in build("timm/cls", torch.float32).parameters())
+    assert weights < linear["train_bytes"] < deep["train_bytes"]
+    page = write_report(records, tmp_path, title="T", intro="I").read_text()
+    assert "ms per step | training memory (MB) |" in page
+    older = [{k: v for k, v in r.items() if k not in ("train_bytes", "preset", "adapter")}
+             for r in records]  # fmt: skip
+    page = write_report(older, tmp_path, title="T", intro="I").read_text()
+    assert "|                    - |" in page
+    assert "majority class" not in page.split("## Tests")[1]
+
+
 def test_the_report_is_made_from_records_alone(folder: Path, tmp_path: Path) -> None:
     records = run(folder, tmp_path / "out")
     page = write_report(records, tmp_path, title="Here", intro="Words.").read_text()
@@ -130,25 +219,107 @@ def test_the_report_is_made_from_records_alone(folder: Path, tmp_path: Path) -> 
     assert again == page
 
 
-def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def words_for(model: str, folder: Path, output: Path, *more: str) -> list[str]:
+    """A short comparison on a timm model of random weights, which lie beside the output."""
     timm = pytest.importorskip("timm")
     from safetensors.torch import save_file
 
     torch.manual_seed(0)
-    model = timm.create_model("test_vit")
-    save_file(model.state_dict(), tmp_path / "w.safetensors")
-    arguments = ["compare", "--data", str(folder), "--model", "test_vit.r160_in1k", "--size", "64",
-                 "--weights", str(tmp_path / "w.safetensors"), "--output", str(tmp_path / "out"),
-                 "--protocols", "linear,bias", "--epochs", "1", "--factors", "1",
-                 "--seeds", "1"]  # fmt: skip
+    weights = output.parent / f"{model}.safetensors"
+    save_file(timm.create_model(model).state_dict(), weights)
+    return ["compare", "--data", str(folder), "--model", model, "--size", "64", "--weights",
+            str(weights), "--output", str(output), "--epochs", "1", "--factors", "1", "--seeds",
+            "1", *more]  # fmt: skip
+
+
+def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = words_for("test_vit", folder, tmp_path / "out", "--protocols", "linear,bias")
     assert main(arguments) == 0
     out, err = capsys.readouterr()
     assert "# Comparison on task" in out
     assert "resize to 64x64" in err
     assert {p.suffix for p in (tmp_path / "out").iterdir()} >= {".md", ".svg", ".png", ".jsonl"}
-    assert main([*arguments[:-6], "--factors", "a"]) == 2
-    assert main([*arguments[:-1], "1", "--protocols", "lora"]) == 1
+    record = read_records(tmp_path / "out" / "records.jsonl")[-1]
+    assert record["preset"] == "default"
+    assert record["config"]["weights"] == file_sum(tmp_path / "test_vit.safetensors")
+    assert main([*arguments, "--factors", "a"]) == 2
+    assert main([*arguments, "--protocols", "lora"]) == 1
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_tasks_and_presets_in_one_folder(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    words = words_for("test_vit", folder, output, "--protocols", "linear,bias")
+    second = tmp_path / "second"
+    shutil.copytree(folder, second)
+    assert main(words) == 0
+    first = (output / "report.md").read_bytes()
+    assert main([*words, "--preset", "paper"]) == 0
+    assert "preset paper" in (output / "report.md").read_text()
+    assert main(words) == 0
+    assert (output / "report.md").read_bytes() == first
+    assert main([*words, "--data", str(second)]) == 0
+    # The first task keeps its page, and the joint one has runs of one preset.
+    assert (output / "report.md").read_bytes() == first
+    assert "# Comparison on second" in (output / "report-second.md").read_text()
+    assert (output / "accuracy-second.svg").exists()
+    joint = (output / "all-tasks.md").read_text()
+    assert "linear" in joint
+    assert "seeds 0" in joint
+    assert "the last one counts" not in joint
+    records = read_records(output / "records.jsonl")
+    assert {r["preset"] for r in records if r["protocol"] == "bias"} == {"default", "paper"}
+    assert all((output / r["adapter"]).is_dir() for r in records if r.get("adapter"))
+
+
+def test_protocols_that_a_backbone_refuses(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out"
+    words = words_for("test_resnet", folder, output)
+    assert main([*words, "--protocols", "linear,adapter"]) == 1
+    assert "--protocols: adapter: " in capsys.readouterr().err
+    assert not output.exists()
+    assert main(words) == 0
+    assert "left out: adapter: " in capsys.readouterr().err
+    done = {r["protocol"] for r in read_records(output / "records.jsonl")}
+    assert done >= {"linear", "bias", "full", "vpt-shallow"}
+    assert "adapter" not in done
+
+
+BAD: dict[str, tuple[list[str], int, str]] = {
+    "broken": ([], 1, "3 of the images cannot be read"),
+    "preset": (["--preset", "papr"], 2, "--preset"),
+    "output": (["--output", "FILE"], 1, "is no folder"),
+    "size": (["--size", "50"], 1, "50x50"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_commands_leave_nothing(
+    case: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more, code, match = BAD[case]
+    words = words_for("test_vit", folder, tmp_path / "out")
+    broken = ("train/dark/3.png", "train/light/1.png", "test/dark/0.png")
+    for name in broken if case == "broken" else ():
+        (folder / name).write_bytes(b"no image")
+    (tmp_path / "FILE").write_text("")
+    assert main([*words, *(word.replace("FILE", str(tmp_path / "FILE")) for word in more)]) == code
+    out, err = capsys.readouterr()
+    assert match in " ".join(err.split())
+    assert out == ""
+    assert not (tmp_path / "out").exists()
+    if case == "broken":
+        assert all(str(folder / name) in err for name in broken)
+        fewer = ["--skip-broken", "--protocols", "linear", "--fraction", "0.5"]
+        assert main([*words, *fewer]) == 0
+        run_on = read_records(tmp_path / "out" / "records.jsonl")[-1]["config"]["images"]
+        # Half of 24 at most, without those of them that are broken.
+        assert 10 <= int(run_on["train"].split(",")[0]) <= 12
+        assert run_on["test"].startswith("11,")
 
 
 def test_bad_plans(folder: Path, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ from peft_vpt.data import (
     train_transform,
 )
 from peft_vpt.data.drawing import stratified
+from peft_vpt.data.masks import SegmentationSplit
 from peft_vpt.errors import SpecError, VPTError
 from peft_vpt.preprocessing import load_image, timm_transform
 
@@ -202,8 +203,39 @@ def test_image_folders(tmp_path: Path) -> None:
     assert task.splits["train"].labels == (0, 0, 0, 1, 1, 1)
     assert [Path(p).name for p in task.splits["test"].paths] == ["000.png", "000.png", "001.png"]
     (tmp_path / "val").mkdir()
-    with pytest.raises(VPTError, match="has val and validation"):
+    with pytest.raises(VPTError, match="has val and validation, both of which may be 'val'"):
         open_task(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names", [("train", "valid", "test"), ("Training", "dev", "Testing"), ("TRAIN", "Val", "Test")]
+)
+def test_split_folders_by_other_names(tmp_path: Path, names: tuple[str, ...]) -> None:
+    for name, count in zip(names, (6, 2, 3), strict=True):
+        fill(tmp_path / name, {"a": count, "b": count})
+    (tmp_path / ".cache").mkdir()
+    task = open_task(tmp_path)
+    assert task.classes == ("a", "b")
+    assert sizes(task) == {"train": 12, "val": 4, "test": 6}
+    assert task.notes == ()
+    fill(tmp_path / "extra", {"a": 1})
+    assert open_task(tmp_path).notes == (f"folders beside {names[0]} that are not used: extra",)
+    fill(tmp_path / "testing_too", {"a": 1})
+    (tmp_path / "testing_too").rename(tmp_path / ("test" if names[2] != "test" else "Test"))
+    with pytest.raises(VPTError, match="both of which may be 'test'"):
+        open_task(tmp_path)
+
+
+def test_classes_may_be_called_like_splits(tmp_path: Path) -> None:
+    fill(tmp_path / "vehicles", {"Bus": 5, "Train": 5})
+    assert open_task(tmp_path / "vehicles").classes == ("Bus", "Train")
+    fill(tmp_path / "tickets", {"invalid": 5, "valid": 5})
+    assert open_task(tmp_path / "tickets").classes == ("invalid", "valid")
+    for names in (("Valid", "Testing"), ("dev",), ("Test", "other")):
+        folder = tmp_path / "-".join(names)
+        fill(folder, dict.fromkeys(names, 5))
+        with pytest.raises(VPTError, match="no classes or no training images"):
+            open_task(folder)
 
 
 def test_missing_splits_are_cut_from_train(tmp_path: Path) -> None:
@@ -303,6 +335,10 @@ def test_fgvc_fractions_have_files_of_their_own(tmp_path: Path) -> None:
     assert (task.splits["train"].labels, task.splits["val"].labels) == ((0,), (1,))
     assert "train is 1 images of train_10.json" in task.notes
     assert sizes(open_task(folder, fraction=0.5))["train"] == round(19 / 2)
+    # The file is of 10 %, not of what rounds to it.
+    rounded = open_task(folder, fraction=0.104)
+    assert sizes(rounded)["train"] == round(19 * 0.104)
+    assert "train is 2 of 19 images (stratified, seed 0)" in rounded.notes
 
 
 @pytest.mark.parametrize(
@@ -382,6 +418,26 @@ def test_hugging_face_columns(tmp_path: Path) -> None:
         open_task(write("hidden", datasets.ClassLabel(names=["n", "m"]), fine=bad))
     with pytest.raises(VPTError, match="datasets cannot read it"):
         open_task(f"hf:{tmp_path / 'nowhere'}")
+
+
+def test_hugging_face_splits_by_other_names(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    schema = datasets.Features(
+        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["n", "m"])}
+    )
+
+    def write(*names: str) -> str:
+        rows = {"image": [Image.new("L", (4, 4))] * 4, "label": [0, 1] * 2}
+        part = datasets.Dataset.from_dict(rows, features=schema)
+        folder = tmp_path / "-".join(names)
+        datasets.DatasetDict(dict.fromkeys(names, part)).save_to_disk(folder)
+        return f"hf:{folder}"
+
+    task = open_task(write("Training", "dev", "testing", "extra"))
+    assert sizes(task) == {"train": 4, "val": 4, "test": 4}
+    assert task.notes == ("splits that are not used: extra",)
+    with pytest.raises(VPTError, match="has dev and validation, both of which may be 'val'"):
+        open_task(write("train", "dev", "validation"))
 
 
 def test_hugging_face_without_datasets(monkeypatch: Any) -> None:
@@ -567,6 +623,22 @@ def test_modes_read_as_the_same_image(tmp_path: Path, name: str) -> None:
     # JPEG loses up to two levels at quality 100.
     tolerance = 2 if quality else 0
     assert np.abs(values - gradient()[..., None]).max() <= tolerance
+
+
+def test_white_follows_from_the_values_where_the_mode_does_not_say_it(tmp_path: Path) -> None:
+    grey = gradient().astype(np.int32)
+    for factor in (1, 257, 65537):
+        Image.fromarray(grey * factor).save(tmp_path / "a.tiff")
+        with Image.open(tmp_path / "a.tiff") as file:
+            assert file.mode == "I"
+        found = np.asarray(load_image(tmp_path / "a.tiff")).astype(int)
+        assert np.array_equal(found, gradient()[..., None].repeat(3, 2)), factor
+    for bad in (np.nan, np.inf):
+        values = grey.astype(np.float32)
+        values[3, 4] = bad
+        Image.fromarray(values).save(tmp_path / "f.tiff")
+        with pytest.raises(VPTError, match=r"f\.tiff cannot be read: OSError: .*not finite"):
+            Split((str(tmp_path / "f.tiff"),), (0,)).image(0)
 
 
 def test_one_bit_and_transparent_palettes(tmp_path: Path) -> None:
@@ -844,6 +916,55 @@ def test_zero_is_ignored_where_it_is_no_class(tmp_path: Path) -> None:
         .eq(255)
         .all()
     )
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_mask_tells_which_way_its_image_lies(tmp_path: Path, orientation: int) -> None:
+    """Images whose red channel says the label, so that a wrong turn shows at once."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turn = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
+    }  # fmt: skip
+
+    def read(labels: np.ndarray, shown: bool, suffix: str, mask_exif: Any = None) -> Any:
+        image, mask = (Image.fromarray(n) for n in (np.stack([labels * 10] * 3, -1), labels))
+        image.save(tmp_path / f"image.{suffix}", exif=exif)
+        if shown and orientation in turn:
+            mask = mask.transpose(turn[orientation])
+        mask.save(tmp_path / "mask.png", **({"exif": mask_exif} if mask_exif else {}))
+        pair = (str(tmp_path / f"image.{suffix}"), str(tmp_path / "mask.png"))
+        return SegmentationSplit((pair,), 25).read(0)
+
+    wide = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    for shown in (True, False):
+        if orientation in (1, 5, 6, 7, 8):
+            image, mask = read(wide, shown, "png")
+            assert np.array_equal(np.asarray(image)[..., 0], 10 * mask.numpy())
+        else:
+            with pytest.raises(VPTError, match=r"orientation turns .*image\.png when it is shown"):
+                read(wide, shown, "png")
+    if orientation > 1:
+        with pytest.raises(VPTError, match="nothing says"):
+            read(wide[:, :4].copy(), True, "png")
+        # Both carry the tag: both are as they are stored.
+        image, mask = read(wide, False, "png", exif)
+        assert np.array_equal(np.asarray(image)[..., 0], 10 * mask.numpy())
+        other = Image.Exif()
+        other[0x0112] = orientation % 8 + 1 if orientation < 8 else 2
+        with pytest.raises(VPTError, match="nothing says"):
+            read(wide, False, "png", other)
+    if orientation in (5, 6, 7, 8):
+        # The decoder of TIFF turns by itself, so there is no image as stored.
+        image, mask = read(wide, True, "tif")
+        assert np.array_equal(np.asarray(image)[..., 0], 10 * mask.numpy())
+        with pytest.raises(VPTError, match="must be of one size"):
+            read(wide, False, "tif")
+    if orientation in (2, 3, 4):
+        with pytest.raises(VPTError, match="nothing says"):
+            read(wide, False, "tif")
 
 
 def test_bad_masks(tmp_path: Path) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -161,7 +164,7 @@ def test_train_save_load_remove(name: str, protocol: str, tmp_path: Path) -> Non
 
     path = save_task_adapter(model, tmp_path, labels=["a", "b", "c", "d"])
     if protocol == "sidetune":
-        with pytest.raises(AdapterMismatchError, match="side"):
+        with pytest.raises(AdapterMismatchError, match=r"first call apply_protocol\(model, 'side"):
             load_task_adapter(MODELS[name](), path)
     else:
         again = load_task_adapter(MODELS[name](), path)
@@ -434,6 +437,107 @@ def test_sidetune_blends_by_alpha() -> None:
         model(x)
     share = torch.sigmoid(torch.tensor(0.7, dtype=torch.float64))
     torch.testing.assert_close(seen[0], share * seen[1] + (1 - share) * side(x))
+
+
+class Normed(Tiny):
+    """Features with statistics of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(256)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        found: Tensor = self.norm(super().forward(pixels))
+        return found
+
+
+@pytest.mark.parametrize("num_classes", [4, 7])
+def test_sidetune_with_own_features_loads_beside_such_features(
+    num_classes: int, tmp_path: Path
+) -> None:
+    """Whether the head is as large as the file's, or the whole has to be made anew."""
+
+    def make(classes: int) -> nn.Module:
+        features = Normed().double()
+        return apply_protocol(
+            MODELS["timm/cls"](), "sidetune", num_classes=classes, features=features
+        )
+
+    model, x = make(4), pixels("timm/cls")
+    train_a_little(model, "timm/cls")
+    path = save_task_adapter(model, tmp_path)
+    other = make(num_classes)
+    assert load_task_adapter(other, path) is other
+    assert torch.equal(logits(other(x)), logits(model(x)))
+    remove_prompts(other)
+    assert torch.equal(logits(other(x)), logits(MODELS["timm/cls"]()(x)))
+    with pytest.raises(AdapterMismatchError, match=r"norm\.bias.* first call apply_protocol"):
+        load_task_adapter(apply("timm/cls", "sidetune"), path)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_sidetune_lets_the_images_go(fails: bool) -> None:
+    model = apply("timm/cls", "sidetune")
+    x = pixels("timm/cls")
+    seen = weakref.ref(x)
+    if fails:
+        model.blocks[1].register_forward_pre_hook(lambda m, args: 1 / 0)
+    with torch.no_grad(), pytest.raises(ZeroDivisionError) if fails else nullcontext():
+        model(x)
+    del x
+    gc.collect()
+    assert seen() is None
+
+
+def residual_inside(name: str) -> tuple[nn.Module, Tensor]:
+    """Build models whose feed-forward module adds the residual itself."""
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    size |= {"intermediate_size": 64, "image_size": 32, "patch_size": 8}
+    if name == "dpt":
+        config = transformers.DPTConfig(
+            **size, backbone_out_indices=[0, 1, 1, 1], neck_hidden_sizes=[8] * 4,
+            fusion_hidden_size=8, is_hybrid=False,
+        )  # fmt: skip
+        return transformers.DPTModel(config), torch.randn(1, 3, 32, 32)
+    if name == "yolos":
+        config = transformers.YolosConfig(**size | {"image_size": [32, 32]})
+        return transformers.YolosModel(config), torch.randn(1, 3, 32, 32)
+    config = transformers.VideoMAEConfig(**size, num_frames=2, num_labels=3)
+    model = transformers.VideoMAEForVideoClassification(config)
+    return model, torch.randn(1, 2, 3, 32, 32)
+
+
+@pytest.mark.parametrize("name", ["dpt", "yolos", "videomae"])
+def test_the_adapter_stands_in_front_of_the_residual_sum(name: str) -> None:
+    model, x = residual_inside(name)
+    apply_protocol(model.eval(), "adapter", reduction=4)
+    outputs = [
+        m
+        for m in model.modules()
+        if type(m).__name__.endswith("Output") and "Self" not in type(m).__name__
+    ]
+    found: list[Tensor] = []
+    for part in model.prompts.delta.adapters.values():
+        part.down.register_forward_pre_hook(lambda m, args: found.append(args[0]))
+    with torch.no_grad():
+        for output in outputs:
+            for parameter in output.dense.parameters():
+                parameter.zero_()
+        model(x)
+    assert len(found) == 2
+    # Nothing of what the block hands on beside its feed-forward layer.
+    assert not any(hidden.any() for hidden in found)
+
+
+def test_stages_of_a_resnet_are_those_with_weights() -> None:
+    timm = pytest.importorskip("timm")
+    model = apply_protocol(timm.create_model("resnet18", num_classes=3), "partial-4")
+    assert {n.split(".")[0] for n in trainable_parameters(model)} == {
+        "layer1", "layer2", "layer3", "layer4", "fc",
+    }  # fmt: skip
+    with pytest.raises(SpecError, match="has 4 stages"):
+        apply_protocol(timm.create_model("resnet18", num_classes=3), "partial-5")
 
 
 @pytest.mark.parametrize(

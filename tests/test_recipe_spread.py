@@ -18,6 +18,7 @@ pytest.importorskip("accelerate")
 
 from peft_vpt.experiments.compare import Plan, compare
 from peft_vpt.experiments.records import append_record, read_records
+from peft_vpt.experiments.sums import file_sum
 from peft_vpt.training import preset
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "recipe_spread.py"))
@@ -131,7 +132,7 @@ def test_records_of_compare_count(folder: Path, arguments: list[str], tmp_path: 
     )  # fmt: skip
     other = compare(
         work.task, work.pixels.transform, work.build, backbone=MODEL, folder=tmp_path / "compare",
-        plan=plan, progress=False,
+        plan=plan, weights=file_sum(args.weights), progress=False,
     )  # fmt: skip
     for record in other:
         append_record(work.file, record)
@@ -161,7 +162,9 @@ def test_the_test_split_is_that_of_runs_on_train_and_val(
     arguments: list[str], tmp_path: Path
 ) -> None:
     one = ("--presets", "paper", "--factors", "1", "--beyond", "", "--split", "test")
-    assert "6 test images" in main(arguments, *one)
+    text = main(arguments, *one)
+    assert "6 test images" in text
+    assert "batch 8 in both presets, in place of the paper's own" in text
     (record,) = read_records(tmp_path / "out" / "records.jsonl")
     assert (record["split"], record["config"]["train"]) == ("test", "trainval")
 

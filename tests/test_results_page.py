@@ -76,7 +76,20 @@ def test_rates_and_segmentation_have_their_sections(tmp_path: Path) -> None:
     assert "| head   | 62.5 |              65.0 |        40.0 |" in page
 
 
+def test_runs_without_a_class_do_not_count() -> None:
+    records = [{"metrics": {"iou sea": value}} for value in (0.5, None, 0.7)]
+    assert script.percent(records, "iou sea").startswith("60.0 ±")
+    assert script.percent(records[1:2], "iou sea") == "-"
+
+
 def test_no_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         script.main(["--folder", str(tmp_path)])
     assert "comparison.jsonl: no such file" in capsys.readouterr().err
+
+
+def test_the_committed_page_is_that_of_the_committed_records() -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    if not (docs / "results").exists():
+        pytest.skip("no records are committed yet")
+    assert (docs / "results.md").read_text(encoding="utf-8") == script.write(docs / "results")

@@ -10,11 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from sklearn.metrics import jaccard_score
 from torch import Tensor, nn
+from torch.nn import functional as F
 from zoo import build, image
 
-from peft_vpt import inject_prompts, is_prompted, load_task_adapter, save_task_adapter
+from peft_vpt import (
+    inject_prompts,
+    is_prompted,
+    load_task_adapter,
+    remove_prompts,
+    save_task_adapter,
+)
 from peft_vpt.adapter_file import read_adapter, write_adapter
 from peft_vpt.errors import (
     AdapterError,
@@ -22,6 +30,7 @@ from peft_vpt.errors import (
     NotPromptedError,
     SpecError,
     UnsupportedArchitectureError,
+    VPTError,
 )
 from peft_vpt.segmentation import (
     IGNORE,
@@ -176,6 +185,91 @@ def test_windows_are_put_together_in_place() -> None:
     torch.testing.assert_close(found, Oracle()(x).softmax(1))
 
 
+def slowly(model: nn.Module, x: Tensor, edge: int, scales: list[float], flip: bool) -> Tensor:
+    """Do what `predict` does pixel by pixel, over windows that do not overlap or end flush."""
+    maps = []
+    for scale in scales:
+        for mirror in (False, True) if flip else (False,):
+            view = x.flip(-1) if mirror else x
+            height, width = (round(n * scale) for n in x.shape[-2:])
+            small = F.interpolate(view, (height, width), mode="bilinear", align_corners=False)
+            canvas = torch.zeros(1, 3, max(height, edge), max(width, edge), dtype=x.dtype)
+            canvas[:, :, :height, :width] = small
+            total = torch.zeros(1, 2, *canvas.shape[-2:], dtype=x.dtype)
+            counts = torch.zeros(canvas.shape[-2:])
+            tops, lefts = ([*range(0, n - edge, edge), n - edge] for n in canvas.shape[-2:])
+            for top in tops:
+                for left in lefts:
+                    part = model(canvas[:, :, top : top + edge, left : left + edge])
+                    for y in range(edge):
+                        for z in range(edge):
+                            total[0, :, top + y, left + z] += part[0, :, y, z]
+                            counts[top + y, left + z] += 1
+            share = (total / counts)[:, :, :height, :width].softmax(1)
+            share = share.flip(-1) if mirror else share
+            maps.append(F.interpolate(share, x.shape[-2:], mode="bilinear", align_corners=False))
+    return torch.stack(maps).mean(0)
+
+
+class Placed(nn.Module):
+    """Scores a pixel by its neighbours and its place in the window."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        ramp = torch.linspace(-1, 1, pixels.shape[-1], dtype=pixels.dtype)
+        seen = F.avg_pool2d(pixels.sum(1, keepdim=True), 3, 1, 1)[:, 0]
+        return torch.stack([seen * ramp, ramp[:, None] - seen], 1)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (20, 50), (9, 33)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_several_scales_equal_a_slow_oracle(size: tuple[int, int], flip: bool) -> None:
+    x = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(1)).double()
+    scales = [0.5, 0.75, 1.0, 1.5]
+    found = predict(Placed(), x, window=(16, 16), scales=scales, flip=flip, overlap=0.0)
+    torch.testing.assert_close(found, slowly(Placed(), x, 16, scales, flip))
+
+
+def test_a_scale_keeps_the_shape_of_an_image() -> None:
+    seen: list[Tensor] = []
+    model = Placed()
+    model.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    predict(model, torch.ones(1, 3, 20, 40), window=(16, 16), scales=(0.5,), overlap=0.0)
+    # 10 x 20: rows from 10 on are padding, in windows at 0 and 4.
+    assert [tuple(s.shape) for s in seen] == [(2, 3, 16, 16)]
+    assert bool((seen[0][:, :, :10] == 1).all())
+    assert bool((seen[0][:, :, 10:] == 0).all())
+    square = torch.randn(1, 3, 16, 16)
+    half, whole = (predict(model, square, window=(16, 16), scales=(s,)) for s in (0.5, 1.0))
+    assert not torch.allclose(half, whole, atol=1e-3)
+    for wrong in ((), (1.0, 0.0)):
+        with pytest.raises(SpecError, match="one or more numbers > 0"):
+            predict(model, square, window=(16, 16), scales=wrong)
+
+
+def test_wrong_labels_are_not_counted_elsewhere() -> None:
+    truth = torch.tensor([[0, 1], [2, IGNORE]])
+    assert score([(torch.tensor([[0, 1], [2, 7]]), truth)], 3).miou == 1
+    for found, match in (([[0, 1], [3, 0]], "prediction 3 is none of 3"), ([[0, 1]], "one shape")):
+        with pytest.raises(VPTError, match=match):
+            score([(torch.tensor(found), truth)], 3)
+    with pytest.raises(VPTError, match="true label 2 is none of 2"):
+        score([(torch.zeros(2, 2), truth)], 2)
+
+
+@pytest.mark.parametrize("auxiliary", [(), (0,)])
+def test_a_loss_over_unknown_pixels_alone_is_zero(auxiliary: tuple[int, ...]) -> None:
+    model = segmenter("timm/cls", "vpt-deep", length=2, auxiliary=auxiliary).train()
+    loss = model.loss(image(), torch.full((2, 32, 32), IGNORE))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or bool((p.grad == 0).all()) for p in model.parameters())
+    masks = torch.randint(0, 4, (2, 32, 32))
+    masks[0] = IGNORE
+    model = segmenter("timm/cls", "vpt-deep", length=2)
+    wanted = F.cross_entropy(model(image()), masks, ignore_index=IGNORE)
+    torch.testing.assert_close(model.loss(image(), masks), wanted)
+
+
 def trained(name: str, protocol: str, **options: Any) -> Segmenter:
     """Return a segmenter in which everything that trains, statistics too, has moved."""
     model = segmenter(name, protocol, **options).train()
@@ -287,25 +381,127 @@ def test_what_a_save_refuses(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("kind", ["segformer", "upernet"])
-def test_prompts_inside_a_segmentation_model_of_transformers(kind: str) -> None:
+def whole(kind: str, **changes: Any) -> Any:
+    """Build a small segmentation model of transformers, the same one at every call."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
+    names = {i: f"thing {i}" for i in range(4)}
     if kind == "segformer":
-        config = transformers.SegformerConfig(
-            num_labels=4, hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1],
-            num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=16,
-        )  # fmt: skip
-        model = transformers.SegformerForSemanticSegmentation(config)
-    else:
-        swin = transformers.SwinConfig(
-            image_size=64, patch_size=4, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2],
-            window_size=2, out_features=["stage1", "stage2", "stage3", "stage4"],
-        )  # fmt: skip
-        config = transformers.UperNetConfig(
-            backbone_config=swin, num_labels=4, hidden_size=16, auxiliary_in_channels=32
-        )
-        model = transformers.UperNetForSemanticSegmentation(config)
+        config = transformers.SegformerConfig(**{
+            "id2label": names, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 1, 2, 2], "decoder_hidden_size": 16, **changes,
+        })  # fmt: skip
+        return transformers.SegformerForSemanticSegmentation(config).eval()
+    swin = transformers.SwinConfig(
+        image_size=64, patch_size=4, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2],
+        window_size=2, out_features=["stage1", "stage2", "stage3", "stage4"],
+    )  # fmt: skip
+    config = transformers.UperNetConfig(
+        backbone_config=swin, id2label=names, hidden_size=16, auxiliary_in_channels=32
+    )
+    return transformers.UperNetForSemanticSegmentation(config).eval()
+
+
+def shift(model: Any) -> Tensor:
+    """Move all that trains, statistics too; return the scores then."""
+    model.train()
+    out = model(image(2, torch.float32, 64), labels=torch.randint(0, 4, (2, 64, 64)))
+    out.loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return logits(model)
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model.eval()(image(2, torch.float32, 64)).logits
+    return found
+
+
+@pytest.mark.parametrize("kind", ["segformer", "upernet"])
+@pytest.mark.parametrize("protocol", ["linear", "bias", "vpt-deep", "full"])
+def test_a_decoder_of_its_own_is_saved_and_put_back(
+    kind: str, protocol: str, tmp_path: Path
+) -> None:
+    model = whole(kind)
+    bare = logits(model)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    options: dict[str, Any] = {"vpt-deep": {"length": 2}, "full": {"keep_original": True}}
+    apply_to_encoder(model, protocol, **options.get(protocol, {}))
+    wanted = shift(model)
+    path = save_task_adapter(model, tmp_path)
+    head = read_adapter(path).metadata["head"]
+    assert (head["class"], head["labels"][3]) == (type(model).__name__, "thing 3")
+    back = load_task_adapter(whole(kind), path)
+    assert torch.equal(logits(back), wanted)
+    trains = [{n for n, p in m.named_parameters() if p.requires_grad} for m in (back, model)]
+    assert trains[0] == trains[1]
+    again = save_task_adapter(back, tmp_path / "again.safetensors")
+    assert again.read_bytes() == path.read_bytes()
+    shift(back)
+    assert torch.equal(logits(load_task_adapter(back, path)), wanted)
+    remove_prompts(model)
+    assert torch.equal(logits(model), bare)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+
+
+def test_adapters_with_and_without_a_decoder_in_turn(tmp_path: Path) -> None:
+    plain = inject_prompts(whole("segformer"), 2, num_classes=None)
+    with torch.no_grad():
+        plain.prompts.get_parameter("0").add_(0.1)
+    wanted = logits(plain)
+    prompts_alone = save_task_adapter(plain, tmp_path / "plain")
+    model = apply_to_encoder(whole("segformer"), "vpt-deep", length=2)
+    other = shift(model)
+    path = save_task_adapter(model, tmp_path / "whole")
+    # Prompts alone, by the caller's wish: the decoder stays as it was trained.
+    decoder = model.decode_head.classifier.weight.clone()
+    load_task_adapter(model, prompts_alone, strict="prompts")
+    assert torch.equal(model.decode_head.classifier.weight, decoder)
+    assert torch.equal(model.prompts.get_parameter("0"), plain.prompts.get_parameter("0"))
+    # An adapter made with the model's own decoder gets that one back.
+    assert torch.equal(logits(load_task_adapter(model, prompts_alone)), wanted)
+    assert not model.decode_head.classifier.weight.requires_grad
+    assert torch.equal(logits(load_task_adapter(model, path)), other)
+    bare = whole("segformer")
+    load_task_adapter(bare, path, strict="prompts")
+    assert torch.equal(
+        bare.decode_head.classifier.weight, whole("segformer").decode_head.classifier.weight
+    )
+
+
+def test_a_decoder_fits_its_own_class_alone(tmp_path: Path) -> None:
+    model = apply_to_encoder(whole("segformer"), "vpt-deep", length=2)
+    path = save_task_adapter(model, tmp_path)
+    three = whole("segformer", id2label={i: str(i) for i in range(3)})
+    transformers = pytest.importorskip("transformers")
+    classifier = transformers.SegformerForImageClassification(model.config)
+    for host, match in ((three, "classes 4, this model's has 3"), (classifier, "the same class")):
+        before = {n: t.clone() for n, t in host.state_dict().items()}
+        with pytest.raises(AdapterMismatchError, match=match):
+            load_task_adapter(host, path)
+        assert not is_prompted(host)
+        assert all(torch.equal(t, before[n]) for n, t in host.state_dict().items())
+
+
+def test_a_decoder_trains_with_its_dropout_and_goes_into_checkpoints(tmp_path: Path) -> None:
+    model = whole("segformer")
+    apply_to_encoder(model, "bias").train()
+    assert model.decode_head.dropout.training
+    assert model.decode_head.batch_norm.training
+    assert not any(module.training for module in model.segformer.stages.modules())
+    model.save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    assert "decode_head.classifier.weight" in held
+
+
+@pytest.mark.parametrize("kind", ["segformer", "upernet"])
+def test_prompts_inside_a_segmentation_model_of_transformers(kind: str) -> None:
+    model = whole(kind)
     apply_to_encoder(model, "vpt-deep", length=2)
     trains = {n for n, p in model.named_parameters() if p.requires_grad}
     encoder = model.prompts.encoder.path
@@ -326,7 +522,12 @@ def test_bad_input() -> None:
     with pytest.raises(UnsupportedArchitectureError, match="apply_to_encoder"):
         Segmenter(swin, 3)
     assert not hasattr(swin, "prompts")
+    vit = build("timm/cls")
     with pytest.raises(SpecError, match="without a decoder"):
-        apply_to_encoder(build("timm/cls"), "bias")
+        apply_to_encoder(vit, "bias")
+    assert not hasattr(vit, "prompts")
+    assert all(p.requires_grad for p in vit.parameters())
+    with pytest.raises(SpecError, match="build the model for that many"):
+        apply_to_encoder(whole("segformer"), "bias", num_classes=3)
     model = inject_prompts(build("timm/cls"), 2)
     assert Segmenter(model, 3, None, channels=4)(image()).shape == (2, 3, 32, 32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from peft_vpt.segmentation import load_segmenter
 from peft_vpt.training import preset
 
 example: Any = importlib.import_module("examples.finetune_segmentation")
-RATE = preset("linear").base_lr
+RATES = {"head": preset("linear").base_lr, "vpt-deep": preset("vpt-deep").base_lr}
 FAST = ("--epochs", "1", "--channels", "8", "--length", "4", "--scales", "1,1.5")
 
 
@@ -52,7 +53,9 @@ def test_rates_are_chosen_on_val_and_test_is_seen_once(done: tuple[Path, Any]) -
         best = max(own, key=lambda r: r["metrics"]["miou"])
         assert record["config"]["recipe"] == best["config"]["recipe"]
         assert record["config"]["evaluation"]["scales"] == [1.0, 1.5]
-        assert {r["config"]["recipe"]["base_lr"] for r in own} == {RATE, 3 * RATE}
+        assert {r["config"]["recipe"]["base_lr"] for r in own} == {
+            factor * RATES[record["protocol"]] for factor in (1, 3)
+        }
 
 
 def test_records_hold_what_a_table_needs(done: tuple[Path, Any]) -> None:
@@ -73,12 +76,12 @@ def test_records_hold_what_a_table_needs(done: tuple[Path, Any]) -> None:
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["head", "vpt-deep"]
     assert f"{100 * vpt['metrics']['miou']:.1f}" in lines[3]
     assert vpt["stored_bytes"] == sum(
-        path.stat().st_size for path in folder.glob(f"shapes/vpt-deep-x{factor(vpt):g}-0/*")
+        path.stat().st_size for path in folder.glob(f"shapes/vpt-deep-x{factor(vpt):g}-0-*/*")
     )
 
 
 def factor(record: Any) -> float:
-    return float(round(record["config"]["recipe"]["base_lr"] / RATE, 3))
+    return float(round(record["config"]["recipe"]["base_lr"] / RATES[record["protocol"]], 3))
 
 
 def test_a_run_with_a_record_is_not_run_again(
@@ -101,7 +104,7 @@ def test_test_results_come_from_the_adapter(
     args = example.parse_arguments([*FAST, "--output", str(folder)])
     task = example.open_segmentation(folder / "shapes")
     runs = example.Runs(args, task)
-    adapter = folder / "shapes" / f"vpt-deep-x{factor(found[1]):g}-0"
+    adapter = runs.folder("vpt-deep", factor(found[1]), 0)
     scores = runs.measure(load_segmenter(runs.backbone(), adapter), "test", (1.0,))
     assert scores.miou == found[1]["metrics"]["miou"]
     # Killed between val and test: the rest is done without training.
@@ -111,6 +114,43 @@ def test_test_results_come_from_the_adapter(
     forbid(monkeypatch, "fit")
     again = run(tmp_path, "--protocols", "head,vpt-deep", "--factors", "1,3")
     assert [r["metrics"] for r in again] == [r["metrics"] for r in found]
+
+
+def test_other_options_never_meet_a_runs_weights(
+    done: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    once = ("--protocols", "head", "--factors", "1")
+    first = run(tmp_path, *once)[0]["metrics"]
+    longer = run(tmp_path, *once, "--epochs", "8")[0]["metrics"]
+    assert longer["miou"] != first["miou"]
+    # Another evaluation of the first run is one of the first run's weights, without training.
+    forbid(monkeypatch, "fit")
+    again = run(tmp_path, *once, "--scales", "1")[0]["metrics"]
+    assert again["miou"] == first["miou"]
+    folders = sorted(path.name for path in (tmp_path / "shapes").glob("head-*"))
+    assert [name.rpartition("-")[0] for name in folders] == ["head-x1-0"] * 2
+
+
+def test_weights_of_another_training_are_refused(tmp_path: Path) -> None:
+    once = ("--protocols", "head", "--factors", "1")
+    run(tmp_path, *once)
+    file = tmp_path / "records.jsonl"
+    val, _ = read_records(file)
+    val["metrics"]["miou"] += 0.01
+    file.write_text(json.dumps(val) + "\n")
+    with pytest.raises(SystemExit, match="not of one training"):
+        run(tmp_path, *once)
+
+
+def test_a_class_that_is_absent_has_no_value() -> None:
+    found = example.metrics(example.Scores(0.5, [0.5, float("nan")], 0.75), ["a", "b"])
+    assert found == {"miou": 0.5, "pixel_accuracy": 0.75, "iou a": 0.5, "iou b": None}
+    config = {"recipe": {"base_lr": 0.1}}
+    rest = {"protocol": "head", "trainable": 3, "decoder": 3, "config": config}
+    records = [{"metrics": found | {"miou_multi": 0.5}, **rest} for _ in range(2)]
+    records[1]["metrics"] = records[1]["metrics"] | {"iou a": None}
+    row = [cell.strip() for cell in example.table(records, ["a", "b"]).splitlines()[2].split("|")]
+    assert row[2:6] == ["50.0 +- 0.0", "50.0 +- 0.0", "50.0", "-"]
 
 
 def test_data_of_ones_own_with_unknown_pixels(tmp_path: Path) -> None:

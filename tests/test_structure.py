@@ -36,13 +36,14 @@ LAYERS = (
     ("protocols",),
     ("inject", "fingerprint"),
     ("undo",),
+    ("decoder",),
     ("forms",),
     ("hosts", "initialise"),
     ("prompts",),
     ("pixels",),
     ("backbones",),
     ("spec",),
-    ("errors",),
+    ("errors", "randomness"),
 )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from zoo import SIZE, build
 
 from peft_vpt import VPTError, inject_prompts, remove_prompts, trainable_parameters
@@ -556,9 +556,15 @@ def test_a_finished_run_is_not_repeated(tmp_path: Path) -> None:
     assert second == first
     assert_equal(values(two), values(one))
     third = prompted()
+    options: dict[str, Any] = {"folder": tmp_path, "resume": False, "progress": False}
     stop_after(third, 0)
     with pytest.raises(KeyboardInterrupt):
-        fit(third, loader(), recipe=RECIPE, folder=tmp_path, resume=False, progress=False)
+        fit(third, loader(), recipe=RECIPE, **options)
+    assert (tmp_path / "checkpoint.pt").exists()
+    third = prompted()
+    stop_after(third, 1)
+    with pytest.raises(KeyboardInterrupt):
+        fit(third, loader(), recipe=RECIPE, **options)
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
@@ -674,11 +680,60 @@ def test_a_rising_loss_warns_once() -> None:
         fit(prompted(), loader(), recipe=replace(RECIPE, epochs=6), progress=False)
 
 
-def test_labels_out_of_range() -> None:
-    data = loader()
-    data.dataset.labels[7] = CLASSES  # type: ignore[attr-defined]
+class Hidden(Dataset[Any]):
+    """A dataset that does not show its labels, or shows others than it gives."""
+
+    def __init__(self, inner: Colours, shown: list[int] | None = None) -> None:
+        self.inner = inner
+        if shown is not None:
+            self.targets = shown
+
+    def __len__(self) -> int:
+        return len(self.inner)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.inner[index]
+
+
+def bad_label(index: int, label: int = CLASSES) -> Colours:
+    data = Colours()
+    data.labels[index] = label
+    return data
+
+
+BAD_LABELS: dict[str, tuple[Dataset[Any], str]] = {
+    "labels": (bad_label(7), r"1 of 24 labels .* index 7: 3\. The model has 3 classes"),
+    "negative": (bad_label(20, -1), "index 20: -1"),
+    "tensors": (
+        TensorDataset(Colours().pixels, torch.tensor(bad_label(23, 9).labels)), "index 23: 9"
+    ),
+    "subset": (Subset(bad_label(23, 5), range(4, 24)), "1 of 20 labels .* index 19: 5"),
+    "hidden": (Hidden(Colours(), bad_label(3).labels), ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize("case", BAD_LABELS)
+def test_labels_out_of_range(case: str, part: str, tmp_path: Path) -> None:
+    """Those that can be seen, before the first step; labels that only look wrong are taken."""
+    dataset, match = BAD_LABELS[case]
+    loaders = {"train": loader(), "val": loader(), part: DataLoader(dataset, 4, shuffle=True)}
+    model, folder = prompted(), tmp_path / "run"
+    before = values(model)
+    if not match:
+        fit(model, **loaders, recipe=RECIPE, folder=folder, progress=False)
+        return
+    with pytest.raises(VPTError, match=rf"fit\({part}=.*{match}"):
+        fit(model, **loaders, recipe=RECIPE, folder=folder, progress=False)
+    assert_equal(values(model), before)
+    assert not folder.exists()
+
+
+def test_labels_out_of_range_that_only_a_batch_shows(tmp_path: Path) -> None:
+    data = DataLoader(Hidden(bad_label(2)), 4)
     with pytest.raises(VPTError, match=r"fit: .* label 3, but the model has 3 classes"):
-        fit(prompted(), data, recipe=RECIPE, progress=False)
+        fit(prompted(), data, recipe=RECIPE, folder=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
     with pytest.raises(VPTError, match=r"evaluate: .* label 3"):
         evaluate(prompted(), data)
 
@@ -708,10 +763,33 @@ def test_class_weights_reach_the_loss() -> None:
     even = Colours().labels
     plain = fit(prompted(), loader(), recipe=replace(recipe, class_weights="none"), progress=False)
     same = fit(prompted(), loader(), recipe=recipe, labels=even, progress=False)
-    other = fit(prompted(), loader(), recipe=recipe, labels=[0, 0, 0, 1, 2], progress=False)
+    uneven = [0] * 12 + [1] * 6 + [2] * 6
+    other = fit(prompted(), loader(), recipe=recipe, labels=uneven, progress=False)
     # Weights of 1 multiply exactly.
     assert same.history[0]["train_loss"] == plain.history[0]["train_loss"]
     assert other.history[0]["train_loss"] != plain.history[0]["train_loss"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "match"),
+    [
+        ([], "0 labels, but train has 24 images"),
+        ([0, 1, 2], "3 labels, but train has 24"),
+        ([0, 1, -1] * 8, "class numbers, from 0"),
+        ([0.0, 1.0, 2.0] * 8, "class numbers, from 0"),
+        (["a", "b", "c"] * 8, "class numbers"),
+        ([0, 1, 5] * 8, "has the label 5, but the model has 3 classes"),
+    ],
+)
+def test_labels_for_class_weights_are_checked(
+    labels: list[Any], match: str, tmp_path: Path
+) -> None:
+    model, recipe = prompted(), replace(RECIPE, class_weights="inv")
+    before = values(model)
+    with pytest.raises(SpecError, match=match):
+        fit(model, loader(), recipe=recipe, labels=labels, folder=tmp_path / "run", progress=False)
+    assert_equal(values(model), before)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("classes", [2, 3, 8])
@@ -777,7 +855,11 @@ model = prompted(dropout=0.0)
 size = loader_batch_size(recipe)
 out = sys.argv[1]
 val = loader(4, images=13, shuffle=False, jitter=0)
-result = fit(model, loader(size), val, recipe=recipe, folder=out, progress=False)
+# 21 images: the last batch of one process has 1 image of its own, that of the other none.
+labels = [0] * 12 + [1] * 5 + [2] * 4
+recipe = replace(recipe, class_weights="inv_sqrt", label_smoothing=0.1)
+train = loader(size, images=21)
+result = fit(model, train, val, recipe=recipe, folder=out, labels=labels, progress=False)
 assert type(model).__name__ == "VisionTransformer" and "forward" not in vars(model)
 if Accelerator().is_main_process:
     torch.save(values(model), f"{out}/weights.pt")

@@ -168,6 +168,13 @@ class Encoder:
         return f"{name}:norm-after" if self.norm_after_pool and pooling != "cls" else name
 
     @property
+    def headless(self) -> str | None:
+        """What the model has in place of one classifier, in words; None where it has one."""
+        if self.head is None:
+            return "no classifier"
+        return "two classifiers (distillation)" if len(self.head.paths) > 1 else None
+
+    @property
     def depth(self) -> int:
         """Number of blocks."""
         return len(self.blocks)

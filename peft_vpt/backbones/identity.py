@@ -97,9 +97,11 @@ def describe_timm_config(config: Mapping[str, Any], size: Any = None) -> dict[st
 
 def label_names(host: nn.Module, encoder: Encoder) -> list[str] | None:
     """Return the label names of a transformers config, or None where it only numbers them."""
-    if encoder.head is None or encoder.library != "transformers":
+    if encoder.library != "transformers":
         return None
-    owner = module_at(host, head_owner(host, encoder.head.paths[0]))
+    # A model with a decoder in place of a classifier names the labels itself.
+    path = "" if encoder.head is None else head_owner(host, encoder.head.paths[0])
+    owner = module_at(host, path)
     names = getattr(getattr(owner, "config", None), "id2label", None) or {}
     labels = [str(names[i]) for i in sorted(names)]
     numbered = all(label == f"LABEL_{i}" for i, label in enumerate(labels))

@@ -2,18 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .backbone import Backbone, taken
+from .images import find_broken, open_images, without_broken
 from .output import Offline, complain, write_facts
-from .sources import Data, Model, Size, Weights, build, counts, numbers, preprocessing_of
+from .sources import (
+    Data,
+    Model,
+    Preset,
+    Size,
+    SkipBroken,
+    Weights,
+    counts,
+    need_folder,
+    need_packages,
+    need_size,
+    numbers,
+)
 
 if TYPE_CHECKING:
+    from ..data import Task
     from ..experiments.ablations import Row
     from ..experiments.records import Record
+
+CALL = "peft-vpt compare"
+_SPLITS = ("train", "val", "test")
 
 
 def list_ablations(value: str | None) -> str | None:
@@ -67,8 +86,9 @@ def compare(
     pool: Annotated[
         str | None, typer.Option(help="What the head of a timm ViT reads: token or avg.")
     ] = None,
-    preset: Annotated[str, typer.Option(help="default or paper.")] = "default",
+    preset: Annotated[Preset, typer.Option(help="Recipes to begin with.")] = Preset.default,
     group: Annotated[str | None, typer.Option(help="Of the task, for tables.")] = None,
+    skip_broken: SkipBroken = False,
     offline: Offline = False,
 ) -> None:
     """Compare prompts with their rivals on your images; print and save the table.
@@ -76,46 +96,40 @@ def compare(
     Rates are chosen on val; final runs train on train and val, and see test once. A run that has a
     record is not run again, so a comparison that was stopped goes on.
     """
-    from ..data import open_task
-    from ..experiments.ablations import Row, rows_of
-    from ..experiments.compare import PROTOCOLS, Plan, need_splits
+    from ..experiments.compare import Plan
     from ..experiments.compare import compare as work
-    from ..experiments.variants import facts_of, plain
 
+    need_packages(CALL, "accelerate", "matplotlib", "scipy", "sklearn", "timm")
     _check_words(protocols, ablation, fraction)
-    task = open_task(data)
-    need_splits(task)
-    backbone = _Backbone(model, weights, size, offline, pool)
-    bare = backbone.make()
-    transform = backbone.transform(size)
-    complain(f"{task.describe()}\n{transform.describe()}")
-    complain(backbone.describe())
+    output, tried = need_folder(CALL, output), counts(lengths, "--lengths") if lengths else [length]
+    chosen = tuple(numbers(factors, "--factors"))
+    reopen = partial(_open, data, skip_broken)
+    task = reopen(tell=complain)
+    backbone = Backbone(model, weights, size, offline, pool)
+    bare, transform = backbone.make(), backbone.transform(size)
+    need_size(CALL, bare, transform.preprocessing["size"])
+    complain(f"{transform.describe()}\n{backbone.describe()}")
     edge, classes = transform.preprocessing["size"][0], len(task.classes)
-    tried = counts(lengths, "--lengths") if lengths else [length]
-    if ablation:
-        rows = _rows(rows_of(ablation, facts_of(bare, edge, classes)), tried, fraction)
-        rows = _taken(rows, backbone, classes)
-    else:
-        names = tuple(protocols.split(",")) if protocols else PROTOCOLS
-        rows = _rows([Row(variant) for variant in plain(names, {})], tried, fraction)
+    named = _named(protocols, ablation, bare, edge, classes)
+    rows = taken(CALL, _rows(named, tried, fraction), backbone, classes, protocols is not None)
     own = bool(ablation or lengths or fraction < 1)
     plan = Plan(
         **_rows_of_plan(rows, own, length),
         epochs=epochs,
-        factors=tuple(numbers(factors, "--factors")),
+        factors=chosen,
         seeds=tuple(range(seeds)),
-        kind=preset,
+        kind=preset.value,
         final=_shows_test(ablation),
         ensemble=ensemble,
         tsne=tsne,
     )
     records = work(
         task, transform, backbone.make, backbone=backbone.name, folder=output, plan=plan,
-        group=group, reopen=lambda share: open_task(data, fraction=share), resize=backbone.at,
+        group=group, weights=backbone.checksum, reopen=reopen, resize=backbone.at,
     )  # fmt: skip
     intro = (
-        f"{backbone.name} on {task.name}: {epochs} epochs, preset {preset}, rates x {factors} "
-        f"chosen on val, {seeds} seeds."
+        f"{backbone.name} on {task.name}: {epochs} epochs, preset {preset.value}, "
+        f"rates x {factors} chosen on val, {seeds} seeds."
     )
     suffix = "" if fraction == 1 else f"-{100 * fraction:g}"
     for page in _pages(records, rows, ablation, output, intro, suffix, bool(lengths)):
@@ -123,47 +137,26 @@ def compare(
         complain(f"written: {page}")
 
 
-class _Backbone:
-    """The backbone that was asked for, at any image size."""
+def _open(
+    data: str, skip: bool, fraction: float = 1.0, tell: Callable[[str], None] = lambda message: None
+) -> Task:
+    """Return a task of images that can all be read."""
+    task = open_images(data, *_SPLITS, tell=tell, fraction=fraction)
+    return without_broken(CALL, task, find_broken(task, _SPLITS), skip, tell)
 
-    def __init__(
-        self, model: str, weights: Path | None, size: int | None, offline: bool, pool: str | None
-    ) -> None:
-        from ..experiments.variants import usual_pool
 
-        self.model, self.weights, self.size, self.offline = model, weights, size, offline
-        self.pool = pool or usual_pool(model)
-        self.preprocessing: Any = None
+def _named(
+    protocols: str | None, ablation: str | None, bare: Any, edge: int, classes: int
+) -> Iterable[Row]:
+    """Return the rows of an ablation, or of protocols as they are."""
+    from ..experiments.ablations import Row, rows_of
+    from ..experiments.compare import PROTOCOLS
+    from ..experiments.variants import facts_of, plain
 
-    @property
-    def name(self) -> str:
-        """Return its name in records."""
-        return f"{self.model} ({self.pool})" if self.pool else self.model
-
-    def make(self, edge: int | None = None) -> Any:
-        """Build it, bare."""
-        from ..experiments.variants import pooled
-
-        found = build(self.model, self.weights, edge or self.size, self.offline)
-        if self.preprocessing is None:
-            self.preprocessing = preprocessing_of(found, self.offline)
-        return pooled(found, self.pool)
-
-    def transform(self, edge: int | None) -> Any:
-        """Return the transform of its images."""
-        from ..data import eval_transform
-
-        return eval_transform(self.preprocessing, edge)
-
-    def at(self, edge: int) -> tuple[Any, Any]:
-        """Return transform and builder for another size."""
-        return self.transform(edge), lambda: self.make(edge)
-
-    def describe(self) -> str:
-        """Say what the head reads."""
-        told = {"token": "the CLS token", "avg": "the mean of the patch tokens"}
-        what = told.get(self.pool or "", "what the model gives it")
-        return f"the head reads {what}" + (f" (--pool {self.pool})" if self.pool else "")
+    if ablation:
+        return rows_of(ablation, facts_of(bare, edge, classes))
+    names = protocols.split(",") if protocols else PROTOCOLS
+    return [Row(variant) for variant in plain(names, {})]
 
 
 def _check_words(protocols: str | None, ablation: str | None, fraction: float) -> None:
@@ -193,29 +186,6 @@ def _rows(rows: Iterable[Row], lengths: list[int], fraction: float) -> list[Row]
     return [row._replace(variant=v) for row, v in zip(rows, variants, strict=True)]
 
 
-def _taken(rows: list[Row], backbone: _Backbone, classes: int) -> list[Row]:
-    """Leave out the rows that the backbone refuses, before anything is trained, and say so.
-
-    Raises:
-        VPTError: It refuses all of them.
-    """
-    from ..backbones.image_model import says_its_size
-    from ..errors import VPTError
-    from ..experiments.ablations import variants_of
-    from ..experiments.variants import refusal
-
-    reasons = {}
-    for variant in variants_of(rows):
-        size = backbone.transform(variant.size or backbone.size).preprocessing["size"]
-        model = says_its_size(backbone.make(variant.size), size)
-        reasons[variant.label] = refusal(variant, model, classes)
-        if reasons[variant.label]:
-            complain(f"left out: {variant.label}: {reasons[variant.label]}")
-    if all(reasons.values()):
-        raise VPTError("peft-vpt compare: this backbone takes none of the rows of the ablation.")
-    return [row for row in rows if not reasons[row.variant.label]]
-
-
 def _rows_of_plan(rows: list[Row], own: bool, length: int) -> dict[str, Any]:
     """Return rows in the words of a plan; protocols as they are keep the records they have had."""
     from ..experiments.ablations import variants_of
@@ -242,13 +212,19 @@ def _pages(
     suffix: str,
     chosen_lengths: bool,
 ) -> list[Path]:
-    """Write the page of this task, and one of all tasks whose records lie in the folder."""
+    """Write the page of this task, and one of all tasks whose records lie in the folder.
+
+    `report.md` is of the task whose records came first into the folder.
+    """
+    from ..errors import VPTError
     from ..experiments.ablations import ABLATIONS
     from ..experiments.compare import RECORDS
     from ..experiments.records import read_records
     from ..experiments.report import like, write_ablation, write_report
+    from ..experiments.variants import file_name
 
     task = records[0]["task"]
+    place = file_name(task)
     if ablation:
         chosen = ABLATIONS[ablation]
         title = f"{chosen.paper}: {ablation}, {task}"
@@ -258,16 +234,20 @@ def _pages(
                 rows,
                 chosen,
                 folder,
-                name=f"{ablation}-{task}{suffix}",
+                name=f"{ablation}-{place}{suffix}",
                 title=title,
                 intro=intro,
             )
         ]
-    names = {"name": f"report{suffix}", "figure": f"accuracy{suffix}"}
+    there = read_records(folder / RECORDS)
+    end = suffix if there[0]["task"] == task else f"-{place}{suffix}"
+    names = {"name": f"report{end}", "figure": f"accuracy{end}"}
     pages = [write_report(records, folder, title=f"Comparison on {task}", intro=intro, **names)]
-    ignore = ("length",) if chosen_lengths else ()
-    every = like(records, read_records(folder / RECORDS), ignore)
+    every = like(records, there, ("length",) if chosen_lengths else ())
     if len({record["task"] for record in every}) > 1:
         names = {"name": f"all-tasks{suffix}", "figure": f"all-tasks{suffix}"}
-        pages.append(write_report(every, folder, title="All tasks", intro="", **names))
+        try:
+            pages.append(write_report(every, folder, title="All tasks", intro="", **names))
+        except VPTError as error:
+            complain(f"no page of all tasks: {error}")
     return pages

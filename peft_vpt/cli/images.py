@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from .output import complain
@@ -98,25 +96,28 @@ def without_broken(
     )
 
 
-def describe_images(task: Task, names: Iterable[str]) -> dict[str, Any]:
-    """Return what a result depends on: checksums of classes, and of images and labels per split."""
+def describe_images(
+    task: Task, names: Iterable[str], sums: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return what a result depends on: checksums of classes, and of images and labels per split.
+
+    Args:
+        task: The task.
+        names: Of splits.
+        sums: Of `image_sums`, where they are known.
+
+    Raises:
+        VPTError: An image cannot be read.
+    """
+    from ..experiments.sums import image_sums, text_sum
+
     return {
         "task": task.name,
-        "classes": _sum(task.classes),
-        "images": {name: _sum(_rows(task.split(name))) for name in names},
+        "classes": text_sum(task.classes),
+        "images": image_sums(task, names) if sums is None else dict(sums),
     }
 
 
 def _rest(split: Split, broken: list[int]) -> Split:
     left = set(broken)
     return split.subset(i for i in range(len(split)) if i not in left) if left else split
-
-
-def _rows(split: Split) -> list[str]:
-    names = [Path(path).name for path in split.paths] or [""] * len(split)
-    return [f"{name}\t{label}" for name, label in zip(names, split.labels, strict=True)]
-
-
-def _sum(rows: Sequence[str]) -> str:
-    text = "\n".join(rows)
-    return f"{len(rows)}, sum {zlib.crc32(text.encode(errors='surrogatepass')):08x}"

@@ -18,7 +18,7 @@ from .images import (
     without_broken,
 )
 from .output import complain
-from .sources import build, fitted, need_size, preprocessing_of
+from .sources import build, need_size, preprocessing_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -97,6 +97,8 @@ def work(plan: Plan, recipe: Recipe) -> dict[str, Any] | None:
     """Train, measure and save; return what it came to, None in all processes but the main one."""
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
+
+    from ..experiments.run import fitted
 
     # The flag of `accelerate launch`, which an Accelerator reads and a PartialState does not.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))

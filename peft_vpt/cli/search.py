@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import zlib
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
 CALL = "peft-vpt sweep"
 RECORDS = "records.jsonl"
 _OPTIONS = ("length", "reduction")
-_CHUNK = 1 << 24
 
 Settings = dict[str, Any]
 
@@ -81,7 +79,7 @@ class Search:
         return preset(
             self.protocol,
             backbone=self.model,
-            kind="default" if self.grid == "default" else "paper",
+            kind=self._preset,
             length=settings.get("length"),
             **{**self.changes, **fields, "seed": seed},
         )
@@ -133,25 +131,35 @@ class Search:
         return run_recorded(
             self.folder / RECORDS, pixels, self.protocol, partial(self._sized, pixels),
             self.recipe(settings, seed), backbone=self.model, train=train, test=test,
-            group=self.group,
+            group=self.group, weights=self.checksum(), facts={"preset": self._preset},
             options={name: settings[name] for name in _OPTIONS if name in settings},
-            folder=self.folder / pixels.task.name if test == "test" else None,
+            folder=self.folder if test == "test" else None,
         )  # fmt: skip
+
+    @property
+    def _preset(self) -> str:
+        return "default" if self.grid == "default" else "paper"
 
     def _sized(self, pixels: Pixels) -> nn.Module:
         from ..backbones.image_model import says_its_size
 
         return says_its_size(self.build(), pixels.transform.preprocessing["size"])
 
+    def checksum(self) -> str | None:
+        """Return the checksum of the file of weights, if there is one."""
+        from ..experiments.sums import file_sum
+
+        return None if self.weights is None else file_sum(self.weights)
+
     def _about(self, pixels: Pixels, *splits: str) -> dict[str, Any]:
         """Return what results depend on beside the grid."""
         return {
             "model": self.model,
-            "weights": None if self.weights is None else _checksum(self.weights),
+            "weights": self.checksum(),
             "grid": self.grid,
             "changes": dict(self.changes),
             "preprocessing": pixels.transform.preprocessing,
-            **describe_images(pixels.task, splits),
+            **describe_images(pixels.task, splits, pixels.sums(*splits)),
         }
 
 
@@ -215,11 +223,3 @@ def _finals(records: Sequence[Record]) -> str:
 
 def _only(name: str, value: int | None) -> dict[str, Any]:
     return {"length": None, "reduction": None, name: value}
-
-
-def _checksum(path: Path) -> str:
-    total = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            total = zlib.crc32(chunk, total)
-    return f"{total:08x}"

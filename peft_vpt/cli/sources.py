@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -14,8 +13,6 @@ import typer
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from ..training import Recipe
 
 LENGTH = 20
 Data = Annotated[
@@ -75,35 +72,17 @@ def build(
     known = "/" not in name or name.startswith(("timm/", "hf-hub:"))
     edges = (size, size) if isinstance(size, int) else size
     if weights is not None:
-        return _build_from_file(name, weights, edges, known)
+        from ..errors import VPTError
+        from ..experiments.local import build_from_file
+
+        if not known:
+            raise VPTError(
+                f"--weights: {name} is no timm model; give the safetensors file of a timm model's "
+                "weights."
+            )
+        return build_from_file(name, weights, edges)
     library = "timm" if known else "transformers"
     return build_backbone(library, name, image_size=edges, local_files_only=offline)
-
-
-def _build_from_file(
-    name: str, weights: Path, size: tuple[int, int] | None, known: bool
-) -> nn.Module:
-    import timm
-
-    from ..errors import VPTError
-    from ..source import hub_errors
-
-    if not (known and weights.is_file()):
-        reason = f"{weights} is no file" if known else f"{name} is no timm model"
-        raise VPTError(f"--weights: {reason}; give the safetensors file of a timm model's weights.")
-    entry = name.removeprefix("hf-hub:").removeprefix("timm/")
-    options: dict[str, Any] = {
-        "pretrained": True,
-        "pretrained_cfg_overlay": {"file": str(weights)},
-    }
-    with hub_errors("--weights", f"{entry} from {weights}"):
-        try:
-            sized: dict[str, Any] = {} if size is None else {"img_size": size}
-            model: nn.Module = timm.create_model(entry, **options, **sized)
-        except TypeError:
-            # Convolutional models take images of any size and no such argument.
-            model = timm.create_model(entry, **options)
-    return model.eval()
 
 
 def preprocessing_of(model: Any, offline: bool = False) -> Any:
@@ -172,18 +151,6 @@ def protocol_options(
             f"{', '.join(PROMPTED)}."
         )
     return {} if chosen.reduction is None else {"reduction": chosen.reduction}
-
-
-def fitted(recipe: Recipe, images: int, parts: int = 1) -> Recipe:
-    """Return a recipe whose batch is no larger than the training images are many.
-
-    Args:
-        recipe: The recipe; its learning rate follows the batch.
-        images: Number of training images.
-        parts: Processes among which a batch is shared out.
-    """
-    most = max(images // parts, 1) * parts
-    return dataclasses.replace(recipe, batch_size=min(recipe.batch_size, most))
 
 
 def need_packages(call: str, *names: str) -> None:

@@ -6,37 +6,44 @@ import os
 from pathlib import Path
 
 from ..errors import VPTError
-from .found import Found
+from .found import Found, split_names, split_of
 from .splits import Split, listing
 
 _SUFFIXES = "avif bmp gif jfif jp2 jpeg jpg pbm pgm png ppm tga tif tiff webp"
 EXTENSIONS = frozenset(f".{suffix}" for suffix in _SUFFIXES.split(" "))
-_VAL = ("val", "validation")
 
 
 def is_split_folder(folder: Path) -> bool:
-    """Return whether a folder has a folder `train`."""
-    return (folder / "train").is_dir()
+    """Return whether a folder has a folder `train`, or one that is called like it."""
+    names = folder_names(folder)
+    alike = [name for name in names if split_of(name) == "train"]
+    if "train" in alike or all(split_of(name) for name in names):
+        return bool(alike)
+    # "Train" may be a class too, of vehicles say.
+    return any(folder_names(folder / name) for name in alike)
+
+
+def folder_names(folder: Path) -> list[str]:
+    """Return the names of the folders in a folder, sorted; hidden ones are left out."""
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not _hidden(e.name))
 
 
 def open_split_folder(folder: Path) -> Found:
-    """Read `train/<class>/*` and, if they are there, `val` (or `validation`) and `test`.
+    """Read `train/<class>/*` and, if they are there, val and test.
 
-    Classes are the names of train's folders, sorted. Folders in a class folder belong to it.
-    Without `val` it is cut from train, and `test` too if neither is there.
+    Their folders are called `train`, `training`; `val`, `valid`, `validation`, `dev`; `test`,
+    `testing`, in any case. Classes are the names of train's folders, sorted. Folders in a class
+    folder belong to it. Without val it is cut from train, and test too if neither is there.
 
     Raises:
-        VPTError: No class folders, a class without images, a class that train lacks, or an
-            empty split.
+        VPTError: No class folders, a class without images, a class that train lacks, an empty
+            split, or two folders for one.
     """
-    vals = [name for name in _VAL if (folder / name).is_dir()]
-    if len(vals) > 1:
-        raise VPTError(f"open_task({str(folder)!r}): has {' and '.join(vals)}; keep one of them.")
-    places = {"train": folder / "train"}
-    if vals:
-        places["val"] = folder / vals[0]
-    if (folder / "test").is_dir():
-        places["test"] = folder / "test"
+    names = folder_names(folder)
+    there = split_names(names, f"open_task({str(folder)!r})")
+    # Train first, whose classes the others must have.
+    order = [name for name in ("train", "val", "test") if name in there]
+    places = {str(split): folder / there[split] for split in order}
     files = {name: class_files(place) for name, place in places.items()}
     _refuse_empty_classes(places["train"], files["train"])
     classes = tuple(files["train"])
@@ -45,6 +52,9 @@ def open_split_folder(folder: Path) -> Found:
     splits = {name: _split(found, classes) for name, found in files.items()}
     notes = ["no test split: only val can be measured"] if "val" in splits else []
     notes = [] if "test" in splits else notes
+    others = [name for name in names if name not in there.values()]
+    if others:
+        notes.append(f"folders beside {there['train']} that are not used: {listing(others)}")
     return Found("image folders", classes, splits, cut_test=len(splits) == 1, notes=notes)
 
 
@@ -67,7 +77,7 @@ def class_files(folder: Path) -> dict[str, list[str]]:
     Raises:
         VPTError: There is no class folder.
     """
-    names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and not _hidden(e.name))
+    names = folder_names(folder)
     if not names:
         raise VPTError(
             f"open_task: {folder} has no class folders; put the images of each class in a folder "

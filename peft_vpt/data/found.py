@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +12,12 @@ from ..errors import VPTError
 from .splits import Split, listing
 
 Label = int | str
+# What splits are called, in any case, in folders and in Hugging Face datasets.
+_SPELLINGS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
 
 
 @dataclass
@@ -31,6 +37,30 @@ class Found:
     splits: dict[str, Split]
     cut_test: bool = False
     notes: list[str] = field(default_factory=list)
+
+
+def split_of(name: str) -> str | None:
+    """Return which split is called by a name; None for names of none."""
+    return next((s for s, names in _SPELLINGS.items() if name.casefold() in names), None)
+
+
+def split_names(names: Iterable[str], call: str) -> dict[str, str]:
+    """Return the name of each split that is there, out of names.
+
+    Raises:
+        VPTError: A split is there twice.
+    """
+    found: dict[str, str] = {}
+    for name in sorted(names):
+        split = split_of(name)
+        if split in found:
+            raise VPTError(
+                f"{call}: has {found[split]} and {name}, both of which may be {split!r}; keep one "
+                "of them (save a copy without the other where it is not yours)."
+            )
+        if split is not None:
+            found[split] = name
+    return found
 
 
 def read_classes(folder: Path) -> tuple[str, ...] | None:

@@ -7,15 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import VPTError
-from .found import Found, Label, absence_note, number_labels
+from .found import Found, Label, absence_note, number_labels, split_names, split_of
 from .splits import Split, listing
 
 PREFIX = "hf:"
-_NAMES = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test",),
-}
 
 
 class Column(Sequence[Any]):
@@ -57,7 +52,11 @@ def open_dataset(source: str) -> Found:
         ) from error
     parts = _parts(source, loaded)
     image, label = _columns(source, datasets, parts["train"].features)
-    return _found(source, parts, image, label)
+    found = _found(source, parts, image, label)
+    others = [name for name in loaded if split_of(name) is None] if hasattr(loaded, "keys") else []
+    if others:
+        found.notes.append(f"splits that are not used: {listing(others)}")
+    return found
 
 
 def _load(datasets: Any, name: str) -> Any:
@@ -74,12 +73,8 @@ def _load(datasets: Any, name: str) -> Any:
 def _parts(source: str, loaded: Any) -> dict[str, Any]:
     if not hasattr(loaded, "keys"):
         return {"train": loaded}
-    parts = {
-        name: loaded[spelling]
-        for name, spellings in _NAMES.items()
-        for spelling in spellings
-        if spelling in loaded
-    }
+    names = split_names(loaded, f"open_task({source!r})")
+    parts = {split: loaded[name] for split, name in names.items()}
     if "train" not in parts:
         raise VPTError(f"open_task({source!r}): no split 'train'; it has {', '.join(loaded)}.")
     return parts

@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..errors import SpecError, VPTError
-from ..preprocessing import load_image
 from ..randomness import seeded
 from .check import each, remembered
 from .drawing import EpochSampler, Key, stratified
 from .folders import image_files
 from .found import read_classes
 from .loading import worker_options
+from .orientation import image_under
 from .splits import listing
 from .warps import IGNORE, SegmentationTransform, mask_tensor
 
@@ -54,12 +54,15 @@ class SegmentationSplit:
         """Return an RGB image and its mask int64 `(h, w)`, where 255 is ignored.
 
         Raises:
-            VPTError: One cannot be read, they differ in size, or a label is out of range.
+            VPTError: One cannot be read, they differ in size, a label is out of range, or nothing
+                says which way an image with an EXIF orientation lies under its mask.
         """
         image_path, mask_path = self.pairs[index]
         try:
-            image = load_image(image_path)
             mask = read_mask(mask_path, self.reduce_zero_label)
+            image = image_under(image_path, mask_path, (mask.shape[1], mask.shape[0]))
+        except VPTError:
+            raise
         # Decoders raise whatever a damaged file leads them to.
         except Exception as error:
             raise VPTError(
@@ -112,7 +115,9 @@ def open_segmentation(
 ) -> SegmentationTask:
     """Open a folder like ADE20K's: `images/{training,validation,test}` and `annotations/...`.
 
-    A mask is an 8-bit PNG of one channel with the name of its image; 255 is ignored. Names of
+    A mask is an 8-bit PNG of one channel with the name of its image; 255 is ignored. An image with
+    an EXIF orientation is turned where its mask has the size that it is shown at, left as it is
+    stored where the mask has that size, and refused where both are one. Names of
     classes are in `classes.txt`, one per line; without it the training masks are read for the
     highest label.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from ..errors import SpecError, VPTError
 from .drawing import stratified
-from .folders import is_split_folder, open_flat_folder, open_split_folder
-from .found import Found
+from .folders import folder_names, is_split_folder, open_flat_folder, open_split_folder
+from .found import Found, split_of
 from .huggingface import PREFIX, open_dataset
 from .lists import is_fgvc, is_vtab, open_fgvc, open_vtab
 from .splits import Task, listing
@@ -30,7 +31,8 @@ def open_task(
     """Open labelled images as a task; the layout of a folder is found by its files.
 
     In this order: the lists of VTAB-1k (`train800.txt`, ...), the json splits of FGVC
-    (`train.json`, ...), `train/<class>/*` with or without `val` and `test`, `<class>/*`. Names
+    (`train.json`, ...), `train/<class>/*` with or without `val` and `test` (`valid`, `Testing` and
+    the like too), `<class>/*`. Names
     "hf:owner/name" and "hf:owner/name:config" are Hugging Face datasets, "hf:/folder" one that was
     saved, or a local image folder. A missing val split is cut from train, stratified; where there
     is train alone, a test split is cut first. No image is read here: `check_images` does that.
@@ -41,8 +43,8 @@ def open_task(
         val_fraction: Share of train that becomes val where there is none (paper: 90/10).
         test_fraction: Share that becomes test where there is train alone.
         fraction: Share of the training images to keep, stratified, at least one per class
-            (paper figure 4); `train_<percent>.json` is taken where it is there
-            beside `val.json`. Val and test stay whole.
+            (paper figure 4); for a whole percent, `train_<percent>.json` is taken where it is
+            there beside `val.json`. Val and test stay whole.
         seed: Of the cuts.
 
     Raises:
@@ -52,7 +54,8 @@ def open_task(
     """
     _check_fractions(val_fraction=val_fraction, test_fraction=test_fraction, fraction=fraction)
     text = str(source)
-    percent = round(fraction * 100) if fraction < 1 else None
+    percent = round(fraction * 100)
+    whole = fraction < 1 and math.isclose(percent, fraction * 100)
     own_file = False
     if text.startswith(PREFIX):
         found = open_dataset(text)
@@ -61,7 +64,8 @@ def open_task(
         folder = _folder(source)
         # Without val.json, val is cut from train.json, whatever share of the rest is kept.
         needed = ("train.json", "val.json", f"train_{percent}.json")
-        own_file = all((folder / file).is_file() for file in needed) and not is_vtab(folder)
+        there = all((folder / file).is_file() for file in needed)
+        own_file = whole and there and not is_vtab(folder)
         found = _open(folder, percent if own_file else None)
         title = folder.resolve().name
     if found.cut_test:
@@ -93,8 +97,10 @@ def _open(folder: Path, percent: int | None) -> Found:
         return open_fgvc(folder, percent)
     if is_split_folder(folder):
         return open_split_folder(folder)
-    stray = [n for n in ("val", "validation", "test") if (folder / n).is_dir()]
-    if stray or not any(entry.is_dir() for entry in folder.iterdir()):
+    names = folder_names(folder)
+    # Of a task without its train; a class may be called "valid", beside "invalid" say.
+    stray = [name for name in names if name.casefold() in ("val", "validation", "test")]
+    if stray or all(split_of(name) for name in names):
         there = sorted(entry.name for entry in folder.iterdir())
         raise VPTError(
             f"open_task({str(folder)!r}): no classes or no training images found; it has "

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..errors import SpecError
+from .embeddings import MOST_PROTOTYPES
 from .variants import Facts, Variant, percent, with_fraction
 
 # Jia et al. 2022, Table 6: prompt lengths by kind of backbone.
@@ -33,7 +34,6 @@ _OF_DEPTHS = 12
 FRACTIONS = (0.1, 0.2, 0.4, 0.8)
 # Table 11 goes from 224 to 384 pixels.
 _LARGER = 384 / 224
-_MOST_PROTOTYPES = 200
 _BLOCKS = ("tokens", "windows")
 
 
@@ -177,7 +177,7 @@ def _sharing(facts: Facts) -> Iterator[Row]:
 
 
 def _init(facts: Facts) -> Iterator[Row]:
-    length = {"length": min(facts.classes, _MOST_PROTOTYPES)}
+    length = {"length": min(facts.classes, MOST_PROTOTYPES)}
     prototypes = {**length, "init": "prototypes"}
     for name, options in (("random", length), ("prototypes", prototypes)):
         yield Row(Variant(f"vpt-deep {name}", "vpt-deep", options))

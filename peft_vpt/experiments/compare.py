@@ -5,23 +5,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from ..data import Task
-from ..errors import SpecError, VPTError
+from ..errors import SpecError
 from ..training import Recipe, preset
 from . import control
-from .records import Key, Record, append_record, make_record, read_records, record_key
+from .records import Key, Record, append_record, field, make_record, read_records, record_key
 from .run import Build, Pixels, Settings, run_recorded
 from .saved import draw_embeddings, ensemble_record, ensemble_stub
-from .variants import Variant, folder_name, is_name, plain, reduced
+from .tables import CONTROLS
+from .variants import Variant, is_name, plain, reduced
 
 PROTOCOLS = ("linear", "bias", "adapter", "vpt-shallow", "vpt-deep", "full")
 # Multiples of a preset's learning rate among which val chooses.
 FACTORS = (0.3, 1.0, 3.0)
 RECORDS = "records.jsonl"
-CONTROLS = ("majority class", "16x16 pixels")
+# What runs share that stand beside one another in a table.
+_SHARED = ("preset", "config.weights", "config.recipe.epochs", "config.preprocessing.size",
+           "config.images")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +73,11 @@ class Plan:
 
     def recipe(self, variant: Variant, backbone: str, factor: float, seed: int) -> Recipe:
         """Return the recipe of one run."""
-        # The length matters to the paper's batch size; protocols as they are do without.
-        length = variant.options.get("length") if self.variants else None
         found = preset(
             variant.protocol,
             backbone=backbone,
             kind=self.kind,
-            length=length,
+            length=variant.options.get("length"),
             **{"epochs": self.epochs, "seed": seed, **self.changes, **variant.changes},
         )
         return dataclasses.replace(found, base_lr=found.base_lr * factor)
@@ -90,6 +92,7 @@ def compare(
     folder: str | Path,
     plan: Plan | None = None,
     group: str | None = None,
+    weights: str | None = None,
     progress: bool = True,
     reopen: Callable[[float], Task] | None = None,
     resize: Callable[[int], tuple[Any, Build]] | None = None,
@@ -98,7 +101,8 @@ def compare(
 
     Per row: one run per rate and choice on train, judged on val; then the best of them on train and
     val over the seeds, judged on test, once. Beside protocols as they are stand baselines without a
-    network, and those that other plans have run on this task and backbone.
+    network, and those that other plans have run with this preset on these images and this backbone.
+    A run is known by its settings, the images and `weights`: others are run anew.
 
     Args:
         task: With train, val and test.
@@ -108,44 +112,49 @@ def compare(
         folder: Of `records.jsonl` and adapters; a comparison that was killed goes on there.
         plan: What to run.
         group: Of the task, for tables.
+        weights: What tells the backbone's weights from others of its name: `sums.file_sum` of
+            their file, say.
         progress: Show progress bars.
         reopen: Returns the task with a share of its training images. None: they are drawn here.
         resize: Returns transform and builder for another edge of the images.
 
     Raises:
-        SpecError: An empty plan, or another image size without `resize`.
+        SpecError: An empty plan, a recipe that cannot be, or another image size without `resize`.
         VPTError: A split is missing.
     """
     plan = plan or Plan()
     if not ((plan.variants or plan.protocols) and plan.factors and plan.seeds):
         raise SpecError("compare(plan=...): needs a protocol, a factor and a seed at least.")
     rows = plan.rows()
-    _check(task, rows, plan, resize)
+    _check(task, rows, plan, backbone, resize)
     file = Path(folder) / RECORDS
     file.parent.mkdir(parents=True, exist_ok=True)
     reopen = reopen or partial(reduced, task)
     work = _Work(file, Settings(Pixels(task, transform), build, reopen, resize), backbone, plan,
-                 group, progress)  # fmt: skip
+                 group, weights, progress)  # fmt: skip
     if not plan.variants:
         work.controls()
     for row in rows:
         work.row(row)
+    mine = [r for r in read_records(file) if (r["task"], r["backbone"]) == (task.name, backbone)]
+    used = [record_key(r) in work.used for r in mine]
+    shared = [_shared(r) for r, own in zip(mine, used, strict=True) if own and r["trainable"] != 0]
     labels = {row.label for row in rows}
-    mine = [r for r in read_records(file) if _about(r) == (task.name, backbone)]
-    return [r for r in mine if record_key(r) in work.used or _beside(r, labels, plan)]
+    return [
+        r
+        for r, own in zip(mine, used, strict=True)
+        if own or (not plan.variants and _shared(r) in shared and _is_further(r, labels))
+    ]
 
 
-def _about(record: Record) -> tuple[str, str]:
-    return record["task"], record["backbone"]
+def _shared(record: Record) -> list[Any]:
+    return [field(record, name) for name in _SHARED]
 
 
-def _beside(record: Record, labels: set[str], plan: Plan) -> bool:
-    """Tell whether a record that is not of the plan's runs stands beside them.
-
-    What its rows have from other settings does not.
-    """
+def _is_further(record: Record, labels: set[str]) -> bool:
+    """Tell whether a record is of a protocol as it is, and not of the rows of these labels."""
     label = record["protocol"].removesuffix(" ensemble")
-    return not plan.variants and label not in labels and (label in CONTROLS or is_name(label))
+    return label not in labels and is_name(label)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +164,7 @@ class _Work:
     backbone: str
     plan: Plan
     group: str | None
+    weights: str | None
     progress: bool
     used: set[Key] = dataclasses.field(default_factory=set)
 
@@ -165,7 +175,7 @@ class _Work:
             return
         final = [self.run(row, factor, s, row.final, "test") for s in self.plan.seeds]
         pixels, build = self.settings.of(row)
-        folder = self.file.parent / pixels.task.name
+        folder = self.file.parent
         there = [r for r in final if "diverged" not in r["metrics"]]
         if len(there) > 1:
             key = record_key(ensemble_stub(there))
@@ -173,8 +183,7 @@ class _Work:
             if self.plan.ensemble and key not in map(record_key, self._records()):
                 append_record(self.file, ensemble_record(there, pixels, build, folder))
         if self.plan.tsne and there:
-            adapter = folder / folder_name(row.label, there[0]["seed"])
-            draw_embeddings(there[0], pixels, build, adapter, self.file.parent)
+            draw_embeddings(there[0], pixels, build, folder)
 
     def run(self, row: Variant, factor: float, seed: int, train: str, test: str) -> Record:
         """Return the record of a run: the one that is there, or a new one."""
@@ -183,8 +192,8 @@ class _Work:
             self.file, pixels, row.protocol, build,
             self.plan.recipe(row, self.backbone, factor, seed), backbone=self.backbone,
             train=train, test=test, group=self.group, options=row.options, label=row.label,
-            fraction=row.fraction, progress=self.progress,
-            folder=self.file.parent / pixels.task.name if test == "test" else None,
+            fraction=row.fraction, weights=self.weights, facts={"preset": self.plan.kind},
+            progress=self.progress, folder=self.file.parent if test == "test" else None,
         )  # fmt: skip
         self.used.add(record_key(record))
         return record
@@ -206,56 +215,58 @@ class _Work:
     def controls(self) -> None:
         """Record the majority class, and logistic regression on 16 x 16 pixels."""
         task = self.settings.whole.task
-        here = (task.name, self.backbone)
-        known = {r["protocol"] for r in self._records() if _about(r) == here}
+        images = self.settings.whole.sums("trainval", "test")
+        known = {
+            r["protocol"]: r
+            for r in self._records()
+            if (r["task"], r["backbone"]) == (task.name, self.backbone)
+            and field(r, "config.images") == images
+        }
         for name in CONTROLS:
-            if name in known:
-                continue
-            config: dict[str, Any] = {}
-            if name == "majority class":
-                top1 = control.majority(task.trainval().labels, task.split("test").labels)
-            else:
-                parts = [task.split(s) for s in ("train", "val", "test")]
-                fitted = control.logistic(*((control.raw_pixels(p), p.labels) for p in parts))
-                top1, config = fitted.top1, {"C": fitted.strength}
-            append_record(
-                self.file,
-                make_record(
-                    task=task.name,
-                    group=self.group,
-                    protocol=name,
-                    backbone=self.backbone,
-                    seed=0,
-                    split="test",
-                    metrics={"top1": top1},
-                    trainable=0,
-                    config=config,
-                ),
-            )
+            record = known.get(name) or self._control(name, task, images)
+            append_record(self.file, record)
+            self.used.add(record_key(record))
+
+    def _control(self, name: str, task: Task, images: Mapping[str, str]) -> Record:
+        config: dict[str, Any] = {"images": images}
+        if name == CONTROLS[0]:
+            top1 = control.majority(task.trainval().labels, task.split("test").labels)
+        else:
+            parts = [task.split(s) for s in ("train", "val", "test")]
+            found = control.logistic(*((control.raw_pixels(p), p.labels) for p in parts))
+            top1, config = found.top1, config | {"C": found.strength}
+        return make_record(
+            task=task.name,
+            group=self.group,
+            protocol=name,
+            backbone=self.backbone,
+            seed=0,
+            split="test",
+            metrics={"top1": top1},
+            trainable=0,
+            config=config,
+        )
 
     def _records(self) -> list[Record]:
         return read_records(self.file) if self.file.exists() else []
 
 
-def _check(task: Task, rows: Sequence[Variant], plan: Plan, resize: Any) -> None:
+def _check(task: Task, rows: Sequence[Variant], plan: Plan, backbone: str, resize: Any) -> None:
     """Raise before the first run where a row cannot be run.
 
     Raises:
-        SpecError: Another image size and no `resize`, or too few images for a figure.
+        SpecError: Another image size and no `resize`, too few images for a figure, or a recipe that
+            cannot be.
+        VPTError: A split is missing.
     """
+    for name in ("train", "val", "test"):
+        task.split(name)
+    for row, seed, factor in product(rows, plan.seeds, plan.factors):
+        for choice in row.choices:
+            chosen = dataclasses.replace(row, options={**row.options, **choice})
+            plan.recipe(chosen, backbone, factor, seed)
     for row in rows:
         if row.size is not None and resize is None:
             raise SpecError(f"compare: the row {row.label!r} needs resize=...")
     if plan.tsne and len(task.split("test")) < 4:
         raise SpecError("compare(tsne): needs four test images or more.")
-
-
-def need_splits(task: Task) -> None:
-    """Raise unless a task has train, val and test.
-
-    Raises:
-        VPTError: One is missing.
-    """
-    for name in ("train", "val", "test"):
-        if name not in task.splits:
-            raise VPTError(f"compare: the task {task.name} has no {name} images.")

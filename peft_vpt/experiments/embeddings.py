@@ -14,7 +14,7 @@ from ..errors import SpecError, UnsupportedArchitectureError, VPTError
 from ..hosts import carries, host_and_prompts, unwrap
 from ..training.metrics import place
 
-_MOST_PROTOTYPES = 200
+MOST_PROTOTYPES = 200
 
 
 @torch.no_grad()
@@ -88,7 +88,7 @@ def class_prototypes(
 
     Source: Jia et al. 2022, appendix, Figure 13.
     """
-    count = min(classes, _MOST_PROTOTYPES) if length is None else length
+    count = min(classes, MOST_PROTOTYPES) if length is None else length
     if not 1 <= count <= classes:
         raise SpecError(
             f"class_prototypes(classes={classes}, length={length}): length must be between 1 and "

@@ -1,4 +1,4 @@
-"""The paper's printed results per task, and what follows from them: means, wins, p-values, totals.
+"""The paper's printed results per task, group and test, and totals from the closed formulas.
 
 Source: Jia et al. 2022, Tables 1, 10, 13 and 14. `EXACT`: reprinted by later publications.
 `CHECKED`: from reading notes, where group means and win counts agree. The notes print the group
@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 from ..data.tasks import TASKS
 from .counts import VIT_B16, total_ratio
-from .stats import Comparison, wilcoxon, wins
 
 EXACT, CHECKED = "exact", "checked"
 
@@ -127,22 +126,6 @@ def results(method: str, group: str) -> dict[str, float]:
 def vtab_results(method: str) -> dict[str, float]:
     """Return the printed accuracies of a method on the 19 tasks of VTAB-1k."""
     return {task: x for group in VTAB_GROUPS for task, x in results(method, group).items()}
-
-
-def group_mean(method: str, group: str) -> float:
-    """Return the mean over a group's tasks, as in Table 1."""
-    found = results(method, group)
-    return sum(found.values()) / len(found)
-
-
-def group_wins(method: str, group: str) -> int:
-    """Count the tasks on which a method beats full fine-tuning; the printed counts take ties in."""
-    return wins(results(method, group), results("full", group), ties=True)
-
-
-def significance(method: str) -> Comparison:
-    """Test VPT-deep against a method over the 19 tasks, from the printed means (Table 10)."""
-    return wilcoxon(vtab_results("vpt-deep"), vtab_results(method))
 
 
 def lengths(protocol: str) -> dict[str, int]:

@@ -139,12 +139,6 @@ def curve(
     return drawn.files
 
 
-def by_rate(records: Iterable[Record], path: str | Path, **options: Any) -> Figure:
-    """Draw the spread of accuracy over learning rates; needs `config.recipe.base_lr`."""
-    label = "base learning rate"
-    return curve(records, path, x="config.recipe.base_lr", log=True, label=label, **options)
-
-
 def heat_map(
     records: Iterable[Record],
     path: str | Path,

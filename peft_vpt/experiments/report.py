@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ..errors import VPTError
 from .ablations import Ablation, Row
@@ -12,13 +13,14 @@ from .plots import Figure, bar_chart, curve, heat_map
 from .records import Record, field, select
 from .saved import figure_name, is_ensemble
 from .stats import spread
-from .tables import facts, markdown_table, report_page, rows_table
+from .tables import cost_names, costs, facts, markdown_table, report_page, rows_table
 
 _TOGETHER = {
     "top1 (%)": "top1",
     "mean of members (%)": "members_mean_top1",
     "best member (%)": "members_best_top1",
 }
+OLDER = "Of several runs of one row, task and seed with other settings the last one counts"
 # Places that span more than this are drawn on a logarithmic axis.
 _WIDE = 20
 
@@ -44,11 +46,13 @@ def write_report(
     """
     together = [record for record in records if is_ensemble(record)]
     # Ensembles are of the runs beside them, so they are no further rivals in the tests.
-    alone = [record for record in records if not is_ensemble(record)]
+    alone, older = newest([record for record in records if not is_ensemble(record)])
     chart = bar_chart(alone, Path(folder) / figure, title=title)
     figures = {"Accuracy": chart.svg.name, **_embeddings(alone, Path(folder))}
     page = Path(folder) / f"{name}.md"
-    notes = ["## Ensembles of the seeds", _ensembles(together)] if together else []
+    notes = ["## Ensembles of the seeds", _ensembles(newest(together)[0])] if together else []
+    if older:
+        notes.append(f"{OLDER} ({older} left out).")
     text = report_page(alone, title=title, intro=intro, figures=figures, notes=notes)
     page.write_text(text, encoding="utf-8")
     return page
@@ -97,6 +101,26 @@ def write_ablation(
     return page
 
 
+def newest(records: Sequence[Record]) -> tuple[list[Record], int]:
+    """Return records without the older of several test runs of one row, task, backbone and seed.
+
+    Returns:
+        The records that are left, and how many are not.
+    """
+    # Runs on val are of many rates on purpose.
+    last = {_run(record): i for i, record in enumerate(records) if record["split"] == "test"}
+    left = [
+        record
+        for i, record in enumerate(records)
+        if record["split"] != "test" or last[_run(record)] == i
+    ]
+    return left, len(records) - len(left)
+
+
+def _run(record: Record) -> tuple[Any, ...]:
+    return record["protocol"], record["task"], record["backbone"], record["seed"]
+
+
 def place(records: Iterable[Record], rows: Sequence[Row]) -> list[Record]:
     """Return records with `series` and `place`; one may stand on several lines."""
     records = list(records)
@@ -113,7 +137,7 @@ def like(
 ) -> list[Record]:
     """Return records, and those of other tasks whose rows have the same settings.
 
-    Learning rates, seeds and batches may differ.
+    Learning rates, seeds and batches may differ; images do.
 
     Args:
         records: Of one task.
@@ -129,7 +153,8 @@ def like(
 def _settings(record: Record, ignore: Sequence[str]) -> str:
     config = record["config"]
     options = {k: v for k, v in (field(record, "config.options") or {}).items() if k not in ignore}
-    names = ("config.recipe.epochs", "config.preprocessing.size", "config.train")
+    names = ("preset", "config.recipe.optimizer", "config.recipe.epochs", "config.weights",
+             "config.preprocessing.size", "config.train")  # fmt: skip
     told = [field(record, name) for name in names]
     row = [record["protocol"], record["backbone"], record["split"], config.get("fraction")]
     return json.dumps([*row, *told, options], sort_keys=True)
@@ -170,19 +195,15 @@ def _table(found: list[Record], labels: Sequence[str]) -> str:
             continue
         top1 = spread(run["metrics"]["top1"] for run in runs)
         text = f"{100 * top1.mean:.1f}" + (f" ± {100 * top1.std:.1f}" if top1.number > 1 else "")
-        rows.append([label, text, *_costs(runs[0])])
-    header = ["row", "top1 on test (%)", "learning rate", "options chosen", "trained parameters",
-              "bytes stored", "ms per step"]  # fmt: skip
+        rows.append([label, text, *_chosen(runs[0]), *costs(runs)])
+    header = ["row", "top1 on test (%)", "learning rate", "options chosen", *cost_names()]
     return markdown_table(header, rows)
 
 
-def _costs(run: Record) -> list[str]:
+def _chosen(run: Record) -> list[str]:
     options = run["config"]["options"]
-    chosen = f"p={options['length']}" if "length" in options else "-"
-    step = run.get("step_seconds")
-    counts = [f"{run[name]:,}" if run[name] else "-" for name in ("trainable", "stored_bytes")]
     rate = f"{run['config']['recipe']['base_lr']:g}"
-    return [rate, chosen, *counts, f"{1000 * step:.0f}" if step else "-"]
+    return [rate, f"p={options['length']}" if "length" in options else "-"]
 
 
 def _best(placed: list[Record]) -> str:

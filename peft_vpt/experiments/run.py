@@ -18,9 +18,11 @@ from ..inject import count_parameters
 from ..protocols import apply_protocol
 from ..training import DivergedError, Recipe, evaluate, fit
 from ..training.describe import library_versions
+from .cost import step, used_bytes
 from .embeddings import class_prototypes, prompt_values
 from .records import Record, append_record, make_record, read_records, record_key
-from .variants import Variant, device, folder_name
+from .sums import parts, split_sum
+from .variants import Variant, adapter_folder, device
 
 Build = Callable[[], nn.Module]
 TEST_BATCH = 100
@@ -38,6 +40,7 @@ class Pixels:
     def __init__(self, task: Task, transform: Any, whole: Pixels | None = None) -> None:
         self.task, self.transform, self._whole = task, transform, whole
         self._splits: dict[str, Split] = {}
+        self._sums: dict[str, str] = {}
 
     def split(self, name: str) -> Split:
         """Return "train", "val", "test", or "trainval"."""
@@ -46,6 +49,14 @@ class Pixels:
         if name not in self._splits:
             self._splits[name] = decode(self.task.split(name), self.transform)
         return self._splits[name]
+
+    def sums(self, *names: str) -> dict[str, str]:
+        """Return the checksums of splits, as `image_sums`."""
+        wanted = parts(self.task, names)
+        for part in wanted:
+            if part not in self._sums:
+                self._sums[part] = split_sum(self.task.split(part))
+        return {part: self._sums[part] for part in wanted}
 
     def _shared(self, whole: Pixels, name: str) -> bool:
         """Tell whether a split is that of the whole task, image by image."""
@@ -85,17 +96,45 @@ def config_of(
     options: Mapping[str, Any],
     pixels: Pixels,
     train: str,
+    test: str,
+    weights: str | None = None,
     fraction: float = 1.0,
 ) -> dict[str, Any]:
-    """Return what makes a run another run, beside task, protocol, backbone and seed."""
+    """Return what makes a run another run, beside task, protocol, backbone and seed.
+
+    Args:
+        recipe: Of the run.
+        options: Of the protocol.
+        pixels: Images of the task.
+        train: Split to train on.
+        test: Split to evaluate on.
+        weights: What tells the backbone's weights from others of its name.
+        fraction: Share of the training images that `pixels` hold.
+
+    Raises:
+        VPTError: An image cannot be read.
+    """
     config = {
         "recipe": recipe.to_dict(),
         "options": dict(options),
         "preprocessing": pixels.transform.preprocessing,
         "train": train,
+        "images": pixels.sums(train, test),
+        "weights": weights,
     }
-    # Records of whole training sets do not say so, or older ones would not be found.
     return config if fraction == 1 else config | {"fraction": fraction}
+
+
+def fitted(recipe: Recipe, images: int, parts: int = 1) -> Recipe:
+    """Return a recipe whose batch is no larger than the training images are many.
+
+    Args:
+        recipe: The recipe; its learning rate follows the batch.
+        images: Number of training images.
+        parts: Processes among which a batch is shared out.
+    """
+    most = max(images // parts, 1) * parts
+    return dataclasses.replace(recipe, batch_size=min(recipe.batch_size, most))
 
 
 def run_once(
@@ -111,6 +150,8 @@ def run_once(
     options: Mapping[str, Any] | None = None,
     label: str | None = None,
     fraction: float = 1.0,
+    weights: str | None = None,
+    facts: Mapping[str, Any] | None = None,
     folder: str | Path | None = None,
     progress: bool = True,
 ) -> Record:
@@ -128,10 +169,15 @@ def run_once(
         options: Of the protocol; `init` may be "prototypes".
         label: Name of the protocol with these options. None: the protocol.
         fraction: Share of the training images that `pixels` hold.
-        folder: Where the adapter goes; None: it is saved to be measured, and dropped.
+        weights: As in `config_of`.
+        facts: Further fields of the record.
+        folder: Below which the adapter goes, in a folder of its own that the record names; None: it
+            is saved to be measured, and dropped.
         progress: Show progress bars on a terminal.
     """
     options, label = dict(options or {}), label or protocol
+    config = config_of(recipe, options, pixels, train, test, weights, fraction)
+    place = adapter_folder(pixels.task.name, label, backbone, recipe.seed, config)
     torch.manual_seed(recipe.seed)
     model = prepared(pixels, protocol, build, recipe.seed, options, train)
     batches = loader(
@@ -144,15 +190,15 @@ def run_once(
     with tempfile.TemporaryDirectory() as scratch:
         path = save_task_adapter(
             model,
-            scratch if folder is None else Path(folder) / folder_name(label, recipe.seed),
+            scratch if folder is None else Path(folder) / place,
             task=pixels.task.name,
             labels=pixels.task.classes,
             preprocessing=pixels.transform.preprocessing,
             metrics=metrics,
         )
         stored = path.stat().st_size
-    steps = recipe.epochs * len(batches)
     return make_record(
+        **(facts or {}),
         task=pixels.task.name,
         group=group,
         protocol=label,
@@ -164,8 +210,10 @@ def run_once(
         total=counts.total,
         stored_bytes=stored,
         seconds=result.seconds,
-        step_seconds=result.seconds / steps,
-        config=config_of(recipe, options, pixels, train, fraction),
+        step_seconds=result.seconds / (recipe.epochs * len(batches)),
+        train_bytes=_memory(model, pixels.split(train), recipe.batch_size),
+        adapter=None if folder is None else place,
+        config=config,
         versions=library_versions(),
     )
 
@@ -186,14 +234,14 @@ def run_recorded(
         about: The other arguments of `run_once`.
     """
     train, test = about.get("train", "train"), about.get("test", "val")
-    images = len(pixels.task.split(train))
-    recipe = dataclasses.replace(recipe, batch_size=min(recipe.batch_size, images))
+    recipe = fitted(recipe, len(pixels.task.split(train)))
     options, fraction = about.get("options") or {}, about.get("fraction", 1.0)
     stub = make_record(
+        **(about.get("facts") or {}),
         task=pixels.task.name, group=about.get("group"), protocol=about.get("label") or protocol,
         backbone=about["backbone"], seed=recipe.seed, split=test,
         metrics={"top1": 0.0, "diverged": 1.0},
-        config=config_of(recipe, options, pixels, train, fraction),
+        config=config_of(recipe, options, pixels, train, test, about.get("weights"), fraction),
     )  # fmt: skip
     known = {record_key(record): record for record in read_records(file)}
     if record_key(stub) in known:
@@ -222,6 +270,12 @@ def prepared(
     classes = len(pixels.task.classes)
     apply_protocol(model, protocol, num_classes=classes, generator=generator, **options)
     return model.to(device())
+
+
+def _memory(model: nn.Module, split: Split, batch: int) -> int:
+    """Return the memory of a training step, as `cost.measure` does; the model is used up."""
+    pixels, labels = split.images[:batch], torch.tensor(split.labels[:batch])
+    return used_bytes(step, model.train(), (pixels.to(device()), labels.to(device())))
 
 
 def _prototypes(

@@ -21,7 +21,7 @@ from .ensemble import combine, ensemble_logits, member
 from .plots import Figure, scatter
 from .records import Record, make_record
 from .run import TEST_BATCH, Build, Pixels
-from .variants import device, folder_name
+from .variants import device, file_name
 
 # Enough to see classes apart; t-SNE takes minutes from about ten thousand points on.
 _MOST_POINTS = 2000
@@ -37,7 +37,7 @@ def ensemble_record(final: Sequence[Record], pixels: Pixels, build: Build, folde
         final: Records of one row over its seeds.
         pixels: Images of the task.
         build: Makes the bare backbone.
-        folder: Of the task's adapters.
+        folder: Of all runs, below which the adapters lie.
 
     Raises:
         VPTError: An adapter is not there, or is of another run than its record.
@@ -46,7 +46,7 @@ def ensemble_record(final: Sequence[Record], pixels: Pixels, build: Build, folde
     """
     members = []
     for record in final:
-        model = adapted(record, build, folder / folder_name(record["protocol"], record["seed"]))
+        model = adapted(record, build, folder)
         members.append(member(model))
     logits, labels = [], []
     for images, target in loader(pixels.split("test"), None, batch_size=TEST_BATCH):
@@ -69,6 +69,7 @@ def ensemble_stub(final: Sequence[Record]) -> Record:
         backbone=first["backbone"],
         seed=first["seed"],
         split="test",
+        preset=first.get("preset"),
         metrics={},
         trainable=sum(record["trainable"] or 0 for record in final),
         total=first["total"],
@@ -83,12 +84,30 @@ def is_ensemble(record: Record) -> bool:
     return "members" in record["config"]
 
 
-def adapted(record: Record, build: Build, path: Path) -> nn.Module:
+def adapter_of(record: Record, folder: Path) -> Path:
+    """Return the folder of the adapter that a record is about.
+
+    Args:
+        record: Of a final run.
+        folder: Of all runs.
+    """
+    # Older records do not name it.
+    old = f"{record['task']}/{file_name(record['protocol'])}-{record['seed']}"
+    return folder / (record.get("adapter") or old)
+
+
+def adapted(record: Record, build: Build, folder: Path) -> nn.Module:
     """Return a new model with the adapter that a record is about.
+
+    Args:
+        record: Of a final run.
+        build: Makes the bare backbone.
+        folder: Of all runs.
 
     Raises:
         VPTError: The adapter is not there, or is of another run.
     """
+    path = adapter_of(record, folder)
     what = f"the adapter of {record['protocol']!r}, seed {record['seed']}"
     advice = "Take its line out of the records, and run the comparison again."
     if not path.exists():
@@ -104,24 +123,21 @@ def adapted(record: Record, build: Build, path: Path) -> nn.Module:
     return model
 
 
-def draw_embeddings(
-    record: Record, pixels: Pixels, build: Build, adapter: Path, folder: Path
-) -> Figure:
+def draw_embeddings(record: Record, pixels: Pixels, build: Build, folder: Path) -> Figure:
     """Draw what the head of one final run receives for test images, in the plane.
 
     Args:
         record: Of the run.
         pixels: Images of the task.
         build: Makes the bare backbone.
-        adapter: Of the run.
-        folder: Where the figure goes.
+        folder: Of all runs, where the figure goes too.
 
     Raises:
         VPTError: As `adapted`.
 
     Source: Jia et al. 2022, Figures 9 and 21.
     """
-    model = adapted(record, build, adapter)
+    model = adapted(record, build, folder)
     split = pixels.split("test")
     if len(split) > _MOST_POINTS:
         split = split.subset(sorted(random.Random(0).sample(range(len(split)), _MOST_POINTS)))
@@ -138,4 +154,4 @@ def draw_embeddings(
 
 def figure_name(task: str, label: str) -> str:
     """Return the name of a figure of embeddings, without suffix."""
-    return f"tsne-{folder_name(f'{task}-{label}', 0).removesuffix('-0')}"
+    return f"tsne-{file_name(f'{task}-{label}')}"

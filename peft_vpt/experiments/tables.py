@@ -11,6 +11,11 @@ from .records import Record
 from .stats import Spread, by_task, holm, spread, task_means, welch, wilcoxon, wins
 
 _NOTHING = "-"
+# Rows without a network: no rivals in the tests.
+CONTROLS = ("majority class", "16x16 pixels")
+_COSTS = {"trained parameters": "trainable", "bytes stored": "stored_bytes",
+          "ms per step": "step_seconds", "training memory (MB)": "train_bytes"}  # fmt: skip
+_UNITS = {"step_seconds": 1e-3, "train_bytes": 1e6}
 Values = Mapping[str, Mapping[str, Sequence[float]]]
 
 
@@ -63,7 +68,9 @@ def group_table(
 ) -> str:
     """Return group means with the number of tasks that beat a reference, as the paper's Table 1.
 
-    Beside them the trained parameters and bytes stored per task, as medians.
+    Beside them, as medians over runs: trained parameters and bytes stored per task, the time of a
+    training step, and its memory (`experiments.cost`: the allocator's peak on a GPU; parameters,
+    buffers and what autograd keeps on a CPU).
 
     Args:
         records: Of all runs; `group` says where a task belongs.
@@ -86,12 +93,11 @@ def group_table(
         columns.append(column)
     order = sorted(means, key=lambda p: (-spread(means[p].values()).mean, p))
     rows = [
-        [p, *(column[p] for column in columns), _median(records, p, "trainable"),
-         _median(records, p, "stored_bytes")]
+        [p, *(column[p] for column in columns), *costs(r for r in records if r["protocol"] == p)]
         for p in order
-    ]  # fmt: skip
+    ]
     header = [f"{group} ({len(tasks)})" for group, tasks in groups.items()]
-    return markdown_table(["protocol", *header, "trained parameters", "bytes stored"], rows)
+    return markdown_table(["protocol", *header, *_COSTS], rows)
 
 
 def significance_table(
@@ -105,7 +111,7 @@ def significance_table(
     """Return one-sided tests of a method against each other protocol, as the paper's Table 10.
 
     Wilcoxon over task means, also Holm-adjusted for the number of protocols, and on how many tasks
-    Welch's test over seeds rejects equality at 5 %.
+    Welch's test over seeds rejects equality at 5 %. Rows without a network are left out.
 
     Args:
         records: Of all runs.
@@ -124,7 +130,7 @@ def significance_table(
         )
     own = task_means(values[method])
     tested = []
-    for name in sorted(set(values) - {method}):
+    for name in sorted(set(values) - {method, *CONTROLS}):
         other = task_means(values[name])
         shared = [task for task in own if task in other]
         if shared:
@@ -184,7 +190,8 @@ def report_page(
     parts = [f"# {title}", *([intro] if intro else []), facts(records, split)]
     parts += ["## Accuracy", _legend(metric, split), accuracy_table(records, **chosen)]
     parts += ["## By group", group_table(records, **chosen)]
-    if method in _values(records, metric, split):
+    rows = set(_values(records, metric, split))
+    if method in rows and rows - {method, *CONTROLS}:
         parts += ["## Tests", significance_table(records, method=method, **chosen)]
     for caption, path in (figures or {}).items():
         parts.append(f"![{caption}]({path})")
@@ -233,9 +240,20 @@ def _mean_over(means: Mapping[str, float], tasks: set[str]) -> float | None:
     return spread(found).mean if len(found) == len(tasks) else None
 
 
-def _median(records: list[Record], protocol: str, name: str) -> str:
-    found = sorted(r[name] for r in records if r["protocol"] == protocol and r.get(name))
-    return f"{found[len(found) // 2]:,}" if found else _NOTHING
+def cost_names() -> list[str]:
+    """Return the columns of `costs`."""
+    return list(_COSTS)
+
+
+def costs(records: Iterable[Record]) -> list[str]:
+    """Return what runs of one row cost, as medians; "-" where records do not say."""
+    runs = list(records)
+    found = {n: sorted(r[n] for r in runs if r.get(n)) for n in _COSTS.values()}
+    middle = {name: values[len(values) // 2] for name, values in found.items() if values}
+    return [
+        f"{round(middle[name] / _UNITS.get(name, 1)):,}" if name in middle else _NOTHING
+        for name in _COSTS.values()
+    ]
 
 
 def _rejected(first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]]) -> str:

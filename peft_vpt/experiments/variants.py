@@ -19,6 +19,7 @@ from ..errors import SpecError, VPTError
 from ..forms.probe import Probe
 from ..protocols import apply_protocol
 from ..protocols.options import PROMPTED, Protocol
+from .records import config_hash
 
 Options = Mapping[str, Any]
 FINAL = ("trainval", "train")
@@ -220,9 +221,15 @@ def reduced(task: Task, fraction: float, seed: int = 0) -> Task:
     return dataclasses.replace(task, splits=splits)
 
 
-def folder_name(label: str, seed: int) -> str:
-    """Return the folder of a run's adapter, inside that of its task."""
-    return f"{re.sub(r'[^A-Za-z0-9.+_=-]+', '-', label).strip('-')}-{seed}"
+def file_name(text: str) -> str:
+    """Return a text as the name of a file or folder."""
+    return re.sub(r"[^A-Za-z0-9.+_=-]+", "-", text).strip("-")
+
+
+def adapter_folder(task: str, label: str, backbone: str, seed: int, config: Options) -> str:
+    """Return the folder of a run's adapter, below that of all runs; every run has another one."""
+    told = config_hash({**config, "backbone": backbone})
+    return f"{file_name(task)}/{file_name(label)}-{seed}-{told}"
 
 
 def pooled(model: nn.Module, pool: str | None) -> nn.Module:

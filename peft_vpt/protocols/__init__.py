@@ -158,9 +158,10 @@ def _with_prompts(
 def _classes(
     model: nn.Module, encoder: Encoder, protocol: Protocol, num_classes: int | None
 ) -> int:
-    if encoder.head is None or len(encoder.head.paths) > 1:
-        what = "no classifier" if encoder.head is None else "two classifiers (distillation)"
-        raise SpecError(f"apply_protocol({protocol.name!r}): {type(model).__name__} has {what}.")
+    if encoder.head is None or encoder.headless:
+        raise SpecError(
+            f"apply_protocol({protocol.name!r}): {type(model).__name__} has {encoder.headless}."
+        )
     classes = class_count(model, encoder.head) if num_classes is None else num_classes
     if classes == 0:
         raise SpecError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from inspect import signature
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -94,6 +95,7 @@ class Delta(nn.Module):
             head = module_at(host, encoder.head.paths[0])
             self._handles.append(host.register_forward_pre_hook(self.side.see, with_kwargs=True))
             self._handles.append(head.register_forward_pre_hook(self.side.blend))
+            self._handles.append(host.register_forward_hook(self.side.forget, always_call=True))
 
     def detach(self, host: nn.Module) -> None:
         """Take hooks off and put the backbone's own weights back.
@@ -126,6 +128,13 @@ class Delta(nn.Module):
         for parameter in self.parameters():
             parameter.requires_grad_(True)
 
+    def leave(self, names: Iterable[str]) -> None:
+        """Leave tensors of the host to somebody else: to a decoder that trains whole."""
+        others = set(names)
+        self.names = [name for name in self.names if name not in others]
+        self.places = {k: place for k, place in self.places.items() if place.name not in others}
+        self.originals = {n: t for n, t in self.originals.items() if n not in others}
+
     def tensors(self, host: nn.Module) -> dict[str, Tensor]:
         """Return everything that an adapter holds of this, under the names in the file."""
         known = _tensors(host)
@@ -134,7 +143,8 @@ class Delta(nn.Module):
             for name, parameter in part.named_parameters():
                 found[f"delta.{index}.adapter.{name}"] = parameter
         if self.side is not None:
-            found |= {f"delta.side.{n}": p for n, p in self.side.named_parameters()}
+            side = _tensors(self.side)
+            found |= {f"delta.side.{n}": t for n, t in side.items() if t.is_floating_point()}
         return found
 
     def keeps_mode(self, path: str) -> bool:
@@ -161,12 +171,17 @@ class Delta(nn.Module):
         return f"protocol={self.protocol.name}, tensors of the backbone={len(self.names)}"
 
 
+def given_features(delta: Delta | None) -> nn.Module | None:
+    """Return the features that a side network was given; None for those of its own."""
+    side = None if delta is None else delta.side
+    return side.features if side is not None and side.given else None
+
+
 def _head_width(host: nn.Module, encoder: Encoder) -> int:
-    if encoder.head is None or len(encoder.head.paths) > 1:
-        what = "no classifier" if encoder.head is None else "two classifiers (distillation)"
+    if encoder.head is None or encoder.headless:
         raise UnsupportedArchitectureError(
-            f"apply_protocol('sidetune'): {type(host).__name__} has {what}, so there is no one "
-            "place where a side network could be blended in."
+            f"apply_protocol('sidetune'): {type(host).__name__} has {encoder.headless}, so there "
+            "is no one place where a side network could be blended in."
         )
     return encoder.head.width
 
@@ -195,6 +210,10 @@ def _bottlenecks(protocol: Protocol, host: nn.Module, encoder: Encoder) -> dict[
 
 
 def _feed_forward(block: nn.Module) -> str | None:
-    """Return the name of the block's feed-forward layer, in front of the residual sum."""
+    """Return the path of the block's feed-forward layer, in front of the residual sum."""
     children = dict(block.named_children())
-    return next((name for name in _FEED_FORWARD if name in children), None)
+    name = next((name for name in _FEED_FORWARD if name in children), None)
+    # DPT's, VideoMAE's and others' `output` takes the residual too, and adds it behind `dense`.
+    if name != "output" or len(signature(children[name].forward).parameters) == 1:
+        return name
+    return "output.dense" if hasattr(children[name], "dense") else None

@@ -112,6 +112,10 @@ class SideNetwork(nn.Module):
         seen = args[0] if args else kwargs.get("pixel_values", next(iter(kwargs.values()), None))
         _PIXELS.set(_PIXELS.get() | {id(self): seen})
 
+    def forget(self, host: nn.Module, args: Any, output: Any) -> None:
+        """Forward hook of the host: let the pixels of this call go."""
+        _PIXELS.set({key: seen for key, seen in _PIXELS.get().items() if key != id(self)})
+
     def blend(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Forward pre-hook of the head: blend the side network into its input."""
         if any(prompts.disabled() for prompts in self._prompts):

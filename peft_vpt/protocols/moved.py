@@ -84,11 +84,17 @@ def _first_of_last(host: nn.Module, encoder: Encoder, protocol: Protocol, names:
 
 
 def _stages(host: nn.Module, encoder: Encoder) -> list[tuple[str, nn.Module]]:
-    """Return the stages of a model without known blocks: of a ConvNet.
+    """Return the stages of a model without known blocks, of a ConvNet, that have parameters.
 
     Raises:
         UnsupportedArchitectureError: It does not show any.
     """
+    found = _shown_stages(host, encoder)
+    # timm counts the activation behind a ResNet's stem as a stage.
+    return [(path, stage) for path, stage in found if next(stage.parameters(), None) is not None]
+
+
+def _shown_stages(host: nn.Module, encoder: Encoder) -> list[tuple[str, nn.Module]]:
     model: Any = module_at(host, encoder.path)
     prefix = f"{encoder.path}." if encoder.path else ""
     info = getattr(getattr(model, "feature_info", None), "info", None) or getattr(

@@ -9,11 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import SpecError, VPTError
+
 IGNORE = 255
 
 
 class Scores(NamedTuple):
-    """What a segmentation is worth: mean over classes, per class (NaN where absent), of pixels."""
+    """What a segmentation is worth: mean over classes, per class, and of pixels.
+
+    The IoU of a class that is neither there nor predicted is NaN, as is a mean over no class.
+    """
 
     miou: float
     iou: list[float]
@@ -31,10 +36,27 @@ class Confusion:
         self._table = torch.zeros(classes, classes, dtype=torch.int64)
 
     def add(self, found: Tensor, truth: Tensor) -> None:
-        """Count predicted and true class indices of one shape; 255 is left out."""
+        """Count predicted and true class indices of one shape; 255 in the truth is left out.
+
+        Raises:
+            VPTError: The shapes differ, or an index is none of a class.
+        """
+        if found.shape != truth.shape:
+            raise VPTError(
+                f"Confusion.add: predictions {tuple(found.shape)} and truth {tuple(truth.shape)} "
+                "must be of one shape; resize the predictions to the masks."
+            )
         classes, known = len(self._table), truth != IGNORE
-        index = truth[known].long() * classes + found[known].long()
-        counts = torch.bincount(index.cpu(), minlength=classes**2)
+        sides = {"prediction": found[known].long().cpu(), "true label": truth[known].long().cpu()}
+        for name, labels in sides.items():
+            wrong = labels[(labels < 0) | (labels >= classes)]
+            if len(wrong):
+                raise VPTError(
+                    f"Confusion.add: the {name} {int(wrong[0])} is none of {classes} classes (0 to "
+                    f"{classes - 1}); count every class that the model can predict."
+                )
+        index = sides["true label"] * classes + sides["prediction"]
+        counts = torch.bincount(index, minlength=classes**2)
         self._table += counts.reshape(classes, classes)
 
     def scores(self) -> Scores:
@@ -59,29 +81,43 @@ def predict(
 ) -> Tensor:
     """Return class probabilities `(batch, classes, H, W)` of images of any size.
 
-    The image is scaled, cut into overlapping windows of the model's size, and averaged.
+    The image is scaled, cut into overlapping windows of the model's size, and averaged. Where it is
+    smaller than a window then, it is padded on the right and below with 0, the mean colour of
+    normalised pixels, as a crop in training is; scores of the padding are dropped.
 
     Args:
         model: From pixels `(batch, 3, *window)` to scores of the same size; in eval mode.
         pixels: `(batch, 3, H, W)`.
         window: Height and width that the model takes.
-        scales: Factors on the image's size; one is single-scale, several multi-scale.
+        scales: Factors on both edges of the image; one is single-scale, several multi-scale.
         flip: Whether to average with the mirrored image.
         overlap: Share of a window that the next one covers too.
         at_once: Windows in one forward of the model.
+
+    Raises:
+        SpecError: No scales, or one that is not above 0.
     """
+    if not scales or not all(scale > 0 for scale in scales):
+        raise SpecError(f"predict(scales={tuple(scales)}): must be one or more numbers > 0.")
     size = pixels.shape[-2:]
     total = torch.zeros(())
     for scale in scales:
-        scaled = [max(round(s * scale), w) for s, w in zip(size, window, strict=True)]
+        scaled = [max(round(edge * scale), 1) for edge in size]
         image = F.interpolate(pixels, scaled, mode="bilinear", align_corners=False)
         views = [image, image.flip(-1)] if flip else [image]
         for number, view in enumerate(views):
-            found = _slide(model, view, window, overlap, at_once).softmax(1)
+            found = _slide(model, _cover(view, window), window, overlap, at_once)
+            found = found[..., : scaled[0], : scaled[1]].softmax(1)
             found = found.flip(-1) if number else found
             found = F.interpolate(found, size, mode="bilinear", align_corners=False)
             total = total.to(found) + found
     return total / (len(scales) * (2 if flip else 1))
+
+
+def _cover(image: Tensor, window: tuple[int, int]) -> Tensor:
+    """Pad an image that is smaller than a window up to it, on the right and below."""
+    low, right = (max(w - s, 0) for w, s in zip(window, image.shape[-2:], strict=True))
+    return F.pad(image, (0, right, 0, low))
 
 
 def _slide(

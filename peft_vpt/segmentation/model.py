@@ -13,8 +13,10 @@ from torch.nn import functional as F
 
 from ..backbones.anatomy import Encoder, first_conv_kernel, module_at
 from ..backbones.image_model import encoder_for
+from ..decoder import claim_decoder
 from ..errors import SpecError, UnsupportedArchitectureError
-from ..hosts import carries, host_and_prompts
+from ..hosts import carries, host_and_prompts, refuse_unfit
+from ..inject import freeze
 from ..protocols import apply_protocol
 from .evaluation import IGNORE
 
@@ -119,14 +121,16 @@ class Segmenter(nn.Module):
         return self._scores(pixels)[0]
 
     def loss(self, pixels: Tensor, masks: Tensor) -> Tensor:
-        """Return the cross-entropy over pixels that are not 255, with that of auxiliary heads.
+        """Return the mean cross-entropy over pixels that are not 255, with that of auxiliary heads.
+
+        It is 0 where nothing is known of any pixel.
 
         Args:
             pixels: `(batch, 3, H, W)`.
             masks: Class indices `(batch, H, W)`, 255 where nothing is known.
         """
-        main, *others = self._scores(pixels)
-        terms = [F.cross_entropy(s, masks, ignore_index=IGNORE) for s in (main, *others)]
+        known = (masks != IGNORE).sum().clamp(min=1)
+        terms = [_entropy(scores, masks) / known for scores in self._scores(pixels)]
         return terms[0] + _AUXILIARY_WEIGHT * sum(terms[1:], torch.zeros_like(terms[0]))
 
     def _scores(self, pixels: Tensor) -> list[Tensor]:
@@ -157,11 +161,19 @@ class Segmenter(nn.Module):
             module_at(self.backbone, path).requires_grad_(False)
 
 
+def _entropy(scores: Tensor, masks: Tensor) -> Tensor:
+    """Return the sum over known pixels, in float32 at least: half precision would overflow."""
+    wide = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return F.cross_entropy(wide, masks, ignore_index=IGNORE, reduction="sum")
+
+
 def apply_to_encoder(model: nn.Module, protocol: str, **options: Any) -> nn.Module:
     """Put a protocol into the encoder of a model with a decoder of its own, which trains whole.
 
     For the segmentation models of transformers (UperNet over Swin or BEiT, SegFormer, DPT): what is
-    outside the encoder trains, what is inside follows the protocol.
+    outside the encoder trains, what is inside follows the protocol. The decoder is the head of the
+    adapter that `save_task_adapter` writes, for a model of the same class, and `remove_prompts`
+    puts its former values back.
 
     Args:
         model: The whole model.
@@ -170,18 +182,28 @@ def apply_to_encoder(model: nn.Module, protocol: str, **options: Any) -> nn.Modu
 
     Returns:
         `model`.
+
+    Raises:
+        SpecError: The model is an encoder without a decoder, or a wrong option.
+        AlreadyPromptedError: A protocol or prompts are in place.
+        UnsupportedArchitectureError: The protocol has no place in this model.
     """
+    refuse_unfit(model, "apply_to_encoder")
     encoder = encoder_for(model, "pad")
-    apply_protocol(model, protocol, **options)
-    inside = ("prompts.", f"{encoder.path}." if encoder.path else "")
     if not encoder.path:
         raise SpecError(
             f"apply_to_encoder: {type(model).__name__} is an encoder without a decoder around it; "
             "use apply_protocol."
         )
-    for name, parameter in model.named_parameters():
-        if not name.startswith(inside):
-            parameter.requires_grad_(True)
+    if options.get("num_classes") is not None:
+        raise SpecError(
+            f"apply_to_encoder(num_classes={options['num_classes']!r}): the decoder is the model's "
+            "own; build the model for that many classes."
+        )
+    apply_protocol(model, protocol, **options)
+    prompts = host_and_prompts(model, "apply_to_encoder")[1]
+    claim_decoder(model, prompts)
+    freeze(model, prompts.encoder)
     return model
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sized
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..errors import SpecError
@@ -97,6 +98,38 @@ def training_loader(loader: Any, seed: int) -> tuple[DataLoader[Any], Order]:
         sampler=order,
         **{name: getattr(loader, name) for name in _KEPT},
     ), order
+
+
+class Padding:
+    """Which images of a batch a process counts, so that several come to the result of one.
+
+    accelerate gives all processes equally many full batches: it fills the last ones, from behind,
+    with images from the start of the epoch. These are not counted.
+
+    Args:
+        images: Of an epoch.
+        batch: Images of a full batch of one process.
+        accelerator: accelerate's.
+    """
+
+    def __init__(self, images: int, batch: int, accelerator: Any) -> None:
+        self._images, self._batch, self._accelerator = images, batch, accelerator
+
+    def own(self, index: int, size: int) -> int:
+        """Return how many of the `size` images of this process's batch `index` count."""
+        count: int = self._accelerator.num_processes
+        if count == 1:
+            return size
+        end: int = (index * count + self._accelerator.process_index + 1) * self._batch
+        return max(size - max(end - self._images, 0), 0)
+
+    def together(self, images: int) -> int:
+        """Return the sum of a count over all processes."""
+        if self._accelerator.num_processes == 1:
+            return images
+        counted = torch.tensor(images, device=self._accelerator.device)
+        total: Tensor = self._accelerator.reduce(counted, "sum")
+        return int(total)
 
 
 def loader_batch_size(recipe: Recipe, accumulation: int = 1) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import VPTError
 from ..hosts import unwrap
 from .describe import refuse_other
-from .files import write_whole
+from .files import write_json, write_lines, write_whole
 
 CHECKPOINT = "checkpoint.pt"
 _FORMAT = 1
@@ -54,6 +54,17 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
             names = (f"{path}.{n}" if path else n for n, _ in module.named_buffers(recurse=False))
             found |= {name: stored[name] for name in names if name in stored}
     return found
+
+
+def begin_folder(
+    folder: Path, config: Mapping[str, Any], history: list[dict[str, Any]], resumed: bool
+) -> None:
+    """Write the configuration, and take away the checkpoint of another run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resumed:
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+    write_json(folder / "config.json", config)
+    write_lines(folder / "history.jsonl", history)
 
 
 def save_checkpoint(

@@ -13,19 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .batches import derive, seed_step, training_loader
+from .batches import Padding, derive, seed_step, training_loader
 from .checkpoint import (
-    CHECKPOINT,
     Position,
+    begin_folder,
     load_checkpoint,
     read_checkpoint,
     save_checkpoint,
     trained_tensors,
 )
 from .describe import describe_run
-from .files import write_json, write_lines
+from .files import write_lines
 from .groups import lr_factor, make_optimizer, set_rate
 from .health import DivergedError, LossWatch, Shadow, warn
+from .labels import check_known_labels
 from .losses import Loss
 from .metrics import evaluate, forward_logits, place
 from .prepare import Bars, check_options, make_accelerator, wrapped
@@ -72,7 +73,8 @@ def fit(
 
     Order, augmentation and dropout follow from the recipe's seed alone, so a run that was killed
     goes on to the same weights, on the same kind of machine to the bit. In several processes
-    (`accelerate launch`) each one takes its share of every batch.
+    (`accelerate launch`) each one takes its share of every batch. `folder` is first written to
+    behind the first step, so that what fails before it leaves nothing.
 
     Args:
         model: A prompted model, or any classifier of which something requires gradients.
@@ -87,12 +89,14 @@ def fit(
         accumulation: Batches per optimizer step.
         mixed_precision: "no", "bf16" or "fp16"; None: as `accelerate launch` says, else "no".
         data: The caller's description of the data, JSON values; part of the configuration.
-        labels: Of all training images, for class weights.
+        labels: Of all training images, as many as `train` has, for class weights.
         accelerator: accelerate's own, in place of a new one.
         progress: Show progress bars on a terminal.
 
     Raises:
         SpecError: A wrong option, or a checkpoint of another run; nothing was written.
+        VPTError: A label of train or val that is no class of the model; where the datasets hold
+            their labels beside the images, before the first step.
         DivergedError: A loss, or what a step made of the weights, is not finite. The model has the
             last finite weights, the former checkpoint stays.
 
@@ -101,7 +105,8 @@ def fit(
     check_options(recipe, evaluate_every, checkpoint_every, accumulation, data)
     loader, order = training_loader(train, recipe.seed)
     accelerator = make_accelerator(accelerator, mixed_precision, recipe, loader, accumulation)
-    run = _Run(model, recipe, accelerator, order, accumulation, labels)
+    run = _Run(model, recipe, accelerator, order, accumulation)
+    run.loss = Loss(recipe, labels, len(loader.dataset))  # type: ignore[arg-type]
     with wrapped(model, accelerator) as run.model, Bars(accelerator, progress) as run.bars:
         run.prepare(loader, val, data=data, folder=folder)
         run.begin(resume)
@@ -116,24 +121,21 @@ class _Run:
 
     config: dict[str, Any]
     bars: Any
+    loss: Loss
 
     def __init__(
-        self,
-        model: nn.Module,
-        recipe: Recipe,
-        accelerator: Any,
-        order: Any,
-        accumulation: int,
-        labels: Sequence[int] | None,
+        self, model: nn.Module, recipe: Recipe, accelerator: Any, order: Any, accumulation: int
     ) -> None:
         self.host = self.model = model
         self.recipe, self.accelerator, self.order = recipe, accelerator, order
-        self.accumulation, self.loss = accumulation, Loss(recipe, labels)
+        self.accumulation = accumulation
         self.folder: Path | None = None
         self.at = Position()
 
     def prepare(self, loader: Any, val: Any, *, data: Any, folder: str | Path | None) -> None:
         """Make everything that training needs; nothing is written."""
+        self.unchecked = {"train": loader, "val": val}
+        self.padding = Padding(len(self.order), loader.batch_size, self.accelerator)
         self.loader = self.accelerator.prepare_data_loader(loader)
         parallel = self.accelerator.num_processes > 1 and hasattr(val, "dataset")
         self.val = self.accelerator.prepare_data_loader(val) if parallel else val
@@ -160,31 +162,30 @@ class _Run:
         self.folder = None if folder is None else Path(folder)
 
     def begin(self, resume: bool) -> None:
-        """Take up the checkpoint, if there is one, and write the configuration."""
+        """Take up the checkpoint, if there is one; nothing is written."""
         if self.folder is not None:
             content = read_checkpoint(self.folder, self.config) if resume else None
             if content is not None:
                 scaler = self.accelerator.scaler
                 self.at = load_checkpoint(content, self.tensors, self.optimizer, scaler)
+            self.resumed = content is not None
+            # Nobody may write before everybody has read.
             self.accelerator.wait_for_everyone()
-            if self.accelerator.is_main_process:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                if content is None:
-                    (self.folder / CHECKPOINT).unlink(missing_ok=True)
-                write_json(self.folder / "config.json", self.config)
-                write_lines(self.folder / "history.jsonl", self.at.history)
+        self.first = self.at.step + 1
         self.watch = LossWatch(self.steps, self.at.watch)
         self.began = time.perf_counter() - self.at.seconds
 
     def train(self, evaluate_every: int, checkpoint_every: int | None) -> None:
         """Run what is left of the epochs."""
-        epochs = self.recipe.epochs
+        epochs, main = self.recipe.epochs, self.accelerator.is_main_process
         for epoch in range(len(self.at.history), epochs):
             self.host.train()
             self.model.train()
             self.bars.epoch(epoch, epochs, self.steps, self.at.step - epoch * self.steps)
             for batches in self._steps(epoch):
                 self._note(self._step(batches))
+                if self.at.step == self.first and self.folder is not None and main:
+                    begin_folder(self.folder, self.config, self.at.history, self.resumed)
                 inside = self.at.step % self.steps
                 if checkpoint_every and inside and not self.at.step % checkpoint_every:
                     self._save()
@@ -211,14 +212,16 @@ class _Run:
         set_rate(self.optimizer, lr_factor(at, self.steps, self.recipe))
         self.shadow.keep()
         self.optimizer.zero_grad()
-        images = sum(len(labels) for _, labels in batches)
-        parts = []
+        first = at % self.steps * self.accumulation
+        counts = [self.padding.own(first + i, len(labels)) for i, (_, labels) in enumerate(batches)]
+        images, parts = self.padding.together(sum(counts)), []
         for index, (pixels, labels) in enumerate(batches):
             with self._sync(index + 1 == len(batches)):
-                part = self._loss(pixels, labels) / images
-                accelerator.backward(part)
-            parts.append(part.detach())
-        loss = accelerator.reduce(torch.stack(parts).sum(), "mean").item()
+                # DistributedDataParallel takes the mean over processes, not the sum.
+                total = self._loss(pixels, labels, counts[index]) * accelerator.num_processes
+                parts.append(total / images)
+                accelerator.backward(parts[-1])
+        loss = accelerator.reduce(torch.stack(parts).detach().sum(), "mean").item()
         if not torch.isfinite(torch.tensor(loss)):
             self._diverge(f"the loss is {loss}")
         if self.recipe.clip_norm is not None:
@@ -235,11 +238,13 @@ class _Run:
         waiting: AbstractContextManager[Any] = self.accelerator.no_sync(self.model)
         return waiting
 
-    def _loss(self, pixels: Tensor, labels: Tensor) -> Tensor:
-        """Return the sum of the losses of a batch."""
+    def _loss(self, pixels: Tensor, labels: Tensor, count: int) -> Tensor:
+        """Return the sum of the losses of the first `count` images of a batch."""
         device, dtype = place(self.host)
         logits = forward_logits(self.model, pixels.to(device, dtype), self.accelerator)
-        return self.loss(logits, labels.to(device))
+        check_known_labels(self.unchecked, logits.shape[1])
+        self.unchecked = {}
+        return self.loss(logits, labels.to(device), count)
 
     def _diverge(self, what: str) -> None:
         self.shadow.restore()

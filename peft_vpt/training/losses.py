@@ -19,43 +19,79 @@ class Loss:
     Args:
         recipe: Says which weights and how much smoothing.
         labels: Of all training images, for their counts.
+        images: Number of training images.
 
     Raises:
-        SpecError: Class weights without labels.
+        SpecError: Class weights without labels, with another number of them, or with what are no
+            classes.
     """
 
-    def __init__(self, recipe: Recipe, labels: Sequence[int] | None) -> None:
+    def __init__(self, recipe: Recipe, labels: Sequence[int] | None, images: int) -> None:
         self._kind, self._smoothing = recipe.class_weights, recipe.label_smoothing
         if self._kind != "none" and labels is None:
             raise SpecError(
                 f"fit(recipe.class_weights={self._kind!r}): give labels, those of all training "
                 "images, for their counts."
             )
-        self._labels = labels
+        if self._kind != "none" and labels is not None and len(labels) != images:
+            raise SpecError(
+                f"fit(labels=...): {len(labels)} labels, but train has {images} images; give the "
+                "label of each, in any order."
+            )
+        self._labels = None if self._kind == "none" or labels is None else _integers(labels)
         self._weights: Tensor | None = None
 
-    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the sum for logits `(batch, classes)` and labels `(batch,)`."""
+    def __call__(self, logits: Tensor, labels: Tensor, count: int | None = None) -> Tensor:
+        """Return the sum for logits `(batch, classes)` and labels `(batch,)`.
+
+        Args:
+            logits: Of the batch.
+            labels: Of the batch.
+            count: Images that count, the first ones; None: all.
+        """
         check_labels(labels, logits.shape[1], "fit")
         smoothing = self._smoothing
         losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
-        if self._kind != "none" and self._labels is not None:
+        if self._labels is not None:
             if self._weights is None:
                 self._weights = class_weights(self._labels, logits.shape[1], self._kind)
             assert self._weights is not None
             losses = losses * self._weights.to(losses)[labels]
-        return losses.sum()
+        return losses[:count].sum()
 
 
-def class_weights(labels: Sequence[int], classes: int, kind: str) -> Tensor | None:
+def class_weights(labels: Sequence[int] | Tensor, classes: int, kind: str) -> Tensor | None:
     """Return a weight per class from the numbers of training images; None for kind "none".
 
     "inv": 1 / count; "inv_sqrt": 1 / sqrt(count); scaled so that the mean over the images is 1, and
     0 for a class without images.
+
+    Raises:
+        SpecError: No labels, or one that is none of the classes.
     """
     if kind == "none":
         return None
-    counts = torch.bincount(torch.as_tensor(labels), minlength=classes).double()
+    numbers = _integers(labels)
+    if int(numbers.max()) >= classes:
+        raise SpecError(
+            f"fit(labels=...): has the label {int(numbers.max())}, but the model has {classes} "
+            f"classes, 0 to {classes - 1}; correct it, or give num_classes."
+        )
+    counts = torch.bincount(numbers, minlength=classes).double()
     power = -1.0 if kind == "inv" else -0.5
     weights = torch.where(counts > 0, counts.clamp(min=1.0) ** power, 0.0)
     return weights * counts.sum() / (weights * counts).sum()
+
+
+def _integers(labels: Sequence[int] | Tensor) -> Tensor:
+    """Return labels as a tensor, whatever kind of integers they are."""
+    try:
+        numbers = torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SpecError(f"fit(labels=...): must be class numbers: {error}.") from error
+    whole = not numbers.is_floating_point() and numbers.dtype != torch.bool
+    if numbers.dim() != 1 or not len(numbers) or not whole or int(numbers.min()) < 0:
+        raise SpecError(
+            "fit(labels=...): must be the class numbers, from 0, of all training images, one each."
+        )
+    return numbers.long().cpu()

@@ -63,6 +63,14 @@ def make_accelerator(
             "belongs to fit; give the accelerator alone, with gradient_accumulation_steps=1."
         )
     accelerator = _new(mixed_precision) if given is None else given
+    shares = accelerator.dataloader_config
+    if accelerator.num_processes > 1 and (
+        shares.split_batches or shares.dispatch_batches or not shares.even_batches
+    ):
+        raise SpecError(
+            "fit(accelerator=...): with several processes, images are shared out by accelerate's "
+            "defaults; make it without split_batches, dispatch_batches and even_batches."
+        )
     parts = accelerator.num_processes * accumulation
     if loader.batch_size * parts != recipe.batch_size:
         raise SpecError(

@@ -1,0 +1,95 @@
+"""The backbone of a comparison: built at any size, and asked which rows it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .output import complain
+from .sources import build, preprocessing_of
+
+if TYPE_CHECKING:
+    from ..experiments.ablations import Row
+
+
+class Backbone:
+    """The backbone that was asked for, at any image size."""
+
+    def __init__(
+        self, model: str, weights: Path | None, size: int | None, offline: bool, pool: str | None
+    ) -> None:
+        from ..experiments.variants import usual_pool
+
+        self.model, self.weights, self.size, self.offline = model, weights, size, offline
+        self.pool = pool or usual_pool(model)
+        self.preprocessing: Any = None
+
+    @property
+    def checksum(self) -> str | None:
+        """Return the checksum of the file of weights, if there is one."""
+        from ..experiments.sums import file_sum
+
+        return None if self.weights is None else file_sum(self.weights)
+
+    @property
+    def name(self) -> str:
+        """Return its name in records."""
+        return f"{self.model} ({self.pool})" if self.pool else self.model
+
+    def make(self, edge: int | None = None) -> Any:
+        """Build it, bare."""
+        from ..experiments.variants import pooled
+
+        found = build(self.model, self.weights, edge or self.size, self.offline)
+        if self.preprocessing is None:
+            self.preprocessing = preprocessing_of(found, self.offline)
+        return pooled(found, self.pool)
+
+    def transform(self, edge: int | None) -> Any:
+        """Return the transform of its images."""
+        from ..data import eval_transform
+
+        return eval_transform(self.preprocessing, edge)
+
+    def at(self, edge: int) -> tuple[Any, Any]:
+        """Return transform and builder for another size."""
+        return self.transform(edge), lambda: self.make(edge)
+
+    def describe(self) -> str:
+        """Say what the head reads."""
+        told = {"token": "the CLS token", "avg": "the mean of the patch tokens"}
+        what = told.get(self.pool or "", "what the model gives it")
+        return f"the head reads {what}" + (f" (--pool {self.pool})" if self.pool else "")
+
+
+def taken(call: str, rows: list[Row], backbone: Backbone, classes: int, asked: bool) -> list[Row]:
+    """Leave out the rows that a backbone refuses, and say so.
+
+    Args:
+        call: The command.
+        rows: Of the comparison.
+        backbone: Built anew for every row.
+        classes: Of the task.
+        asked: Whether the user has named the rows: then none is left out.
+
+    Raises:
+        VPTError: It refuses all of them, or one that was asked for.
+    """
+    from ..backbones.image_model import says_its_size
+    from ..errors import VPTError
+    from ..experiments.ablations import variants_of
+    from ..experiments.variants import refusal
+
+    reasons = {}
+    for variant in variants_of(rows):
+        size = backbone.transform(variant.size or backbone.size).preprocessing["size"]
+        model = says_its_size(backbone.make(variant.size), size)
+        reasons[variant.label] = refusal(variant, model, classes)
+    told = [f"{label}: {reason}" for label, reason in reasons.items() if reason]
+    if told and asked:
+        raise VPTError(f"{call}: --protocols: {'; '.join(told)}")
+    for line in told:
+        complain(f"left out: {line}")
+    if len(told) == len(reasons):
+        raise VPTError(f"{call}: this backbone takes none of the rows.")
+    return [row for row in rows if not reasons[row.variant.label]]
