@@ -172,7 +172,7 @@ def write_report(
     search: Search, task: Task, result: SweepResult, records: Sequence[Record]
 ) -> Path:
     """Write what was tried and what came of it; return the page's path."""
-    from ..training.files import write_whole
+    from ..adapter_file import replace_file
 
     page = search.folder / f"{search.protocol}.md"
     parts = [
@@ -183,7 +183,7 @@ def write_report(
         f"## Final: {describe(result.best.params)}, trained on train and val, judged on test",
         _finals(records),
     ]
-    write_whole(page, ("\n\n".join(parts) + "\n").encode())
+    replace_file(page, ("\n\n".join(parts) + "\n").encode())
     return page
 
 

@@ -259,11 +259,11 @@ def _figure(
 def _write(figure: Any, path: Path, kind: str, metadata: Mapping[str, None]) -> None:
     import io
 
-    from ..training.files import write_whole
+    from ..adapter_file import replace_file
 
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, metadata=metadata)
-    write_whole(path, buffer.getvalue())
+    replace_file(path, buffer.getvalue())
 
 
 def _legend_outside(axes: Any) -> None:

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..adapter_file import replace_file
 from ..errors import VPTError
 from ..hosts import unwrap
 from .describe import refuse_other
-from .files import write_json, write_lines, write_whole
+from .files import write_json, write_lines
 
 CHECKPOINT = "checkpoint.pt"
 _FORMAT = 1
@@ -85,7 +86,7 @@ def save_checkpoint(
     }
     buffer = BytesIO()
     torch.save(content, buffer)
-    write_whole(folder / CHECKPOINT, buffer.getvalue())
+    replace_file(folder / CHECKPOINT, buffer.getvalue())
 
 
 def read_checkpoint(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
