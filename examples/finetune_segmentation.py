@@ -12,7 +12,8 @@ decoder alone.
 
 ``OUTPUT/records.jsonl`` gets a record per run, and a run that has one is not run again. Beside it
 is a task adapter per run, decoder and prompts in one file, from which test results are made; its
-folder is named by the run's whole configuration, so other options never meet its weights.
+folder is named by the run's whole configuration, checksums of images, masks and weights included,
+so other options never meet its weights. A run that diverges has a record that says so.
 
 Usage: ``python examples/finetune_segmentation.py --data FOLDER --model NAME --weights
 FILE.safetensors --size 128``. With ``--weights`` nothing is downloaded.
@@ -24,6 +25,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +46,10 @@ from peft_vpt.data import (
 from peft_vpt.experiments import append_record, make_record, read_records, record_key
 from peft_vpt.experiments.compare import FACTORS
 from peft_vpt.experiments.records import config_hash
-from peft_vpt.experiments.tables import markdown_table
+from peft_vpt.experiments.sums import file_sum, model_sum, text_sum
+from peft_vpt.experiments.tables import mark, markdown_table
 from peft_vpt.segmentation import Scores, Segmenter, load_segmenter, predict, save_segmenter, score
-from peft_vpt.training import Recipe, lr_factor, preset
+from peft_vpt.training import DivergedError, Recipe, lr_factor, preset
 from peft_vpt.training.describe import library_versions
 from peft_vpt.training.groups import set_rate
 
@@ -77,7 +80,11 @@ def draw_shapes(folder: Path, seed: int = 0) -> Path:
 
 
 def fit(model: Segmenter, batches: Any, *, recipe: Recipe) -> tuple[float, float]:
-    """Train in place by AdamW; return the seconds and the mean loss of the last epoch."""
+    """Train in place by AdamW; return the seconds and the mean loss of the last epoch.
+
+    Raises:
+        DivergedError: A loss is not finite.
+    """
     began, loss, step = time.perf_counter(), 0.0, 0
     groups = [
         {
@@ -94,6 +101,8 @@ def fit(model: Segmenter, batches: Any, *, recipe: Recipe) -> tuple[float, float
         for pixels, masks in batches:
             set_rate(optimizer, lr_factor(step, len(batches), recipe))
             found = model.loss(pixels, masks)
+            if not found.isfinite():
+                raise DivergedError(f"step {step + 1}: the loss is {found.item()}")
             optimizer.zero_grad()
             found.backward()
             if recipe.clip_norm is not None:
@@ -119,6 +128,19 @@ class Runs:
         look = timm.data.resolve_model_data_config(self.backbone())
         self.augment = segmentation_transform(look, "train", args.size, scale=args.crops)
         self.whole = segmentation_transform(look, "full", args.size)
+
+    @cached_property
+    def weights(self) -> str:
+        """What tells the backbone's weights from others of its name."""
+        return file_sum(self.args.weights) if self.args.weights else model_sum(self.backbone())
+
+    @cached_property
+    def images(self) -> dict[str, str]:
+        """What tells the images and masks of a split from all others, whatever their names."""
+        return {
+            name: text_sum([file_sum(path) for pair in split.pairs for path in pair])
+            for name, split in self.task.splits.items()
+        }
 
     def backbone(self) -> nn.Module:
         """Build the pretrained ViT for windows of the size wanted."""
@@ -158,6 +180,8 @@ class Runs:
         return {
             "recipe": self.recipe(protocol, factor, seed).to_dict(),
             "options": {"length": args.length} if prompted else {},
+            "weights": self.weights,
+            "images": self.images,
             "decoder": {"channels": args.channels},
             "preprocessing": self.whole.preprocessing,
             "augmentation": self.augment.describe(),
@@ -189,13 +213,18 @@ class Runs:
         folder = self.folder(protocol, factor, seed)
         known = {record_key(r): r for r in read_records(self.file)}
         there = known.get(record_key(stub))
-        if there and (split == "test" or (folder / "adapter.safetensors").exists()):
+        saved = (folder / "adapter.safetensors").exists()
+        if there and (split == "test" or saved or "failure" in there):
             return there
         if split == "test":
             self.run(protocol, factor, seed, "val")
         print(f"{protocol}, rate x {factor:g}, seed {seed}: {split}", flush=True)
         make = self.train if split == "val" else self.test
-        record = stub | make(protocol, factor, seed, folder)
+        try:
+            record = stub | make(protocol, factor, seed, folder)
+        except DivergedError as error:
+            print(f"diverged: {error}", flush=True)
+            record = stub | {"metrics": {"miou": 0.0, "diverged": 1.0}, "failure": str(error)}
         append_record(self.file, record)
         return record
 
@@ -231,6 +260,8 @@ class Runs:
     def test(self, protocol: str, factor: float, seed: int, folder: Path) -> dict[str, Any]:
         """Measure a saved segmenter on test, at one scale and at several."""
         kept, began = self.run(protocol, factor, seed, "val"), time.process_time()
+        if "failure" in kept:
+            raise DivergedError(kept["failure"])
         model = load_segmenter(self.backbone(), folder)
         saved = model.backbone.prompts.info["metrics"]["val miou"]
         if saved != kept["metrics"]["miou"]:
@@ -288,12 +319,17 @@ def metrics(scores: Scores, classes: Sequence[str]) -> dict[str, float | None]:
 def table(records: Sequence[dict[str, Any]], classes: Sequence[str]) -> str:
     """Lay out means over seeds, with the deviation from two seeds on, in percent.
 
-    A class that is absent has "-".
+    A class that is absent has "-". Runs that diverged are counted behind the protocol's name.
     """
     columns = ["miou", "miou_multi", *(f"iou {name}" for name in classes)]
     rows = []
     for protocol in dict.fromkeys(record["protocol"] for record in records):
-        mine = [record for record in records if record["protocol"] == protocol]
+        every = [record for record in records if record["protocol"] == protocol]
+        mine = [record for record in every if "failure" not in record]
+        name = protocol + mark(every)
+        if not mine:
+            rows.append([name, *("-" for _ in (*columns, "trained", "beside", "rate"))])
+            continue
         cells = []
         for column in columns:
             known = [record["metrics"][column] for record in mine]
@@ -302,7 +338,7 @@ def table(records: Sequence[dict[str, Any]], classes: Sequence[str]) -> str:
             cells.append(f"{values.mean():.1f}{spread}" if len(values) else "-")
         beside = mine[0]["trainable"] - mine[0]["decoder"]
         rate = f"{mine[0]['config']['recipe']['base_lr']:g}"
-        rows.append([protocol, *cells, f"{mine[0]['trainable']:,}", f"{beside:,}", rate])
+        rows.append([name, *cells, f"{mine[0]['trainable']:,}", f"{beside:,}", rate])
     header = ["protocol", "mIoU", "multi-scale", *columns[2:], "trained", "beside decoder", "rate"]
     return markdown_table(header, rows)
 

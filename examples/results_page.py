@@ -2,7 +2,8 @@
 
 ``docs/results/*.jsonl`` are the records of ``peft-vpt compare`` (comparison), of
 ``examples/recipe_spread.py`` (rates) and of ``examples/finetune_segmentation.py`` (segmentation).
-Numbers on the page come from them alone: the same records give the same page.
+Numbers on the page come from them alone: the same records give the same page. What records do not
+know, on which machine they were made and why no more, is in ``docs/results/about.md``.
 
 Usage: ``python examples/results_page.py [--folder docs]``.
 """
@@ -17,10 +18,8 @@ from typing import Any
 from peft_vpt.experiments.plots import bar_chart
 from peft_vpt.experiments.records import Record, read_records
 from peft_vpt.experiments.stats import by_task, spread, task_means
-from peft_vpt.experiments.tables import markdown_table, report_page
-from peft_vpt.training import preset
+from peft_vpt.experiments.tables import CONTROLS, markdown_table, report_page
 
-CONTROLS = ("majority class", "16x16 pixels")
 COMMAND = """```bash
 peft-vpt compare --data FOLDER/{task} --model {model} --weights FILE.safetensors \\
     --size {size} --epochs {epochs} --length {length} --seeds {seeds} --factors {factors}
@@ -37,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     page = folder / "results.md"
     page.write_text(write(folder / "results"), encoding="utf-8")
     records = read_records(folder / "results" / "comparison.jsonl")
-    bar_chart(records, folder / "results" / "accuracy", title="ViT-Ti/16, top1 on test")
+    bar_chart(records, folder / "results" / "accuracy", title="top1 on test")
     return page
 
 
@@ -56,9 +55,11 @@ def write(folder: Path) -> str:
     if segmented:
         notes += ["## Segmentation", SEGMENTED.format(**settings(segmented)),
                   segmentation_table(segmented)]  # fmt: skip
-    notes += ["## Run it", RUN, command(final)]
+    notes += ["## Run it", RUN, command(compared)]
+    about = folder / "about.md"
+    told = f"\n\n{about.read_text(encoding='utf-8').strip()}" if about.is_file() else ""
     return report_page(
-        compared, title="Results", intro=intro(final), notes=notes,
+        compared, title="Results", intro=intro(final) + told, notes=notes,
         figures={"Accuracy": "results/accuracy.svg"},
     )  # fmt: skip
 
@@ -68,14 +69,14 @@ RATES = (
     "smallest) is that of the final runs on train and val together."
 )
 SPREAD = (
-    "VPT-deep on val, in percent, at multiples of each preset's own learning rate (AdamW in the "
-    "default preset, SGD with momentum in the paper's). The spread is the best minus the worst "
-    "over the factor of ten around 1."
+    "VPT-deep on val, in percent, one seed, the same batch for both presets, at multiples of each "
+    "preset's own learning rate, which stands beside its optimizer. The spread is the best minus "
+    'the worst over the factor of ten around 1; "!": `fit` warned that the loss had risen.'
 )
 SEGMENTED = (
-    "A small SETR-PUP decoder over the same ViT-Ti/16 on nucleus against background, at {size} "
-    "px, {epochs} epochs, in percent: mean and standard deviation over seeds; learning rates "
-    "chosen on val. Head: the decoder alone trains."
+    "A small SETR-PUP decoder over {backbone} on {tasks}, at {size} px, {epochs} epochs, in "
+    "percent: mean and standard deviation over seeds; learning rates chosen on val. Head: the "
+    "decoder alone trains."
 )
 RUN = (
     "One command per task; a comparison that was stopped goes on, and a run that has a record is "
@@ -83,32 +84,44 @@ RUN = (
     "paper's optimizers."
 )
 INTRO = (
-    "A real pretrained ViT-Ti/16 on {tasks}: 1,000 training images each, {size} px, {epochs} "
-    "epochs, batch {batch}, {seeds} seeds, the default preset with a learning rate per protocol "
-    "chosen on val. Seeds change head, prompts and the order of images, not the images: the "
-    "deviations say nothing about other training sets. Of the six tasks, 224 px and 100 epochs "
-    "that a GPU would allow, this is what two shared CPU cores allowed; times are not comparable. "
-    "With {number} tasks a one-sided Wilcoxon test cannot give less than p = {least:g}."
+    "{backbone} on {tasks}: {images} training images, {size} px, {epochs} epochs, batch {batch}, "
+    "{seeds} seeds, preset {preset} with a learning rate per protocol chosen on val. Seeds change "
+    "head, prompts and the order of images, not the images: the deviations say nothing about "
+    "other training sets. With {number} tasks a one-sided Wilcoxon test cannot give less than "
+    "p = {least:g}."
 )
+# Around 1, with rates rounded as they are written.
+NEAR = (0.29, 3.1)
 
 
 def intro(final: Iterable[Record]) -> str:
     """Say what was run, from the configurations in the records."""
     trained = [r for r in final if r["protocol"] not in CONTROLS]
-    tasks = {f"{r['task']} ({r['group']})" for r in trained}
+    number = len({r["task"] for r in trained})
     return INTRO.format(
-        tasks=join(tasks),
         seeds=join({len({r["seed"] for r in trained})}),
-        number=len(tasks),
-        least=0.5 ** len(tasks),
+        images=join({images(r) for r in trained}),
+        preset=join({r["preset"] for r in trained}),
+        number=number,
+        least=0.5**number,
         **settings(trained),
     )
 
 
+def images(record: Record) -> int:
+    """Return the number of images that a final run has trained on."""
+    config = record["config"]
+    names = ("train", "val") if config["train"] == "trainval" else (config["train"],)
+    return sum(int(config["images"][name].split(",")[0]) for name in names)
+
+
 def settings(records: Iterable[Record]) -> dict[str, str]:
-    """Return size, epochs and batch of runs."""
+    """Return backbone, tasks, size, epochs and batch of runs."""
+    records = list(records)
     configs = [r["config"] for r in records]
     return {
+        "backbone": join({f"`{r['backbone']}`" for r in records}),
+        "tasks": join({f"{r['task']} ({r['group']})" for r in records}),
         "size": join({c["preprocessing"]["size"][0] for c in configs}),
         "epochs": join({c["recipe"]["epochs"] for c in configs}),
         "batch": join({c["recipe"]["batch_size"] for c in configs}),
@@ -140,20 +153,32 @@ def rates_table(records: Sequence[Record]) -> str:
 
 def spread_table(records: Sequence[Record]) -> str:
     """Return val accuracy of each preset at multiples of its rate, and how far it spreads."""
-    own = {kind: preset("vpt-deep", kind=kind) for kind in ("default", "paper")}
-    kinds = {recipe.optimizer: kind for kind, recipe in own.items()}
-    runs: dict[tuple[str, str], dict[float, float]] = {}
+    runs: dict[tuple[str, str], dict[float, Record]] = {}
     for record in records:
-        kind = kinds[record["config"]["recipe"]["optimizer"]]
-        found = runs.setdefault((f"{record['backbone']}, {record['task']}", kind), {})
-        found[round(rate(record) / own[kind].base_lr, 2)] = record["metrics"]["top1"]
+        where = f"{record['backbone'].partition('.')[0]}, {record['task']}"
+        runs.setdefault((where, of_preset(record)), {})[record["factor"]] = record
     factors = sorted({factor for found in runs.values() for factor in found})
     rows = []
     for (where, kind), found in sorted(runs.items()):
-        near = [top1 for factor, top1 in found.items() if 0.3 <= factor <= 3.2]
-        shown = [f"{100 * found[x]:.1f}" if x in found else "-" for x in factors]
-        rows.append([f"{where}, {kind}", *shown, f"{100 * (max(near) - min(near)):.1f}"])
+        near = [r["metrics"]["top1"] for x, r in found.items() if NEAR[0] <= x <= NEAR[1]]
+        shown = [percent([found[x]], "top1") + mark([found[x]]) if x in found else "-"
+                 for x in factors]  # fmt: skip
+        spread_of = f"{100 * (max(near) - min(near)):.1f}" if len(near) > 1 else "-"
+        rows.append([f"{where}, {kind}", *shown, spread_of])
     return markdown_table(["preset", *(f"x {x:g}" for x in factors), "spread"], rows)
+
+
+def of_preset(record: Record) -> str:
+    """Return a record's preset with its optimizer and the rate that factors multiply."""
+    recipe = record["config"]["recipe"]
+    base = recipe["base_lr"] / record["factor"]
+    return f"{record['preset']} ({recipe['optimizer']}, {base:.3g})"
+
+
+def mark(records: Iterable[Record]) -> str:
+    """Return what stands behind a value that something is wrong with."""
+    risen = any(r.get("risen") for r in records)
+    return " !" if risen else ""
 
 
 def segmentation_table(records: Sequence[Record]) -> str:
@@ -171,9 +196,10 @@ def segmentation_table(records: Sequence[Record]) -> str:
     return markdown_table(["trains", *columns.values(), "trained parameters", "seeds"], rows)
 
 
-def command(final: Sequence[Record]) -> str:
+def command(records: Sequence[Record]) -> str:
     """Return the command line whose records these are."""
-    trained = [r for r in final if r["protocol"] not in CONTROLS]
+    tried = sorted({r["factor"] for r in records if r["split"] == "val"})
+    trained = [r for r in records if r["split"] == "test" and r["protocol"] not in CONTROLS]
     first = next(r for r in trained if r["protocol"] == "vpt-deep")
     return COMMAND.format(
         task=first["task"],
@@ -182,7 +208,7 @@ def command(final: Sequence[Record]) -> str:
         epochs=first["config"]["recipe"]["epochs"],
         length=first["config"]["options"]["length"],
         seeds=len({r["seed"] for r in trained}),
-        factors="0.3,1,3",
+        factors=",".join(f"{factor:g}" for factor in tried),
     )
 
 

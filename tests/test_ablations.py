@@ -25,6 +25,7 @@ pytest.importorskip("matplotlib")
 from PIL import Image
 
 from peft_vpt import apply_protocol, count_parameters, inject_prompts, load_task_adapter
+from peft_vpt.backbones.image_model import says_its_size
 from peft_vpt.cli import main
 from peft_vpt.data import eval_transform, loader, open_task
 from peft_vpt.errors import SpecError, VPTError
@@ -50,7 +51,7 @@ from peft_vpt.experiments.report import (
 )
 from peft_vpt.experiments.run import Pixels, config_of
 from peft_vpt.experiments.saved import ensemble_record
-from peft_vpt.experiments.sums import image_sums
+from peft_vpt.experiments.sums import image_sums, text_sum
 from peft_vpt.experiments.variants import (
     Facts,
     Variant,
@@ -118,7 +119,11 @@ def test_every_row_of_every_ablation_is_taken_by_its_kind_of_backbone(kind: str)
             options = {**variant.options, "length": 0}
             settings = (variant.protocol, json.dumps(options, sort_keys=True))
             if settings not in seen and variant.size is None:
-                assert not refusal(variant, MODELS[kind](), 4), variant
+                model = says_its_size(MODELS[kind](), (32, 32))
+                reason = refusal(variant, model, 4, (32, 32))
+                # The network beside the backbone pools three times, down from a quarter.
+                assert bool(reason) == (variant.protocol == "sidetune"), (variant, reason)
+                assert "no forward of an image of 32x32" in reason or not reason
             seen.add(settings)
     assert len(seen) > 10
 
@@ -197,8 +202,9 @@ def test_facts_and_refusals() -> None:
         "vpt-deep image pooling"
     )
     few = Variant("partial-4", "partial-4")
-    assert "partial-4" in refusal(few, build("timm/cls", torch.float32), 4)
-    assert not refusal(Variant("partial-3", "partial-3"), build("timm/cls", torch.float32), 4)
+    assert "partial-4" in refusal(few, build("timm/cls", torch.float32), 4, (32, 32))
+    enough = Variant("partial-3", "partial-3")
+    assert not refusal(enough, build("timm/cls", torch.float32), 4, (32, 32))
 
 
 def test_lengths_and_shares_are_given_to_rows_that_have_none() -> None:
@@ -260,6 +266,7 @@ def test_a_protocol_has_one_key_as_it_is_and_as_a_variant(folder: Path, tmp_path
         recipe = preset(record["protocol"], epochs=1, batch_size=8)
         by_hand = {"recipe": recipe.to_dict(), "options": options, "preprocessing": IMAGES,
                    "train": "trainval", "weights": None,
+                   "classes": text_sum(open_task(folder).classes),
                    "images": image_sums(open_task(folder), ("train", "val", "test"))}  # fmt: skip
         assert config_hash(record["config"]) == config_hash(by_hand)
     assert [r["protocol"] for r in records[2:]] == ["linear", "vpt-deep"]
@@ -463,9 +470,14 @@ def test_embeddings_are_drawn_and_shown(folder: Path, tmp_path: Path) -> None:
     rows = (Variant("linear", "linear"), DEEP)
     records = run(folder, tmp_path / "out", rows, tsne=True)
     drawn = {p.name for p in (tmp_path / "out").glob("tsne-*")}
-    assert drawn == {f"tsne-task-{n}.{s}" for n in ("linear", "vpt-deep") for s in ("png", "svg")}
+    assert len(drawn) == 4
     page = write_report(records, tmp_path / "out", title="T", intro="I").read_text()
-    assert "![t-SNE, vpt-deep on task](tsne-task-vpt-deep.svg)" in page
+    shown = dict(re.findall(r"!\[t-SNE, ([\w-]+) on task\]\((tsne-task-.*\.svg)\)", page))
+    assert set(shown) == {"linear", "vpt-deep"}
+    assert set(shown.values()) < drawn
+    # Other runs into the same folder do not stand beside figures of these.
+    others = run(folder, tmp_path / "out", rows, epochs=3)
+    assert "t-SNE" not in write_report(others, tmp_path / "out", title="T", intro="I").read_text()
 
 
 # Pages

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 from peft_vpt import inject_prompts, load_task_adapter, save_task_adapter
 from peft_vpt.adapter_file import read_adapter
 from peft_vpt.cli import main, search
+from peft_vpt.cli.backbone import Backbone
 from peft_vpt.data import Transform, loader, open_task
 from peft_vpt.experiments.records import read_records
 from peft_vpt.protocols import apply_protocol
@@ -668,8 +669,8 @@ def test_other_settings_are_another_sweep(world: Path, capsys: Capture) -> None:
 
 def plan(protocol: str, grid: str = "default", **choices: list[int]) -> dict[str, list[Any]]:
     return search.Search(
-        model=NAME, weights=None, protocol=protocol, grid=grid, choices=choices, changes={},
-        folder=Path("out"), group=None, build=nn.Identity,
+        backbone=Backbone(NAME, None, None, True, None), protocol=protocol, grid=grid,
+        choices=choices, changes={}, folder=Path("out"), group=None,
     ).points()  # fmt: skip
 
 
@@ -705,6 +706,75 @@ def test_a_trial_that_diverges_is_told_and_not_chosen(
     assert [record["metrics"].get("diverged") for record in runs("val")] == [None, None, 1.0]
     assert all(settings_of(record)[1] != RATES[2] for record in runs("test"))
     assert [record["metrics"].get("diverged") for record in runs("test")] == [None, 1.0]
+    assert [record.get("failure") for record in runs("test")] == [None, "the loss is nan"]
+
+
+def one_class() -> None:
+    for folder in Path("task").glob("*/light"):
+        shutil.rmtree(folder)
+
+
+def test_a_run_of_other_weights_is_not_gone_on_with(world: Path, capsys: Capture) -> None:
+    words = ("train", "--data", "task", *SHORT, "--protocol", "full", "--output", "out")
+    call(capsys, *words)
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    torch.manual_seed(1)
+    save_file(timm.create_model("test_vit").state_dict(), "v.safetensors")
+    err = call(capsys, *words, "--weights", "v.safetensors", code=1)[1]
+    assert "model.backbone" in err
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+    call(capsys, *words)
+
+
+def test_a_run_that_is_done_is_measured_on_the_images_of_now(world: Path, capsys: Capture) -> None:
+    first = answer(capsys, *TRAIN, "--output", "out")["metrics"]
+    Path("task/val/dark").rename("task/val/spare")
+    Path("task/val/light").rename("task/val/dark")
+    Path("task/val/spare").rename("task/val/light")
+    again = answer(capsys, *TRAIN, "--output", "out")["metrics"]
+    assert again["top1"] == pytest.approx(1 - first["top1"])
+    assert again == answer(capsys, "eval", "out", *EVAL, "--split", "val")["metrics"]
+
+
+def test_half_precision_trains_and_metrics_are_those_of_eval(world: Path, capsys: Capture) -> None:
+    words = (*TRAIN, "--output", "out", "--mixed-precision", "bf16")
+    found = answer(capsys, *words)["metrics"]
+    assert found == answer(capsys, "eval", "out", *EVAL, "--split", "val")["metrics"]
+
+
+def test_a_last_batch_of_one_is_left_out_under_batch_norms(world: Path, capsys: Capture) -> None:
+    words = ("train", "--data", "task", *SHORT, "--batch-size", "23", "--protocol", "mlp-2")
+    call(capsys, *words, "--output", "out")
+    # 24 images: a batch of 23, and the one that is left.
+    assert json.loads(Path("out/config.json").read_text())["loader"]["steps_per_epoch"] == 1
+    call(capsys, *words, "--protocol", "linear", "--output", "other")
+    assert json.loads(Path("other/config.json").read_text())["loader"]["steps_per_epoch"] == 2
+
+
+def test_copies_of_training_images_are_told(world: Path, capsys: Capture) -> None:
+    shutil.copy("task/train/dark/0.png", "task/val/dark/copy.png")
+    shutil.rmtree("task/test")
+    Path("task/test").symlink_to(Path("task/train").absolute())
+    err = " ".join(call(capsys, *TRAIN, "--output", "out")[1].split())
+    assert "note: 1 of the 13 images of val are in train too, byte for byte" in err
+    err = " ".join(call(capsys, *TRAIN, "--output", "other", "--evaluate", "test")[1].split())
+    assert "note: 24 of the 24 images of test are in train too, byte for byte" in err
+
+
+def test_a_class_all_of_whose_images_are_broken(world: Path, capsys: Capture) -> None:
+    for file in Path("task/train/dark").iterdir():
+        file.write_bytes(b"broken")
+    err = call(capsys, *TRAIN, "--output", "out", "--skip-broken", code=1)[1]
+    assert "no image of dark in train can be read" in " ".join(err.split())
+    assert not Path("out").exists()
+
+
+def test_one_class_is_nothing_to_tell_apart(world: Path, capsys: Capture) -> None:
+    one_class()
+    assert "one class only" in call(capsys, *TRAIN, "--output", "out", code=1)[1]
+    words = ("compare", "--data", "task", *MODEL, "--output", "out")
+    assert "one class only" in call(capsys, *words, code=1)[1]
+    assert not Path("out").exists()
 
 
 BAD_SWEEPS: dict[str, tuple[Any, tuple[str, ...], int, str]] = {
@@ -720,6 +790,7 @@ BAD_SWEEPS: dict[str, tuple[Any, tuple[str, ...], int, str]] = {
     "size": (None, ("--size", "50"), 1, "50x50"),
     "broken": (damage, (), 1, "3 of the images cannot be read"),
     "output": (None, ("--output", "w.safetensors/out"), 1, "is no folder"),
+    "one class": (lambda world: one_class(), (), 1, "has one class only, dark"),
 }
 
 
@@ -732,6 +803,22 @@ def test_bad_sweeps_leave_nothing(case: str, world: Path, capsys: Capture) -> No
     assert match in " ".join(err.split())
     assert out == ""
     assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (("--protocol", "partial-99"), "--protocol partial-99"),
+        (("--protocol", "sidetune", "--size", "48"), "no forward of an image of 48x48 pixels"),
+    ],
+)
+def test_what_the_backbone_refuses_leaves_no_study(
+    words: tuple[str, ...], match: str, world: Path, capsys: Capture
+) -> None:
+    given = ("sweep", "--data", "task", *MODEL, "--epochs", "1", "--seeds", "1", "--output", "out")
+    assert match in " ".join(call(capsys, *given, *words, code=1)[1].split())
+    assert not Path("out").exists()
+    call(capsys, *given, "--protocol", "linear")
 
 
 def test_a_sweep_without_broken_images(world: Path, capsys: Capture) -> None:

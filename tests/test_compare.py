@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -149,6 +150,93 @@ def test_results_of_other_images_and_other_weights_are_not_taken_for_these(
     bias = dataclasses.replace(plan, protocols=("bias",))
     beside = run(other, tmp_path / "out", bias)
     assert [r for r in beside if r["protocol"] == "linear"] == found[2:]
+
+
+def test_a_run_that_diverged_is_marked_and_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = words_for("test_vit", folder, tmp_path / "out", "--protocols", "linear,vpt-deep")
+    assert main([*words, "--preset", "paper", "--factors", "1e36", "--epochs", "3"]) == 0
+    out, err = capsys.readouterr()
+    assert "0.0 (1 of 1 diverged)" in out.replace("*", "")
+    assert "Runs that diverged. They count as wrong everywhere." in out
+    assert "- vpt-deep on task, test, seed 0, learning rate" in out
+    assert re.search(r"diverged: vpt-deep, test: fit: epoch \d, step", err)
+    lost = [r for r in read_records(tmp_path / "out" / "records.jsonl") if "failure" in r]
+    assert {r["protocol"] for r in lost} >= {"vpt-deep"}
+    assert all("step" in r["failure"] or "logits" in r["failure"] for r in lost)
+
+
+def test_a_run_whose_last_step_broke_it_is_recorded(folder: Path, tmp_path: Path) -> None:
+    # One step: the weights are finite behind it, what the model makes of them is not.
+    plan = dataclasses.replace(
+        PLAN, protocols=("linear",), epochs=1, factors=(1e37,), seeds=(0,), kind="paper",
+        changes={"batch_size": 24},
+    )  # fmt: skip
+    records = run(folder, tmp_path / "out", plan)
+    assert [r["metrics"].get("diverged") for r in records][-1] == 1.0
+    assert run(folder, tmp_path / "out", plan) == records
+
+
+def test_fixed_prompts_have_the_length_that_is_asked_for(folder: Path, tmp_path: Path) -> None:
+    words = words_for("test_vit", folder, tmp_path / "out")
+    assert main([*words, "--protocols", "prompt-fixed,vpt-deep", "--length", "2"]) == 0
+    records = read_records(tmp_path / "out" / "records.jsonl")
+    found = {r["protocol"]: r["config"].get("options") for r in records if r["trainable"]}
+    assert found == {"prompt-fixed": {"length": 2}, "vpt-deep": {"length": 2}}
+
+
+def test_rows_that_fail_in_a_forward_are_left_out_before_anything(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = words_for("test_vit", folder, tmp_path / "out")
+    words[words.index("--size") + 1] = "48"
+    assert main([*words, "--protocols", "linear,sidetune"]) == 1
+    assert "sidetune: no forward of an image of 48x48 pixels" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_local_folder_of_other_weights_is_another_backbone(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.ViTConfig(image_size=32, patch_size=8, intermediate_size=32, **sizes)
+    processor = transformers.ViTImageProcessor(size={"height": 32, "width": 32})
+
+    def write(seed: int) -> None:
+        torch.manual_seed(seed)
+        transformers.ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+        processor.save_pretrained(tmp_path / "vit")
+
+    words = ["compare", "--data", str(folder), "--model", str(tmp_path / "vit"), "--output",
+             str(tmp_path / "out"), "--epochs", "1", "--factors", "1", "--seeds", "1",
+             "--protocols", "linear"]  # fmt: skip
+
+    def runs_of_linear() -> int:
+        assert main(words) == 0, capsys.readouterr().err
+        records = read_records(tmp_path / "out" / "records.jsonl")
+        return sum(r["protocol"] == "linear" for r in records)
+
+    write(0)
+    assert runs_of_linear() == 1
+    assert runs_of_linear() == 1
+    write(1)
+    assert runs_of_linear() == 2
+
+
+def test_other_names_of_classes_are_another_task(folder: Path, tmp_path: Path) -> None:
+    plan = dataclasses.replace(PLAN, protocols=("linear",), factors=(1.0,), seeds=(0,))
+    first = run(folder, tmp_path / "out", plan)
+    task = open_task(folder)
+    renamed = dataclasses.replace(task, classes=("dark", "dusk"))
+    make = partial(build, "timm/cls", torch.float32)
+    found = compare(
+        renamed, eval_transform(IMAGES), make, backbone="tiny", folder=tmp_path / "out", plan=plan,
+        group="Natural", progress=False,
+    )  # fmt: skip
+    assert found[-1]["config"]["classes"] != first[-1]["config"]["classes"]
+    assert found[-1]["adapter"] != first[-1]["adapter"]
 
 
 def test_checksums_tell_splits_and_files_apart(folder: Path, tmp_path: Path) -> None:

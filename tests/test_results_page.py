@@ -22,7 +22,9 @@ def add(file: Path, protocol: str, top1: float, *, split: str = "test", **other:
     recipe = preset("vpt-deep", epochs=12, seed=other.get("seed", 0), **other.pop("changes", {}))
     config = {"recipe": recipe.to_dict(), "options": {"length": 7}}
     config["preprocessing"] = {"size": [112, 112]}
-    fields = {"task": "land", "group": "Specialized", "backbone": "vit", "seed": 0, "trainable": 9}
+    config |= {"train": "trainval", "images": {"train": "40, sum a", "val": "10, sum b"}}
+    fields = {"task": "land", "group": "Specialized", "backbone": "vit", "seed": 0, "trainable": 9,
+              "preset": "default", "factor": 1.0}  # fmt: skip
     metrics = {"top1": top1, **other.pop("metrics", {})}
     append_record(
         file,
@@ -43,7 +45,9 @@ def test_numbers_come_from_the_records(tmp_path: Path) -> None:
     assert "91.0** ± 1.4" in first
     assert "- land: vpt-deep beats linear (+10.5 points)." in first
     assert "| land, vpt-deep | 77.0 |" in first
-    assert "--size 112 --epochs 12 --length 7 --seeds 2" in first
+    assert "--size 112 --epochs 12 --length 7 --seeds 2 --factors 1\n" in first
+    assert "`vit` on land (Specialized): 50 training images, 112 px, 12 epochs" in first
+    assert "preset default with" in first
     assert "Segmentation" not in first
     assert (tmp_path / "results" / "accuracy.svg").exists()
     assert script.main(["--folder", str(tmp_path)]).read_text() == first
@@ -67,13 +71,30 @@ def test_rates_and_segmentation_have_their_sections(tmp_path: Path) -> None:
                 "optimizer": own[kind].optimizer,
                 "base_lr": own[kind].base_lr * factor,
             }
-            add(tmp_path / "rates.jsonl", "vpt-deep", top1, split="val", changes=changes)
+            add(tmp_path / "rates.jsonl", "vpt-deep", top1, split="val", changes=changes,
+                preset=kind, factor=factor)  # fmt: skip
     masks = {"miou": 0.625, "miou_multi": 0.65, "iou nucleus": 0.4}
     add(tmp_path / "segmentation.jsonl", "head", 0.0, metrics=masks)
     page = script.write(tmp_path)
-    assert "| vit, land, default | 50.0 | 75.0 |   25.0 |" in page
-    assert "| vit, land, paper   | 25.0 | 10.0 |   15.0 |" in page
+    lines = [" ".join(line.split()) for line in page.splitlines()]
+    names = {kind: f"{kind} ({own[kind].optimizer}, {own[kind].base_lr:g})" for kind in own}
+    assert f"| vit, land, {names['default']} | 50.0 | 75.0 | 25.0 |" in lines
+    assert f"| vit, land, {names['paper']} | 25.0 | 10.0 | 15.0 |" in lines
     assert "| head   | 62.5 |              65.0 |        40.0 |" in page
+
+
+def test_the_rates_are_those_of_the_records_and_not_of_the_presets_of_now(tmp_path: Path) -> None:
+    add(tmp_path / "comparison.jsonl", "vpt-deep", 0.7)
+    add(tmp_path / "comparison.jsonl", "linear", 0.7)
+    for factor, top1 in ((0.3, 0.6), (1.0, 0.8), (3.0, 0.53), (10.0, 0.1)):
+        add(tmp_path / "rates.jsonl", "vpt-deep", top1, split="val", factor=factor,
+            changes={"base_lr": 0.077 * factor}, risen=factor == 10)  # fmt: skip
+    (tmp_path / "about.md").write_text("Made by hand.")
+    page = script.write(tmp_path)
+    assert "Made by hand." in page
+    lines = [" ".join(line.split()) for line in page.splitlines()]
+    row = "| vit, land, default (adamw, 0.077) | 60.0 | 80.0 | 53.0 | 10.0 ! | 27.0 |"
+    assert row in lines
 
 
 def test_runs_without_a_class_do_not_count() -> None:

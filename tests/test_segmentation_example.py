@@ -97,6 +97,48 @@ def test_a_run_with_a_record_is_not_run_again(
         run(folder, "--protocols", "head", "--factors", "1", "--epochs", "2")
 
 
+@pytest.mark.parametrize("what", ["weights", "images", "masks"])
+def test_other_weights_images_and_masks_are_other_runs(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import timm
+    from safetensors.torch import save_file
+
+    size = ("--size", "32", "--model", "test_vit", "--weights", str(tmp_path / "w.safetensors"))
+    words = (*size, "--data", str(tmp_path / "shapes"), "--protocols", "head", "--factors", "1")
+    example.draw_shapes(tmp_path / "shapes")
+    save_file(timm.create_model("test_vit", img_size=32).state_dict(), tmp_path / "w.safetensors")
+    run(tmp_path / "out", *words)
+    if what == "weights":
+        other = timm.create_model("test_vit", img_size=32)
+        save_file(other.state_dict(), tmp_path / "w.safetensors")
+    else:
+        folder = "images" if what == "images" else "annotations"
+        file = tmp_path / "shapes" / folder / "training" / "000.png"
+        Image.fromarray(np.asarray(Image.open(file))[::-1].copy()).save(file)
+    forbid(monkeypatch, "fit")
+    with pytest.raises(AssertionError, match="ran again"):
+        run(tmp_path / "out", *words)
+
+
+def test_a_run_that_diverges_is_said_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--protocols", "head,vpt-deep", "--factors", "1,1e30")
+    found = run(tmp_path, *words)
+    assert all("failure" not in record for record in found)
+    assert "diverged: step " in capsys.readouterr().out
+    failed = [r for r in read_records(tmp_path / "records.jsonl") if "failure" in r]
+    assert {r["protocol"] for r in failed} == {"head", "vpt-deep"}
+    none = run(tmp_path, "--protocols", "head", "--factors", "1e30")
+    assert [r["metrics"]["diverged"] for r in none] == [1.0]
+    assert "head (1 of 1 diverged)" in capsys.readouterr().out
+    # They have records: nothing is tried again.
+    count = len(read_records(tmp_path / "records.jsonl"))
+    run(tmp_path, "--protocols", "head", "--factors", "1e30")
+    assert len(read_records(tmp_path / "records.jsonl")) == count
+
+
 def test_test_results_come_from_the_adapter(
     done: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

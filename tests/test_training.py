@@ -21,7 +21,13 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 from zoo import SIZE, build
 
-from peft_vpt import VPTError, inject_prompts, remove_prompts, trainable_parameters
+from peft_vpt import (
+    VPTError,
+    apply_protocol,
+    inject_prompts,
+    remove_prompts,
+    trainable_parameters,
+)
 from peft_vpt.errors import SpecError
 
 pytest.importorskip("accelerate")
@@ -41,6 +47,7 @@ from peft_vpt.training import (
     parameter_groups,
     preset,
 )
+from peft_vpt.training.health import LossWatch
 
 ROOT = Path(__file__).parent.parent
 CLASSES = 3
@@ -446,6 +453,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no images": ({"train": DataLoader(Colours(2), 4, drop_last=True)}, "more images"),
     "weights without labels": ({"recipe": replace(RECIPE, class_weights="inv")}, "labels"),
     "data": ({"data": {"x": math.nan}}, "JSON"),
+    "used up": ({"val": iter(loader())}, "is used up by one evaluation"),
 }
 
 
@@ -588,7 +596,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         (prompted(), loader(images=23), RECIPE, "a", r"loader\.images: 24 there, 23 here"),
         (prompted(), loader(shuffle=False), RECIPE, "a", r"loader\.sampler"),
         (prompted(deep=False), loader(), RECIPE, "a", r"model\.spec\.deep"),
-        (other_backbone, loader(), RECIPE, "a", r"model\.frozen"),
+        (other_backbone, loader(), RECIPE, "a", r"model\.backbone"),
     ]
     for model, data, recipe, task, match in cases:
         before = values(model)
@@ -596,6 +604,53 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
             fit(model, data, recipe=recipe, folder=tmp_path, data={"task": task}, progress=False)
         assert_equal(values(model), before)
         assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == files
+
+
+@pytest.mark.parametrize("protocol", ["full", "partial-1", "bias", "linear"])
+def test_a_checkpoint_of_other_weights_is_refused_whatever_trains(
+    protocol: str, tmp_path: Path
+) -> None:
+    def model(change: float = 0.0) -> nn.Module:
+        host = build("timm/cls", torch.float32)
+        with torch.no_grad():
+            host.get_parameter("blocks.1.norm1.bias")[0] += change
+        return apply_protocol(host, protocol, num_classes=CLASSES)
+
+    recipe = replace(RECIPE, optimizer="adamw", base_lr=1e-3)
+    fit(model(), loader(), recipe=recipe, folder=tmp_path, progress=False)
+    with pytest.raises(SpecError, match=r"model\.backbone"):
+        fit(model(1e-3), loader(), recipe=recipe, folder=tmp_path, progress=False)
+    # Another head at the start is no other run: the checkpoint has a later one.
+    assert fit(model(), loader(), recipe=recipe, folder=tmp_path, progress=False).history
+
+
+def test_a_checkpoint_of_other_statistics_or_other_class_weights_is_refused(tmp_path: Path) -> None:
+    def model(change: float = 0.0) -> nn.Module:
+        torch.manual_seed(0)
+        norm = nn.BatchNorm2d(3).eval().requires_grad_(False)
+        norm.running_mean += change
+        host = nn.Sequential(norm, nn.Flatten(), nn.Linear(3 * SIZE * SIZE, CLASSES))
+        host.train = lambda mode=True: host  # type: ignore[method-assign]
+        return host
+
+    recipe = replace(RECIPE, class_weights="inv")
+    labels = Colours().labels
+    options: dict[str, Any] = {"recipe": recipe, "folder": tmp_path, "progress": False}
+    fit(model(), loader(), labels=labels, **options)
+    with pytest.raises(SpecError, match=r"model\.backbone"):
+        fit(model(0.1), loader(), labels=labels, **options)
+    with pytest.raises(SpecError, match=r"loader\.labels"):
+        fit(model(), loader(), labels=[0, *labels[1:-1], 0], **options)
+    assert fit(model(), loader(), labels=labels, **options).history
+
+
+def test_what_a_killed_process_left_goes_away(tmp_path: Path) -> None:
+    rest = tmp_path / ".checkpoint.pt.0123456789abcdef.tmp"
+    rest.write_bytes(b"half")
+    fit(prompted(), loader(), recipe=RECIPE, folder=tmp_path, progress=False)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoint.pt", "config.json", "history.jsonl",
+    ]  # fmt: skip
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
@@ -678,6 +733,77 @@ def test_a_rising_loss_warns_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         fit(prompted(), loader(), recipe=replace(RECIPE, epochs=6), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("losses", "warned"),
+    [
+        ([1.4] + [1646.0] * 9, True),  # at once, in fewer steps than two windows
+        ([1.1] + [30.0] * 4 + [10.0] * 40, True),  # inside the first window
+        ([2.3] + [2.6] * 9, False),
+        ([0.1, 0.4, 0.2, 0.5, 0.3, 0.4], False),  # small losses jump about
+        ([2.3 - 0.1 * i for i in range(20)], False),
+    ],
+)
+def test_a_leap_of_the_loss_is_told_however_short_the_run(
+    losses: list[float], warned: bool
+) -> None:
+    watch = LossWatch(50)
+    told = [message for loss in losses if (message := watch.see(loss))]
+    assert len(told) == warned
+    again = LossWatch(50, json.loads(json.dumps(LossWatch(50).state)))
+    assert sum(again.see(loss) is not None for loss in losses) == warned
+
+
+def test_a_rate_that_breaks_a_run_of_one_epoch_is_warned_of() -> None:
+    recipe = replace(RECIPE, optimizer="sgd", base_lr=3e4, epochs=1, warmup_epochs=0)
+    with pytest.warns(UserWarning, match="learning rate is most likely too high"):
+        fit(prompted(), loader(images=48), recipe=recipe, progress=False)
+
+
+class Normed(nn.Module):
+    """A classifier with a batch norm that trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        width = 3 * SIZE * SIZE
+        self.body = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(width), nn.Linear(width, CLASSES))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        found: Tensor = self.body(pixels)
+        return found
+
+
+def test_a_last_batch_of_one_image_is_refused_under_batch_norms(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"25 images in batches of 4 leave one .* drop_last"):
+        fit(Normed(), loader(images=25), recipe=RECIPE, folder=tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+    fit(Normed(), loader(images=26), recipe=replace(RECIPE, base_lr=1e-3), progress=False)
+    dropped = DataLoader(Colours(25), batch_size=4, shuffle=True, drop_last=True)
+    fit(Normed(), dropped, recipe=replace(RECIPE, base_lr=1e-3), progress=False)
+    fit(prompted(), loader(images=25), recipe=RECIPE, progress=False)
+
+
+def test_logits_that_are_not_finite_are_no_accuracy() -> None:
+    model = Normed()
+    with torch.no_grad():
+        model.body[2].bias[1] = math.nan  # type: ignore[union-attr, operator]
+    with pytest.raises(DivergedError, match="not finite on 24 of 24 images"):
+        evaluate(model, loader())
+    # What training makes of val ends the run in the same way.
+    with pytest.raises(DivergedError):
+        fit(prompted(), loader(), loader(bad=3), recipe=RECIPE, progress=False)
+
+
+def test_of_equal_logits_the_first_counts() -> None:
+    found = classification_metrics(torch.zeros(6, 10), torch.arange(6))
+    assert found["top1"] == pytest.approx(1 / 6)
+
+
+def test_accumulation_of_accelerates_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    with pytest.raises(SpecError, match="ACCELERATE_GRADIENT_ACCUMULATION_STEPS unset"):
+        fit(prompted(), loader(), recipe=RECIPE, progress=False)
 
 
 class Hidden(Dataset[Any]):
@@ -849,9 +975,9 @@ sys.path.insert(0, "tests")
 import conftest, json, torch
 from dataclasses import replace
 from accelerate import Accelerator
-from test_training import RECIPE, fit, loader, loader_batch_size, prompted, values
+from test_training import RECIPE, distributed, fit, loader, loader_batch_size, values
 recipe = replace(RECIPE, batch_size=8, optimizer="sgd")
-model = prompted(dropout=0.0)
+model = distributed(sys.argv[2])
 size = loader_batch_size(recipe)
 out = sys.argv[1]
 val = loader(4, images=13, shuffle=False, jitter=0)
@@ -860,7 +986,7 @@ labels = [0] * 12 + [1] * 5 + [2] * 4
 recipe = replace(recipe, class_weights="inv_sqrt", label_smoothing=0.1)
 train = loader(size, images=21)
 result = fit(model, train, val, recipe=recipe, folder=out, labels=labels, progress=False)
-assert type(model).__name__ == "VisionTransformer" and "forward" not in vars(model)
+assert type(model).__name__ != "DistributedDataParallel" and "forward" not in vars(model)
 if Accelerator().is_main_process:
     torch.save(values(model), f"{out}/weights.pt")
     processes = result.config["machine"]["processes"]
@@ -871,8 +997,20 @@ Accelerator().end_training()
 """
 
 
+def distributed(what: str) -> nn.Module:
+    if what == "prompts":
+        return prompted(dropout=0.0)
+    torch.manual_seed(0)
+    model = build("transformers/dinov2", torch.float32)
+    apply_protocol(model, "full", num_classes=CLASSES, generator=torch.Generator().manual_seed(0))
+    # It trains and no forward uses it.
+    assert model.get_parameter("dinov2.embeddings.mask_token").requires_grad
+    return model
+
+
 @pytest.mark.slow
-def test_two_processes_are_one_with_the_doubled_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["prompts", "full"])
+def test_two_processes_are_one_with_the_doubled_batch(what: str, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(DISTRIBUTED)
     # `accelerate launch` itself starts several processes on a CPU through mpirun only.
@@ -883,7 +1021,10 @@ def test_two_processes_are_one_with_the_doubled_batch(tmp_path: Path) -> None:
         out.mkdir()
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1"}
         subprocess.run(
-            [*launch, str(processes), str(script), str(out)], cwd=ROOT, env=environment, check=True
+            [*launch, str(processes), str(script), str(out), what],
+            cwd=ROOT,
+            env=environment,
+            check=True,
         )
         history = json.loads((out / "h.json").read_text())
         found.append((history, torch.load(out / "weights.pt", weights_only=True)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +25,12 @@ class Backbone:
         self.pool = pool or usual_pool(model)
         self.preprocessing: Any = None
 
-    @property
-    def checksum(self) -> str | None:
-        """Return the checksum of the file of weights, if there is one."""
-        from ..experiments.sums import file_sum
+    @cached_property
+    def checksum(self) -> str:
+        """What tells its weights from others of its name: of their file, or of the model."""
+        from ..experiments.sums import file_sum, model_sum
 
-        return None if self.weights is None else file_sum(self.weights)
+        return model_sum(self.make()) if self.weights is None else file_sum(self.weights)
 
     @property
     def name(self) -> str:
@@ -62,7 +63,9 @@ class Backbone:
         return f"the head reads {what}" + (f" (--pool {self.pool})" if self.pool else "")
 
 
-def taken(call: str, rows: list[Row], backbone: Backbone, classes: int, asked: bool) -> list[Row]:
+def taken(
+    call: str, rows: list[Row], backbone: Backbone, classes: int, asked: str | None
+) -> list[Row]:
     """Leave out the rows that a backbone refuses, and say so.
 
     Args:
@@ -70,7 +73,7 @@ def taken(call: str, rows: list[Row], backbone: Backbone, classes: int, asked: b
         rows: Of the comparison.
         backbone: Built anew for every row.
         classes: Of the task.
-        asked: Whether the user has named the rows: then none is left out.
+        asked: Option by which the user has named the rows, of which none is left out then.
 
     Raises:
         VPTError: It refuses all of them, or one that was asked for.
@@ -84,10 +87,10 @@ def taken(call: str, rows: list[Row], backbone: Backbone, classes: int, asked: b
     for variant in variants_of(rows):
         size = backbone.transform(variant.size or backbone.size).preprocessing["size"]
         model = says_its_size(backbone.make(variant.size), size)
-        reasons[variant.label] = refusal(variant, model, classes)
+        reasons[variant.label] = refusal(variant, model, classes, size)
     told = [f"{label}: {reason}" for label, reason in reasons.items() if reason]
     if told and asked:
-        raise VPTError(f"{call}: --protocols: {'; '.join(told)}")
+        raise VPTError(f"{call}: {asked}: {'; '.join(told)}")
     for line in told:
         complain(f"left out: {line}")
     if len(told) == len(reasons):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .backbone import Backbone, taken
-from .images import find_broken, open_images, without_broken
+from .images import find_broken, open_images, tell_copies, without_broken
 from .output import Offline, complain, write_facts
 from .sources import (
     Data,
@@ -111,7 +111,8 @@ def compare(
     complain(f"{transform.describe()}\n{backbone.describe()}")
     edge, classes = transform.preprocessing["size"][0], len(task.classes)
     named = _named(protocols, ablation, bare, edge, classes)
-    rows = taken(CALL, _rows(named, tried, fraction), backbone, classes, protocols is not None)
+    asked = "--protocols" if protocols else None
+    rows = taken(CALL, _rows(named, tried, fraction), backbone, classes, asked)
     own = bool(ablation or lengths or fraction < 1)
     plan = Plan(
         **_rows_of_plan(rows, own, length),
@@ -127,6 +128,9 @@ def compare(
         task, transform, backbone.make, backbone=backbone.name, folder=output, plan=plan,
         group=group, weights=backbone.checksum, reopen=reopen, resize=backbone.at,
     )  # fmt: skip
+    for record in records:
+        if "failure" in record:
+            complain(f"diverged: {record['protocol']}, {record['split']}: {record['failure']}")
     intro = (
         f"{backbone.name} on {task.name}: {epochs} epochs, preset {preset.value}, "
         f"rates x {factors} chosen on val, {seeds} seeds."
@@ -142,7 +146,10 @@ def _open(
 ) -> Task:
     """Return a task of images that can all be read."""
     task = open_images(data, *_SPLITS, tell=tell, fraction=fraction)
-    return without_broken(CALL, task, find_broken(task, _SPLITS), skip, tell)
+    task = without_broken(CALL, task, find_broken(task, _SPLITS), skip, tell)
+    tell_copies(task, ["train"], ["val", "test"], tell)
+    tell_copies(task, ["val"], ["test"], tell)
+    return task
 
 
 def _named(
@@ -193,7 +200,8 @@ def _rows_of_plan(rows: list[Row], own: bool, length: int) -> dict[str, Any]:
     if own:
         return {"variants": variants_of(rows)}
     names = tuple(row.variant.protocol for row in rows)
-    options = {name: {"length": length} for name in names if name.startswith("vpt")}
+    prompted = [row.variant.protocol for row in rows if row.variant.prompted]
+    options = {name: {"length": length} for name in prompted}
     return {"protocols": names, "options": options}
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .output import Json, complain, write_json
+from .predict import find_device
 from .sources import Model, Size, counts, need_folder
 
 if TYPE_CHECKING:
@@ -70,7 +72,7 @@ def cost(
         need_folder(CALL, output)
     if threads is not None:
         torch.set_num_threads(threads)
-    at = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    at = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     chosen = _known(kinds)
     numbers = counts(lengths, "--lengths")
     setting = _Setting(model, size, classes, at)
@@ -144,14 +146,31 @@ def _measure(
     batch: Any,
     rounds: int,
 ) -> list[Row]:
+    from ..errors import VPTError
     from ..experiments.cost import against_length
 
     def make(kind: str, length: int) -> nn.Module:
         protocol, options = KINDS[kind]
         return setting.under(protocol, length=length, **options)
 
+    kinds = [kind for kind in kinds if _taken(kind, lambda kind: make(kind, lengths[0]))]
+    protocols = [name for name in protocols if _taken(name, setting.under)]
+    if not kinds and not protocols:
+        raise VPTError(f"{CALL}: this backbone takes none of the rows.")
     others = {name: setting.under(name) for name in protocols}
     return against_length(make, kinds, lengths, batch, others=others, rounds=rounds)
+
+
+def _taken(name: str, make: Callable[[str], nn.Module]) -> bool:
+    """Tell whether a backbone takes a row, and say so where it does not."""
+    from ..errors import UnsupportedArchitectureError
+
+    try:
+        make(name)
+    except UnsupportedArchitectureError as error:
+        complain(f"left out: {name}: {error}")
+        return False
+    return True
 
 
 def _shown(row: Row) -> Row:

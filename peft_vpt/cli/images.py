@@ -42,12 +42,19 @@ def open_images(data: str, *names: str, tell: Tell = complain, **options: Any) -
             measure on images that another one trained on.
 
     Raises:
-        VPTError: There is no task, or it lacks a split.
+        VPTError: There is no task, it lacks a split, or it has one class to train on.
     """
     from ..data import open_task
+    from ..data.splits import listing
+    from ..errors import VPTError
 
     task = open_task(data, **options)
     parts_of(task, *names)
+    if len(task.classes) < 2 and {"train", "trainval"} & set(names):
+        raise VPTError(
+            f"{data}: has one class only, {listing(task.classes)}; there is nothing to tell apart. "
+            "Give a folder with a folder per class."
+        )
     tell(task.describe())
     return task
 
@@ -74,8 +81,9 @@ def without_broken(
     """Return a task without its broken images, which are listed on stderr.
 
     Raises:
-        VPTError: There are some and `skip` is False, or a split has no others.
+        VPTError: There are some and `skip` is False, or a split or a class of train has no others.
     """
+    from ..data.splits import listing
     from ..errors import VPTError
 
     if not broken:
@@ -89,11 +97,39 @@ def without_broken(
             f"{call}: {number} of the images cannot be read; replace them, or leave them out by "
             "--skip-broken."
         )
+    rest = {name: _rest(split, broken.get(name, [])) for name, split in task.splits.items()}
+    if "train" in broken:
+        lost = sorted(set(task.split("train").labels) - set(rest["train"].labels))
+        if lost:
+            raise VPTError(
+                f"{call}: no image of {listing([task.classes[i] for i in lost])} in train can be "
+                "read; replace some, or take the class out of every split."
+            )
     tell(f"left out: {number} of the images")
-    return dataclasses.replace(
-        task,
-        splits={name: _rest(split, broken.get(name, [])) for name, split in task.splits.items()},
-    )
+    return dataclasses.replace(task, splits=rest)
+
+
+def tell_copies(task: Task, seen: Iterable[str], measured: Iterable[str], tell: Tell) -> None:
+    """Say how many images that results are measured on are among those that are trained on.
+
+    Args:
+        task: Of images that can be read.
+        seen: Splits that are trained on.
+        measured: Splits that are measured on.
+        tell: Takes what there is to tell.
+    """
+    from ..experiments.sums import image_marks
+
+    known = {mark: name for name in seen for mark in image_marks(task.split(name))}
+    for name in measured:
+        marks = image_marks(task.split(name))
+        copies = [known[mark] for mark in marks if mark in known]
+        if copies:
+            tell(
+                f"note: {len(copies)} of the {len(marks)} images of {name} are in "
+                f"{' and '.join(sorted(set(copies)))} too, byte for byte; what is measured on "
+                "them says little of new images"
+            )
 
 
 def describe_images(

@@ -15,6 +15,7 @@ from .images import (
     open_images,
     parts_of,
     split_of,
+    tell_copies,
     without_broken,
 )
 from .output import complain
@@ -123,7 +124,10 @@ def _images(plan: Plan, state: Any, tell: Tell) -> Task:
     task = open_images(plan.data, *wanted, tell=tell, name=plan.task, fraction=plan.fraction)
     names = parts_of(task, *wanted)
     broken = [find_broken(task, names) if state.is_main_process else {}]
-    return without_broken(CALL, task, broadcast_object_list(broken)[0], plan.skip_broken, tell)
+    task = without_broken(CALL, task, broadcast_object_list(broken)[0], plan.skip_broken, tell)
+    if state.is_main_process and plan.measured != "none":
+        tell_copies(task, parts_of(task, plan.split), [plan.measured], tell)
+    return task
 
 
 def _model(plan: Plan, task: Task, seed: int) -> tuple[nn.Module, dict[str, Any]]:
@@ -161,20 +165,22 @@ def _train(
     tell: Tell,
 ) -> dict[str, float]:
     """Fit the model, and return its metrics; none if none were asked for."""
-    from accelerate import Accelerator
-
     from ..training import evaluate, fit, loader_batch_size
+    from ..training.batches import leaves_one
+    from ..training.prepare import new_accelerator
 
+    batch = loader_batch_size(recipe)
     batches = plan.batches(
-        task, plan.split, _transform(plan, preprocessing, train=True), loader_batch_size(recipe),
-        shuffle=True, seed=recipe.seed, drop_last=plan.protocol.startswith("mlp"),
+        task, plan.split, _transform(plan, preprocessing, train=True), batch,
+        shuffle=True, seed=recipe.seed,
+        drop_last=leaves_one(model, len(split_of(task, plan.split)), batch),
     )  # fmt: skip
     measured = None
     if plan.measured != "none":
         still = _transform(plan, preprocessing, train=False)
         measured = plan.batches(task, plan.measured, still, _EVALUATION_BATCH)
     with _in_words_of_options(plan.output, tell):
-        result = fit(
+        fit(
             model,
             batches,
             measured if plan.measured == "val" else None,
@@ -186,10 +192,8 @@ def _train(
             data=describe_images(task, parts_of(task, plan.split))
             | {"preprocessing": preprocessing, "transform": plan.transform},
         )
-    if measured is None:
-        return {}
-    known = result.history[-1]["val"] if plan.measured == "val" else None
-    return known or evaluate(model, measured, Accelerator())
+    # Anew: a run that was done before knows the images of that time; in the precision of `eval`.
+    return {} if measured is None else evaluate(model, measured, new_accelerator("no"))
 
 
 @contextmanager

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .backbone import Backbone, taken
 from .images import describe_images
 from .output import complain
 from .sources import protocol_options
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..data import Task
     from ..experiments.records import Record
-    from ..experiments.run import Build, Pixels
+    from ..experiments.run import Pixels
     from ..training import Recipe, SweepResult
 
 CALL = "peft-vpt sweep"
@@ -32,26 +34,22 @@ class Search:
     """What `sweep` was asked for.
 
     Args:
-        model: Name of the backbone.
-        weights: Local file of its weights.
+        backbone: Builds it, knows its name and its weights.
         protocol: What trains.
         grid: "default", "paper" or "wide".
         choices: Values to try of options of the protocol.
         changes: Fields of the recipe to set in every run.
         folder: For everything that is written.
         group: Of the task, for tables.
-        build: Makes the bare backbone.
     """
 
-    model: str
-    weights: Path | None
+    backbone: Backbone
     protocol: str
     grid: str
     choices: Mapping[str, Sequence[int]]
     changes: Mapping[str, Any]
     folder: Path
     group: str | None
-    build: Build
 
     def points(self) -> dict[str, list[Any]]:
         """Return the values to try, by setting.
@@ -78,11 +76,26 @@ class Search:
         fields = {name: value for name, value in settings.items() if name not in _OPTIONS}
         return preset(
             self.protocol,
-            backbone=self.model,
+            backbone=self.backbone.name,
             kind=self._preset,
             length=settings.get("length"),
             **{**self.changes, **fields, "seed": seed},
         )
+
+    def need_taken(self, points: Mapping[str, Sequence[Any]], classes: int) -> None:
+        """Raise where the backbone refuses a point; nothing is written.
+
+        Raises:
+            VPTError: It does.
+        """
+        from ..experiments.ablations import Row
+        from ..experiments.variants import Variant
+
+        names = [name for name in _OPTIONS if name in points]
+        for values in product(*(points[name] for name in names)):
+            options = dict(zip(names, values, strict=True))
+            row = Row(Variant(describe(options) or self.protocol, self.protocol, options))
+            taken(CALL, [row], self.backbone, classes, f"--protocol {self.protocol}")
 
     def on_val(self, pixels: Pixels, points: Mapping[str, Sequence[Any]]) -> SweepResult:
         """Run every point of the grid on train, judged on val, once among all workers."""
@@ -114,11 +127,14 @@ class Search:
     def _top1(self, pixels: Pixels, settings: Settings, seed: int, train: str, test: str) -> float:
         from ..training import DivergedError
 
-        metrics = self._record(pixels, settings, seed, train, test)["metrics"]
-        # On val the study remembers it; a final run counts as wrong everywhere.
-        if test == "val" and "diverged" in metrics:
-            raise DivergedError(f"{CALL}: {describe(settings)}, seed {seed}: the loss diverged.")
-        top1: float = metrics["top1"]
+        record = self._record(pixels, settings, seed, train, test)
+        top1: float = record["metrics"]["top1"]
+        if "failure" in record:
+            told = f"{CALL}: {describe(settings)}, seed {seed}: {record['failure']}"
+            # On val the study remembers it; a final run counts as wrong everywhere.
+            if test == "val":
+                raise DivergedError(told)
+            complain(f"diverged: {told}")
         complain(f"{test} top1 {top1:.4f}: {describe(settings)}, seed {seed}")
         return top1
 
@@ -130,8 +146,8 @@ class Search:
 
         return run_recorded(
             self.folder / RECORDS, pixels, self.protocol, partial(self._sized, pixels),
-            self.recipe(settings, seed), backbone=self.model, train=train, test=test,
-            group=self.group, weights=self.checksum(), facts={"preset": self._preset},
+            self.recipe(settings, seed), backbone=self.backbone.name, train=train, test=test,
+            group=self.group, weights=self.backbone.checksum, facts={"preset": self._preset},
             options={name: settings[name] for name in _OPTIONS if name in settings},
             folder=self.folder if test == "test" else None,
         )  # fmt: skip
@@ -143,19 +159,13 @@ class Search:
     def _sized(self, pixels: Pixels) -> nn.Module:
         from ..backbones.image_model import says_its_size
 
-        return says_its_size(self.build(), pixels.transform.preprocessing["size"])
-
-    def checksum(self) -> str | None:
-        """Return the checksum of the file of weights, if there is one."""
-        from ..experiments.sums import file_sum
-
-        return None if self.weights is None else file_sum(self.weights)
+        return says_its_size(self.backbone.make(), pixels.transform.preprocessing["size"])
 
     def _about(self, pixels: Pixels, *splits: str) -> dict[str, Any]:
         """Return what results depend on beside the grid."""
         return {
-            "model": self.model,
-            "weights": self.checksum(),
+            "model": self.backbone.name,
+            "weights": self.backbone.checksum,
             "grid": self.grid,
             "changes": dict(self.changes),
             "preprocessing": pixels.transform.preprocessing,
@@ -177,7 +187,7 @@ def write_report(
     page = search.folder / f"{search.protocol}.md"
     parts = [
         f"# {search.protocol} on {task.name}",
-        f"{search.model}; {task.describe()}".replace("\n", "  \n"),
+        f"{search.backbone.name}; {task.describe()}".replace("\n", "  \n"),
         f"## Grid {search.grid}: trained on train, judged on val",
         _trials(result),
         f"## Final: {describe(result.best.params)}, trained on train and val, judged on test",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from enum import Enum
-from functools import partial
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .images import find_broken, open_images, without_broken
+from .backbone import Backbone
+from .images import find_broken, open_images, tell_copies, without_broken
 from .output import Offline, complain, quiet_stdout
 from .search import CALL, Search, write_report
 from .sources import (
@@ -22,16 +22,14 @@ from .sources import (
     Size,
     SkipBroken,
     Weights,
-    build,
     counts,
     need_folder,
     need_packages,
     need_size,
-    preprocessing_of,
 )
 
 if TYPE_CHECKING:
-    from ..experiments.run import Build, Pixels
+    from ..experiments.run import Pixels
 
 
 class Grid(str, Enum):
@@ -81,20 +79,19 @@ def sweep(
         "reduction": counts(reductions, "--reductions") if reductions else None,
     }
     search = Search(
-        model=model,
-        weights=weights,
+        backbone=Backbone(model, weights, size, offline, None),
         protocol=protocol,
         grid=grid.value,
         choices={name: values for name, values in choices.items() if values},
         changes={k: v for k, v in (("epochs", epochs), ("batch_size", batch_size)) if v},
         folder=need_folder(CALL, output),
         group=group,
-        build=partial(build, model, weights, size, offline),
     )
     points = search.points()
     complain(f"{prod(map(len, points.values()))} settings to try, then {seeds} final runs")
     with quiet_stdout():
-        pixels = _pixels(data, search.build, size, skip_broken, offline)
+        pixels = _pixels(data, search.backbone, skip_broken)
+        search.need_taken(points, len(pixels.task.classes))
         result = search.on_val(pixels, points)
         records = search.on_test(pixels, result.best.params, seeds)
         page = write_report(search, pixels.task, result, records)
@@ -102,16 +99,17 @@ def sweep(
     complain(f"written: {page}")
 
 
-def _pixels(data: str, make: Build, size: int | None, skip_broken: bool, offline: bool) -> Pixels:
+def _pixels(data: str, backbone: Backbone, skip_broken: bool) -> Pixels:
     """Return the task's images, all of which can be read, as the backbone wants them."""
-    from ..data import eval_transform
     from ..experiments.run import Pixels
 
     names = ("train", "val", "test")
     task = open_images(data, *names)
     task = without_broken(CALL, task, find_broken(task, names), skip_broken)
-    model: Any = make()
-    transform = eval_transform(preprocessing_of(model, offline), size)
+    tell_copies(task, ["train"], ["val", "test"], complain)
+    tell_copies(task, ["val"], ["test"], complain)
+    model = backbone.make()
+    transform = backbone.transform(backbone.size)
     need_size(CALL, model, transform.preprocessing["size"])
-    complain(transform.describe())
+    complain(f"{transform.describe()}\n{backbone.describe()}")
     return Pixels(task, transform)

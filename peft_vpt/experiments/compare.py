@@ -192,7 +192,8 @@ class _Work:
             self.file, pixels, row.protocol, build,
             self.plan.recipe(row, self.backbone, factor, seed), backbone=self.backbone,
             train=train, test=test, group=self.group, options=row.options, label=row.label,
-            fraction=row.fraction, weights=self.weights, facts={"preset": self.plan.kind},
+            fraction=row.fraction, weights=self.weights,
+            facts={"preset": self.plan.kind, "factor": factor},
             progress=self.progress, folder=self.file.parent if test == "test" else None,
         )  # fmt: skip
         self.used.add(record_key(record))

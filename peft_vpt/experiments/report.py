@@ -13,7 +13,16 @@ from .plots import Figure, bar_chart, curve, heat_map
 from .records import Record, field, select
 from .saved import figure_name, is_ensemble
 from .stats import spread
-from .tables import cost_names, costs, facts, markdown_table, report_page, rows_table
+from .tables import (
+    cost_names,
+    costs,
+    facts,
+    failures,
+    mark,
+    markdown_table,
+    report_page,
+    rows_table,
+)
 
 _TOGETHER = {
     "top1 (%)": "top1",
@@ -53,6 +62,7 @@ def write_report(
     notes = ["## Ensembles of the seeds", _ensembles(newest(together)[0])] if together else []
     if older:
         notes.append(f"{OLDER} ({older} left out).")
+    notes += failures(alone)
     text = report_page(alone, title=title, intro=intro, figures=figures, notes=notes)
     page.write_text(text, encoding="utf-8")
     return page
@@ -195,6 +205,7 @@ def _table(found: list[Record], labels: Sequence[str]) -> str:
             continue
         top1 = spread(run["metrics"]["top1"] for run in runs)
         text = f"{100 * top1.mean:.1f}" + (f" ± {100 * top1.std:.1f}" if top1.number > 1 else "")
+        text += mark(runs)
         rows.append([label, text, *_chosen(runs[0]), *costs(runs)])
     header = ["row", "top1 on test (%)", "learning rate", "options chosen", *cost_names()]
     return markdown_table(header, rows)
@@ -218,6 +229,9 @@ def _best(placed: list[Record]) -> str:
 
 def _embeddings(records: Iterable[Record], folder: Path) -> dict[str, str]:
     """Return the figures of embeddings that are there, by caption."""
-    runs = sorted({(record["task"], record["protocol"]) for record in records})
-    files = {f"t-SNE, {label} on {task}": f"{figure_name(task, label)}.svg" for task, label in runs}
-    return {caption: file for caption, file in files.items() if (folder / file).exists()}
+    found = {}
+    for record in sorted(records, key=lambda r: (r["task"], r["protocol"], r["seed"])):
+        file = f"{figure_name(record)}.svg"
+        if record["split"] == "test" and (folder / file).exists():
+            found[f"t-SNE, {record['protocol']} on {record['task']}"] = file
+    return found

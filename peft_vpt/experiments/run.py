@@ -17,11 +17,12 @@ from ..data import Split, Task, decode, loader
 from ..inject import count_parameters
 from ..protocols import apply_protocol
 from ..training import DivergedError, Recipe, evaluate, fit
+from ..training.batches import leaves_one
 from ..training.describe import library_versions
 from .cost import step, used_bytes
 from .embeddings import class_prototypes, prompt_values
 from .records import Record, append_record, make_record, read_records, record_key
-from .sums import parts, split_sum
+from .sums import parts, split_sum, text_sum
 from .variants import Variant, adapter_folder, device
 
 Build = Callable[[], nn.Module]
@@ -120,6 +121,7 @@ def config_of(
         "preprocessing": pixels.transform.preprocessing,
         "train": train,
         "images": pixels.sums(train, test),
+        "classes": text_sum(pixels.task.classes),
         "weights": weights,
     }
     return config if fraction == 1 else config | {"fraction": fraction}
@@ -182,7 +184,7 @@ def run_once(
     model = prepared(pixels, protocol, build, recipe.seed, options, train)
     batches = loader(
         pixels.split(train), None, batch_size=recipe.batch_size, shuffle=True, seed=recipe.seed,
-        drop_last=protocol.startswith("mlp"),
+        drop_last=leaves_one(model, len(pixels.split(train)), recipe.batch_size),
     )  # fmt: skip
     result = fit(model, batches, recipe=recipe, progress=progress)
     metrics = evaluate(model, loader(pixels.split(test), None, batch_size=TEST_BATCH))
@@ -223,7 +225,8 @@ def run_recorded(
 ) -> Record:
     """Return the record of a run in a file: the one that is there, or that of a new run.
 
-    A run that diverged is recorded as wrong everywhere, with the metric `diverged`.
+    A run that diverged is recorded as wrong everywhere, with the metric `diverged`, and with the
+    step and what happened there in `failure`.
 
     Args:
         file: Of records.
@@ -248,8 +251,8 @@ def run_recorded(
         return known[record_key(stub)]
     try:
         record = run_once(pixels, protocol, build, recipe, **about)
-    except DivergedError:
-        record = stub
+    except DivergedError as error:
+        record = stub | {"failure": str(error)}
     append_record(file, record)
     return record
 

@@ -146,12 +146,12 @@ def draw_embeddings(record: Record, pixels: Pixels, build: Build, folder: Path) 
     return scatter(
         points,
         labels.tolist(),
-        folder / figure_name(record["task"], record["protocol"]),
+        folder / figure_name(record),
         names=pixels.task.classes,
         title=f"{record['protocol']}, {record['task']}",
     )
 
 
-def figure_name(task: str, label: str) -> str:
-    """Return the name of a figure of embeddings, without suffix."""
-    return f"tsne-{file_name(f'{task}-{label}')}"
+def figure_name(record: Record) -> str:
+    """Return the name of the figure of a run's embeddings, without suffix; no other run has it."""
+    return file_name(f"tsne-{record['task']}-{Path(adapter_of(record, Path())).name}")

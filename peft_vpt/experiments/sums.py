@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from ..backbones.image_model import encoder_for
 from ..data import Split, Task
 from ..data.check import each
 from ..errors import VPTError
@@ -39,6 +41,22 @@ def file_sum(path: str | Path) -> str:
     return _known[key]
 
 
+def model_sum(model: nn.Module) -> str:
+    """Return number and checksum of the values of a bare backbone, its classifier left out.
+
+    A classifier that a checkpoint lacks is drawn anew whenever the model is built.
+    """
+    encoder = encoder_for(model, "pad")
+    heads = () if encoder.head is None else tuple(f"{path}." for path in encoder.head.paths)
+    total, count = 0, 0
+    for name, tensor in sorted(model.state_dict().items()):
+        if not name.startswith(heads or "\0"):
+            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            total = zlib.crc32(raw.numpy().data, zlib.crc32(name.encode(), total))
+            count += tensor.numel()
+    return f"{count} values, sum {total:08x}"
+
+
 def text_sum(rows: Sequence[str]) -> str:
     """Return number and checksum of lines of text."""
     text = "\n".join(rows)
@@ -56,15 +74,22 @@ def split_sum(split: Split) -> str:
     """
     root = os.path.commonpath([os.path.dirname(path) for path in split.paths] or [""])
 
-    def row(index: int) -> str:
-        if split.images is not None:
-            return _pixels(split, index)
-        path = split.paths[index]
-        return f"{Path(path).relative_to(root).as_posix()}\t{file_sum(path)}"
+    places = [f"{Path(path).relative_to(root).as_posix()}\t" for path in split.paths]
+    rows = zip(places or [""] * len(split), image_marks(split), split.labels, strict=True)
+    return text_sum([f"{place}{mark}\t{label}" for place, mark, label in rows])
 
-    found = each(row, range(len(split)), False, threads=split.images is None)
-    pairs = zip(found, split.labels, strict=True)
-    return text_sum([f"{about}\t{label}" for about, label in pairs])
+
+def image_marks(split: Split) -> list[str]:
+    """Return what tells each image of a split from others, wherever it is and whatever its label.
+
+    Raises:
+        VPTError: An image cannot be read.
+    """
+
+    def mark(index: int) -> str:
+        return _pixels(split, index) if split.images is not None else file_sum(split.paths[index])
+
+    return each(mark, range(len(split)), False, threads=split.images is None)
 
 
 def image_sums(task: Task, names: Iterable[str]) -> dict[str, str]:

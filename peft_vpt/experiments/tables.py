@@ -37,7 +37,8 @@ def accuracy_table(
     """Return mean +- standard deviation over seeds, by protocol and task, in percent.
 
     The best protocol of each task is bold. The last column is the mean over the tasks that a
-    protocol has, with their number where some lack.
+    protocol has, with their number where some lack. Runs that diverged count as wrong everywhere;
+    how many did stands beside the mean.
 
     Args:
         records: Of all runs.
@@ -45,10 +46,14 @@ def accuracy_table(
         split: Of the records.
         order: Of the rows: "mean" (best first) or "name".
     """
+    records = [record for record in records if record["split"] == split]
     values = _values(records, metric, split)
     tasks = _tasks(values)
     spreads = {p: {t: spread(runs) for t, runs in of.items()} for p, of in values.items()}
     columns = [_column({p: of.get(task) for p, of in spreads.items()}) for task in tasks]
+    for task, column in zip(tasks, columns, strict=True):
+        for p in column:
+            column[p] += mark(r for r in records if (r["protocol"], r["task"]) == (p, task))
     means = {p: spread(s.mean for s in of.values()) for p, of in spreads.items()}
     last = _bold({p: mean.mean for p, mean in means.items()}, 2)
     for protocol, mean in means.items():
@@ -57,6 +62,24 @@ def accuracy_table(
     names = sorted(values, key=lambda p: (-means[p].mean, p) if order == "mean" else (0.0, p))
     rows = [[name, *(column[name] for column in columns), last[name]] for name in names]
     return markdown_table(["protocol", *tasks, "mean"], rows)
+
+
+def mark(runs: Iterable[Record]) -> str:
+    """Return how many of some runs diverged, in brackets; "" where none did."""
+    lost = ["diverged" in run["metrics"] for run in runs]
+    return f" ({sum(lost)} of {len(lost)} diverged)" if any(lost) else ""
+
+
+def failures(records: Iterable[Record]) -> list[str]:
+    """Return paragraphs that name the runs that diverged, and the step where they did."""
+    lines = [
+        f"- {r['protocol']} on {r['task']}, {r['split']}, seed {r['seed']}, learning rate "
+        f"{r['config']['recipe']['base_lr']:g}: {r.get('failure') or 'not told'}"
+        for r in records
+        if "diverged" in r["metrics"]
+    ]
+    told = "Runs that diverged. They count as wrong everywhere."
+    return [told, "\n".join(lines)] if lines else []
 
 
 def group_table(

@@ -144,8 +144,15 @@ def facts_of(model: nn.Module, size: int, classes: int) -> Facts:
     )
 
 
-def refusal(variant: Variant, model: nn.Module, classes: int) -> str:
-    """Return why a backbone refuses a variant, "" where it takes it; the model is used up."""
+def refusal(variant: Variant, model: nn.Module, classes: int, size: Sequence[int]) -> str:
+    """Return why a backbone refuses a variant, "" where it takes it; the model is used up.
+
+    Args:
+        variant: The row.
+        model: The backbone, bare.
+        classes: Of the task.
+        size: Height and width of the images, one of which goes through the model.
+    """
     options = {name: x for name, x in variant.options.items() if x != "prototypes"}
     try:
         with warnings.catch_warnings():
@@ -155,6 +162,12 @@ def refusal(variant: Variant, model: nn.Module, classes: int) -> str:
             apply_protocol(model, variant.protocol, num_classes=classes, **options)
     except VPTError as error:
         return str(error)
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, *size))
+    # Layers refuse an image that is too small for them by whatever exception they like.
+    except Exception as error:
+        return f"no forward of an image of {size[0]}x{size[1]} pixels: {error}"
     return ""
 
 

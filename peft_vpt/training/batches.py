@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sized
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..errors import SpecError
@@ -98,6 +99,23 @@ def training_loader(loader: Any, seed: int) -> tuple[DataLoader[Any], Order]:
         sampler=order,
         **{name: getattr(loader, name) for name in _KEPT},
     ), order
+
+
+def leaves_one(model: nn.Module, images: int, batch: int) -> bool:
+    """Tell whether an epoch ends with a single image, of which batch norms cannot learn.
+
+    Args:
+        model: The model; its mode is put back.
+        images: Of an epoch.
+        batch: Images per batch.
+    """
+    if images % batch != 1:
+        return False
+    was_training = model.training
+    model.train()
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    model.train(was_training)
+    return bool(norms)
 
 
 class Padding:

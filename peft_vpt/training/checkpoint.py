@@ -60,8 +60,13 @@ def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
 def begin_folder(
     folder: Path, config: Mapping[str, Any], history: list[dict[str, Any]], resumed: bool
 ) -> None:
-    """Write the configuration, and take away the checkpoint of another run."""
+    """Write the configuration, and take away the checkpoint of another run.
+
+    What a process left that was killed while it wrote goes too.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    for rest in folder.glob(f".{CHECKPOINT}.*.tmp"):
+        rest.unlink(missing_ok=True)
     if not resumed:
         (folder / CHECKPOINT).unlink(missing_ok=True)
     write_json(folder / "config.json", config)

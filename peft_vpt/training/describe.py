@@ -16,6 +16,7 @@ from ..errors import SpecError
 from ..hosts import unwrap
 from ..inject import count_parameters
 from .files import plain
+from .groups import owner_of
 from .recipes import Recipe
 
 _LIBRARIES = ("torch", "timm", "transformers", "accelerate")
@@ -42,11 +43,11 @@ def describe_run(
         trained: The tensors that change.
         loader: Facts about the batches.
         data: The caller's own description.
-        weights: Whether to take a checksum of the frozen weights, which reads them all.
+        weights: Whether to take a checksum of the backbone, which reads all of it.
     """
     found: dict[str, Any] = {
         "recipe": recipe.to_dict(),
-        "model": _model(model, trained) | ({"frozen": _frozen(model)} if weights else {}),
+        "model": _model(model, trained) | ({"backbone": _sum(model, trained)} if weights else {}),
         "data": dict(data or {}),
         "loader": dict(loader),
         "mixed_precision": str(accelerator.mixed_precision),
@@ -93,12 +94,17 @@ def _model(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _frozen(model: nn.Module) -> str:
-    """Return a checksum of the weights that do not train."""
-    total = 0
-    for name, parameter in unwrap(model).named_parameters():
-        if not parameter.requires_grad:
-            raw = parameter.detach().cpu().contiguous().flatten().view(torch.uint8)
+def _sum(model: nn.Module, trained: Mapping[str, Tensor]) -> str:
+    """Return a checksum of the backbone as a run finds it: weights and statistics.
+
+    What is new for every task is left out, since its first values may differ and a checkpoint has
+    later ones: prompts and head; in a model without prompts all that trains.
+    """
+    host, total = unwrap(model), 0
+    prompted = hasattr(host, "prompts")
+    for name, tensor in host.state_dict().items():
+        if owner_of(host, name) == "backbone" if prompted else name not in trained:
+            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
             total = zlib.crc32(raw.numpy().data, zlib.crc32(name.encode(), total))
     return f"{total:08x}"
 

@@ -42,9 +42,10 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
     Source: Jia et al. 2022, section A.1.
     """
     found: dict[str, list[nn.Parameter]] = {name: [] for name in _GROUPS}
-    heads = _head_paths(unwrap(model))
     for name, parameter in trainable_parameters(model).items():
-        found[_group(name, parameter, heads)].append(parameter)
+        bias = parameter.ndim <= 1 or name.endswith(".bias")
+        owner = owner_of(unwrap(model), name)
+        found[f"{owner}-bias" if bias else owner].append(parameter)
     if not any(found.values()):
         raise SpecError(
             "parameter_groups: no parameter of the model requires gradients; call inject_prompts "
@@ -56,6 +57,11 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         if members
         for decay in [_decay(name, recipe)]
     ]
+
+
+def trains_backbone(model: nn.Module) -> bool:
+    """Tell whether parameters outside prompts and head train."""
+    return any(owner_of(unwrap(model), name) == "backbone" for name in trainable_parameters(model))
 
 
 def lr_factor(step: int, steps_per_epoch: int, recipe: Recipe) -> float:
@@ -94,21 +100,23 @@ def set_rate(optimizer: Any, factor: float) -> None:
         group["lr"] = group["initial_lr"] * factor
 
 
+def owner_of(model: nn.Module, name: str) -> str:
+    """Return what a tensor of a model, not wrapped, belongs to: "prompts", "head", "backbone".
+
+    A decoder that trains whole counts as head.
+    """
+    if name.startswith(("prompts.", "delta.")):
+        return "prompts"
+    decoder = getattr(getattr(model, "prompts", None), "undo", {}).get("decoder", {})
+    inside = any(name == path or name.startswith(f"{path}.") for path in _head_paths(model))
+    return "head" if inside or name in decoder else "backbone"
+
+
 def _head_paths(model: nn.Module) -> tuple[str, ...]:
     encoder = getattr(getattr(model, "prompts", None), "encoder", None)
     if encoder is None:
         return _HEADS
     return encoder.head.paths if encoder.head is not None else ()
-
-
-def _group(name: str, parameter: nn.Parameter, heads: tuple[str, ...]) -> str:
-    bias = parameter.ndim <= 1 or name.endswith(".bias")
-    if name.startswith(("prompts.", "delta.")):
-        owner = "prompts"
-    else:
-        inside = any(name == path or name.startswith(f"{path}.") for path in heads)
-        owner = "head" if inside else "backbone"
-    return f"{owner}-bias" if bias else owner
 
 
 def _rate(group: str, recipe: Recipe) -> float:

@@ -13,6 +13,8 @@ from ..errors import VPTError
 
 _SHORTEST, _LONGEST = 5, 50
 _MARGIN = 1.05
+# Of a few steps against the first one, which is before any update but of one batch only.
+_LEAP, _NATS = 1.5, 0.5
 
 
 class DivergedError(VPTError):
@@ -20,10 +22,11 @@ class DivergedError(VPTError):
 
 
 class LossWatch:
-    """Warns once when the running mean of the loss has risen above its start.
+    """Warns once when the loss has risen above its start.
 
     Start and running mean are each over as many steps as an epoch has, 5 at least and 50 at most;
-    5 % more than the start are noise.
+    5 % more than the start are noise. A leap within these first steps is told by the mean of five
+    steps: more than one and a half times the first step's loss, and half a nat.
 
     Args:
         steps_per_epoch: Optimizer steps in an epoch.
@@ -45,17 +48,29 @@ class LossWatch:
         """Take the loss of a step, and return a warning the first time it has risen."""
         if len(self._first) < self._window:
             self._first.append(loss)
-            return None
-        self._last = [*self._last, loss][-self._window :]
-        start, now = _mean(self._first), _mean(self._last)
-        if self._warned or len(self._last) < self._window or now <= start * _MARGIN:
+            told = self._leapt(self._first)
+        else:
+            self._last = [*self._last, loss][-self._window :]
+            told = self._risen() or self._leapt(self._last)
+        if self._warned or told is None:
             return None
         self._warned = True
         return (
-            f"fit: the mean loss of the last {self._window} steps is {now:.4g}, above the "
-            f"{start:.4g} of the first ones: the learning rate is most likely too high. Lower "
+            f"fit: the mean loss of {told}: the learning rate is most likely too high. Lower "
             "base_lr, or use preset(protocol, kind='default')."
         )
+
+    def _risen(self) -> str | None:
+        start, now, window = _mean(self._first), _mean(self._last), self._window
+        if len(self._last) < window or now <= start * _MARGIN:
+            return None
+        return f"the last {window} steps is {now:.4g}, above the {start:.4g} of the first ones"
+
+    def _leapt(self, losses: list[float]) -> str | None:
+        start, now = self._first[0], _mean(losses[-_SHORTEST:])
+        if len(losses) < _SHORTEST or now <= start * _LEAP + _NATS:
+            return None
+        return f"the last {_SHORTEST} steps is {now:.4g}, above the {start:.4g} of the first one"
 
 
 def warn(message: str) -> None:

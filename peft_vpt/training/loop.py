@@ -24,12 +24,12 @@ from .checkpoint import (
 )
 from .describe import describe_run
 from .files import write_lines
-from .groups import lr_factor, make_optimizer, set_rate
+from .groups import lr_factor, make_optimizer, set_rate, trains_backbone
 from .health import DivergedError, LossWatch, Shadow, warn
 from .labels import check_known_labels
 from .losses import Loss
 from .metrics import evaluate, forward_logits, place
-from .prepare import Bars, check_options, make_accelerator, wrapped
+from .prepare import Bars, check_last_batch, check_options, make_accelerator, wrapped
 from .recipes import Recipe
 
 
@@ -80,7 +80,7 @@ def fit(
         model: A prompted model, or any classifier of which something requires gradients.
         train: DataLoader of `(pixels, labels)` over a dataset with indices. Its batch size x
             processes x `accumulation` must be `recipe.batch_size`; see `loader_batch_size`.
-        val: Batches to evaluate on, or None.
+        val: Batches to evaluate on, which can be gone through again and again, or None.
         recipe: Optimizer, schedule and loss.
         folder: Where `config.json`, `history.jsonl` and `checkpoint.pt` go; None: nowhere.
         resume: Go on from the checkpoint in `folder`; False: start over.
@@ -97,14 +97,22 @@ def fit(
         SpecError: A wrong option, or a checkpoint of another run; nothing was written.
         VPTError: A label of train or val that is no class of the model; where the datasets hold
             their labels beside the images, before the first step.
-        DivergedError: A loss, or what a step made of the weights, is not finite. The model has the
-            last finite weights, the former checkpoint stays.
+        DivergedError: A loss, what a step made of the weights, or a logit on val is not finite. The
+            model has the last finite weights, the former checkpoint stays.
 
     Source: Jia et al. 2022, section A.1.
     """
-    check_options(recipe, evaluate_every, checkpoint_every, accumulation, data)
+    check_options(recipe, evaluate_every, checkpoint_every, accumulation, data, val)
     loader, order = training_loader(train, recipe.seed)
-    accelerator = make_accelerator(accelerator, mixed_precision, recipe, loader, accumulation)
+    accelerator = make_accelerator(
+        accelerator,
+        mixed_precision,
+        recipe,
+        loader,
+        accumulation,
+        unused=trains_backbone(model),
+    )
+    check_last_batch(model, loader, accelerator.num_processes)
     run = _Run(model, recipe, accelerator, order, accumulation)
     run.loss = Loss(recipe, labels, len(loader.dataset))  # type: ignore[arg-type]
     with wrapped(model, accelerator) as run.model, Bars(accelerator, progress) as run.bars:
@@ -145,6 +153,7 @@ class _Run:
         self.tensors = trained_tensors(self.host.train())
         self.host.train(was_training)
         self.shadow = Shadow(self.tensors)
+        counted = {"labels": self.loss.checksum} if self.loss.checksum else {}
         self.config = describe_run(
             self.host,
             self.recipe,
@@ -155,6 +164,7 @@ class _Run:
                 "sampler": type(self.order.sampler).__name__,
                 "steps_per_epoch": self.steps,
                 "accumulation": self.accumulation,
+                **counted,
             },
             data=data,
             weights=folder is not None,

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..errors import SpecError, VPTError
 from ..preprocessing import output_logits
+from .health import DivergedError
 
 
 def evaluate(model: nn.Module, batches: Iterable[Any], accelerator: Any = None) -> dict[str, float]:
@@ -30,6 +31,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any], accelerator: Any = None) 
 
     Raises:
         VPTError: No images, or a label that is no class of the model.
+        DivergedError: Logits that are not finite.
     """
     if accelerator is not None:
         batches = _shared_out(batches, accelerator)
@@ -45,9 +47,9 @@ def evaluate(model: nn.Module, batches: Iterable[Any], accelerator: Any = None) 
 def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """Return the metrics of `evaluate` for logits `(images, classes)` and labels `(images,)`."""
     classes = logits.shape[1]
-    ranked = logits.topk(min(5, classes), dim=1).indices
-    hits = ranked == labels[:, None]
-    correct = hits[:, 0].double()
+    hits = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
+    # Of equal logits the first counts, which topk does not promise.
+    correct = (logits.argmax(dim=1) == labels).double()
     counts = torch.bincount(labels, minlength=classes)
     per_class = torch.bincount(labels, weights=correct, minlength=classes)[counts > 0]
     found = {
@@ -123,7 +125,14 @@ def _collect(model: nn.Module, batches: Iterable[Any], accelerator: Any) -> tupl
         labels.append(target.cpu())
     if not logits:
         raise VPTError("evaluate: there are no images; give batches that hold some.")
-    return torch.cat(logits), torch.cat(labels)
+    found, target = torch.cat(logits), torch.cat(labels)
+    wrong = int((~found.isfinite()).any(dim=1).sum())
+    if wrong:
+        raise DivergedError(
+            f"evaluate: the model's logits are not finite on {wrong} of {len(found)} images: its "
+            "weights have diverged, or the images hold values that are not finite."
+        )
+    return found, target
 
 
 def _shared_out(batches: Iterable[Any], accelerator: Any) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import SpecError
+from .batches import leaves_one
 from .recipes import Recipe
 
 _PRECISIONS = (None, "no", "bf16", "fp16")
@@ -23,6 +24,7 @@ def check_options(
     checkpoint_every: Any,
     accumulation: Any,
     data: Mapping[str, Any] | None,
+    val: Any,
 ) -> None:
     """Check the plain options of `fit`.
 
@@ -43,12 +45,51 @@ def check_options(
         json.dumps(data, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise SpecError(f"fit(data=...): must be plain, finite JSON values: {error}.") from error
+    if isinstance(val, Iterator):
+        raise SpecError(
+            f"fit(val={type(val).__name__}): is used up by one evaluation; give a DataLoader or a "
+            "list of batches."
+        )
+
+
+def check_last_batch(model: nn.Module, loader: Any, processes: int) -> None:
+    """Raise where an epoch ends with one image, of which batch norms that train cannot learn.
+
+    Args:
+        model: The model.
+        loader: Over the training images.
+        processes: Among which batches are shared out; several fill the last one up.
+
+    Raises:
+        SpecError: It does.
+    """
+    images, batch = len(loader.sampler), loader.batch_size
+    if processes == 1 and not loader.drop_last and leaves_one(model, images, batch):
+        raise SpecError(
+            f"fit(train=...): {images} images in batches of {batch} leave one image for the last "
+            "batch, of which the model's batch norms cannot learn; give the DataLoader "
+            "drop_last=True, or another batch size."
+        )
 
 
 def make_accelerator(
-    given: Any, mixed_precision: str | None, recipe: Recipe, loader: Any, accumulation: int
+    given: Any,
+    mixed_precision: str | None,
+    recipe: Recipe,
+    loader: Any,
+    accumulation: int,
+    *,
+    unused: bool = False,
 ) -> Any:
     """Return the accelerator of a run, given or new, and check the batch against the recipe.
+
+    Args:
+        given: The caller's, or None.
+        mixed_precision: As in `fit`.
+        recipe: As in `fit`.
+        loader: Over the training images.
+        accumulation: As in `fit`.
+        unused: Whether parameters may train that the forward does not use: mask tokens, say.
 
     Raises:
         SpecError: An unknown or impossible precision, or another batch than the recipe's.
@@ -57,12 +98,14 @@ def make_accelerator(
         raise SpecError(
             f"fit(mixed_precision={mixed_precision!r}): must be 'no', 'bf16', 'fp16' or None."
         )
-    if given is not None and (mixed_precision is not None or given.gradient_accumulation_steps > 1):
+    if given is not None and mixed_precision is not None:
+        raise SpecError("fit(accelerator=..., mixed_precision=...): it is the accelerator's own.")
+    accelerator = new_accelerator(mixed_precision, unused) if given is None else given
+    if accelerator.gradient_accumulation_steps > 1:
         raise SpecError(
-            "fit(accelerator=...): mixed_precision is the accelerator's own, and accumulation "
-            "belongs to fit; give the accelerator alone, with gradient_accumulation_steps=1."
+            "fit: accumulation belongs to fit; give it there, and let the accelerator have "
+            "gradient_accumulation_steps=1 (ACCELERATE_GRADIENT_ACCUMULATION_STEPS unset)."
         )
-    accelerator = _new(mixed_precision) if given is None else given
     shares = accelerator.dataloader_config
     if accelerator.num_processes > 1 and (
         shares.split_batches or shares.dispatch_batches or not shares.even_batches
@@ -83,8 +126,17 @@ def make_accelerator(
     return accelerator
 
 
-def _new(mixed_precision: str | None) -> Any:
-    from accelerate import Accelerator
+def new_accelerator(mixed_precision: str | None, unused: bool = False) -> Any:
+    """Return an accelerator of a precision; None: what `accelerate launch` says, else "no".
+
+    Args:
+        mixed_precision: "no", "bf16", "fp16" or None.
+        unused: As in `make_accelerator`.
+
+    Raises:
+        SpecError: The device has no such precision.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
 
     wanted = mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -92,7 +144,8 @@ def _new(mixed_precision: str | None) -> Any:
         # One per process, which would refuse a second run with another precision.
         AcceleratorState._reset_state()
     try:
-        made = Accelerator(mixed_precision=wanted)
+        handlers: list[Any] = [DistributedDataParallelKwargs(find_unused_parameters=unused)]
+        made = Accelerator(mixed_precision=wanted, kwargs_handlers=handlers)
         if wanted == "fp16" and made.scaler is None:
             # On a CPU it would train in single precision without a word.
             raise ValueError(f"the device ({made.device.type}) cannot scale losses; use 'bf16'")

@@ -12,6 +12,8 @@ from ..errors import SpecError
 
 OPTIMIZERS = ("sgd", "adamw")
 CLASS_WEIGHTS = ("none", "inv", "inv_sqrt")
+# Of torch's generators.
+_LARGEST_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Recipe:
         self._one_of("class_weights", CLASS_WEIGHTS)
         for name in ("epochs", "batch_size", "reference_batch"):
             self._count(name, 1)
-        self._count("seed", 0)
+        self._count("seed", 0, _LARGEST_SEED)
         for name in ("base_lr", "prompt_lr_scale", "eps"):
             self._number(name, above=0.0)
         if self.clip_norm is not None:
@@ -107,10 +109,12 @@ class Recipe:
         if getattr(self, name) not in allowed:
             self._refuse(name, f"must be one of {', '.join(map(repr, allowed))}")
 
-    def _count(self, name: str, least: int) -> None:
+    def _count(self, name: str, least: int, most: int | None = None) -> None:
         value = getattr(self, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             self._refuse(name, f"must be an integer >= {least}")
+        if most is not None and value > most:
+            self._refuse(name, f"must be at most {most}")
 
     def _number(
         self,
