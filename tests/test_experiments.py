@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import math
@@ -803,6 +804,20 @@ def test_kept_bytes_of_a_known_graph() -> None:
     own = (4 * 3 + 3) * 4
     assert cost.used_bytes(cost.step, model, batch) == own + 5 * 3 * 4 + 4
     assert cost.used_bytes(cost.forward, model, batch) == own
+
+
+def test_what_a_measurement_kept_is_free_again() -> None:
+    """An output that its own node saves, as that of exp, must not hold its graph for ever."""
+    model = nn.Sequential(nn.Linear(4, 1000, dtype=torch.float64), nn.Softmax(-1))
+    batch = torch.randn(50, 4, dtype=torch.float64), torch.randint(1000, (50,))
+
+    def large() -> int:
+        gc.collect()
+        return sum(isinstance(o, Tensor) and o.numel() == 50_000 for o in gc.get_objects())
+
+    before = large()
+    assert cost.kept_bytes(model, batch) > 50_000 * 8
+    assert large() == before
 
 
 def test_costs_against_length() -> None:

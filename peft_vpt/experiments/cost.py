@@ -170,7 +170,8 @@ def kept_bytes(model: nn.Module, batch: Batch) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in outside:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        # With its graph, an output that its own node saves would never be freed.
+        return tensor.detach()
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = F.cross_entropy(output_logits(model(batch[0])), batch[1])
