@@ -10,7 +10,9 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -43,7 +45,11 @@ _NAME = re.compile(
     r"|delta\.(([0-9]+\.)?path|side)(\.[A-Za-z0-9_-]+)+"
     r"|head(_dist)?\.(weight|bias|module(\.[A-Za-z0-9_-]+)+)"
 )
-_LARGEST_HEADER = 100_000_000
+# A name, a shape and two offsets take some hundred bytes, a list of 100,000 labels a megabyte.
+_LARGEST_HEADER = 10_000_000
+# More prompts than any image has tokens: what a file repeats costs it nothing, but the forward.
+_LONGEST_PROMPTS = 65_536
+_SHOWN = 5
 # What safetensors and torch raise over bytes that make no sense; MemoryError is not among them.
 _UNREADABLE = (
     SafetensorError,
@@ -85,11 +91,11 @@ class Adapter:
             AdapterError: One is missing, left over, or has another shape.
         """
         have = {n: tuple(t.shape) for n, t in self.tensors.items() if n.startswith(prefix)}
-        missing, extra = sorted(set(shapes) - set(have)), sorted(set(have) - set(shapes))
+        missing, extra = set(shapes) - set(have), set(have) - set(shapes)
         if missing or extra:
             raise AdapterError(
-                f"load_task_adapter: {self.path}: tensors missing: {missing or 'none'}; "
-                f"not expected: {extra or 'none'}."
+                f"load_task_adapter: {self.path}: tensors missing: {_few(missing)}; "
+                f"not expected: {_few(extra)}."
             )
         for name, shape in shapes.items():
             if have[name] != shape:
@@ -176,24 +182,31 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all: temporary file beside it, fsync, rename."""
+    """Write a file whole or not at all: temporary file beside it, fsync, rename.
+
+    A file that is there keeps its permissions; a new one gets those that the user's umask gives.
+    """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    mode = stat.S_IMODE(path.stat().st_mode) if path.is_file() else None
     try:
-        # A plain open, so that the file gets the permissions that the user's umask gives.
         with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        if mode is not None:
+            temporary.chmod(mode)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     if hasattr(os, "O_DIRECTORY"):
-        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        # The new file is in place; some file systems know no fsync of a folder.
+        with suppress(OSError):
+            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
 
 
 def _open(path: Path, where: str) -> tuple[str, dict[str, Tensor]]:
@@ -204,9 +217,10 @@ def _open(path: Path, where: str) -> tuple[str, dict[str, Tensor]]:
         # Through one handle: safe_open opens a file twice, and a writer may replace it in between.
         with path.open("rb") as file:
             start = _read_header(file)
-            raw, names = _parse_header(start[8:])
+            raw, ends = _parse_header(start[8:])
             if set(raw) != {METADATA_KEY}:
-                raise _foreign(raw, names, where)
+                raise _foreign(raw, list(ends), where)
+            _check_size(file, len(start), max(ends.values(), default=0))
             tensors = load(start + file.read())
         if not isinstance(raw[METADATA_KEY], str):
             raise ValueError("its metadata is not a string")
@@ -233,13 +247,21 @@ def _read_header(file: BinaryIO) -> bytes:
     return start + file.read(length)
 
 
-def _parse_header(header: bytes) -> tuple[dict[str, Any], list[str]]:
-    """Return the metadata and the names of the tensors; `load` checks the rest."""
+def _parse_header(header: bytes) -> tuple[dict[str, Any], dict[str, int]]:
+    """Return the metadata, and where each tensor ends; `load` checks the rest."""
     values = json.loads(header)
     if not isinstance(values, dict):
         raise ValueError("its header is not a JSON object")
     metadata = values.pop("__metadata__", {})
-    return metadata if isinstance(metadata, dict) else {}, list(values)
+    ends = {name: int(about["data_offsets"][1]) for name, about in values.items()}
+    return metadata if isinstance(metadata, dict) else {}, ends
+
+
+def _check_size(file: BinaryIO, header: int, end: int) -> None:
+    """Raise where a file is not as long as its header says, before the rest of it is read."""
+    size = os.fstat(file.fileno()).st_size
+    if size != header + end:
+        raise ValueError(f"it has {size} bytes, its header calls for {header + end}")
 
 
 def _foreign(raw: Mapping[str, Any], names: list[str], where: str) -> AdapterError:
@@ -287,11 +309,14 @@ def _check_names(
     stray |= {n for n in tensors if n.startswith("prompts.") and n.split(".")[1] not in kinds}
     if stray or missing:
         raise AdapterError(
-            f"{where}: tensors missing: {sorted(missing) or 'none'}; "
-            f"not expected: {sorted(stray) or 'none'}."
+            f"{where}: tensors missing: {_few(missing)}; not expected: {_few(stray)}."
         )
     if spec.location == NOWHERE:
         return
+    if spec.length > _LONGEST_PROMPTS:
+        raise AdapterError(
+            f"{where}: prompts of length {spec.length}; at most {_LONGEST_PROMPTS} make sense."
+        )
     # A length that the file does not hold would be built before shapes are compared.
     stored = 1 if spec.sharing in ("intra", "all") else spec.length
     numbers = sum(t.numel() for name, t in tensors.items() if name.startswith("prompts."))
@@ -299,9 +324,22 @@ def _check_names(
         raise AdapterError(f"{where}: prompts of length {spec.length} in {numbers} numbers.")
 
 
+def _few(names: Iterable[str]) -> str:
+    """Return some names in words, however many and long they are."""
+    listed = sorted(names)
+    shown = [name if len(name) <= 80 else f"{name[:80]}..." for name in listed[:_SHOWN]]
+    rest = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
+    return f"{', '.join(shown)}{rest}" if listed else "none"
+
+
 def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     for name, tensor in tensors.items():
-        if tensor.is_meta or not bool(torch.isfinite(tensor).all()):
+        if tensor.is_meta:
+            raise AdapterError(
+                f"{where}: tensor {name} is on the meta device, where it has no values; "
+                "materialise the model first."
+            )
+        if not bool(torch.isfinite(tensor).all()):
             raise AdapterError(
                 f"{where}: tensor {name} holds values that are not finite (NaN, inf)."
             )
