@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from .adapter_file import Adapter
@@ -40,7 +41,7 @@ _SIDE_HINT = (
 
 
 def check_fit(
-    adapter: Adapter, host: nn.Module, encoder: Encoder, strict: bool | str, *, with_head: bool
+    adapter: Adapter, host: nn.Module, encoder: Encoder, strict: bool | str
 ) -> PromptSpec:
     """Compare an adapter with a model; return its spec, or raise before anything changes."""
     made_for, where = adapter.metadata["backbone"], f"load_task_adapter: {adapter.path}"
@@ -59,6 +60,7 @@ def check_fit(
         spec = spec.resolve(encoder.depth)
     except SpecError as error:
         raise AdapterError(f"{where}: its prompt options are wrong: {error}") from error
+    _check_border(adapter, spec, where)
     place = _place(host, encoder, spec, where)
     expected: dict[str, tuple[int, ...]] = {
         f"prompts.{name}": shape for name, shape in prompt_shapes(spec, encoder, place).items()
@@ -76,9 +78,9 @@ def check_fit(
     _check_protocol(adapter, host, encoder, with_head=strict != "prompts")
     if not carries(host):
         try:
-            classes = new_classes(adapter, encoder, with_head=with_head)
+            classes = new_classes(adapter, encoder, with_head=strict != "prompts")
             prepare(host, spec, encoder, num_classes=classes)
-        except SpecError as error:
+        except (SpecError, UnsupportedArchitectureError) as error:
             raise AdapterMismatchError(f"{where}: does not fit this model: {error}") from error
     return spec
 
@@ -92,6 +94,17 @@ def _place(host: nn.Module, encoder: Encoder, spec: PromptSpec, where: str) -> P
             return survey(host, encoder, spec, device_of(host, encoder))
     except (SpecError, UnsupportedArchitectureError) as error:
         raise AdapterMismatchError(f"{where}: does not fit this model: {error}") from error
+
+
+def _check_border(adapter: Adapter, spec: PromptSpec, where: str) -> None:
+    """Compare a border with its declared length before an image of that size goes through."""
+    for name, axis in (("tb", 1), ("lr", 2)) if spec.location == "pad" else ():
+        border = adapter.tensors.get(f"prompts.pixel.{name}")
+        if border is not None and (border.dim() != 3 or border.shape[axis] != 2 * spec.length):
+            raise AdapterError(
+                f"{where}: tensor prompts.pixel.{name} of shape {tuple(border.shape)} is no border "
+                f"of {spec.length} pixels, as its metadata says."
+            )
 
 
 def _check_pixels(adapter: Adapter, expected: Mapping[str, tuple[int, ...]], where: str) -> None:
@@ -132,10 +145,7 @@ def _check_head(
     own = module_at(host, encoder.head.paths[0])
     protocol = adapter.protocol
     if protocol is not None and protocol.kind == "mlp":
-        module = MlpHead(width, head["classes"], protocol.number)
-        state = {n: t for n, t in module.state_dict().items() if t.is_floating_point()}
-        shapes = {f"head.module.{n}": tuple(t.shape) for n, t in state.items()}
-        adapter.expect(shapes, prefix="head")
+        _check_mlp(adapter, width, protocol.number, where)
         return
     if head.get("class") not in (None, type(own).__name__):
         raise AdapterMismatchError(
@@ -149,6 +159,17 @@ def _check_head(
             f"reset_classifier({head['classes']}) first, or {hint}"
         )
     adapter.expect(_head_shapes(head, host, encoder, width), prefix="head")
+
+
+def _check_mlp(adapter: Adapter, width: int, layers: int, where: str) -> None:
+    """Compare a head of several layers with the file, without building what a file asks for."""
+    if layers > len(adapter.tensors):
+        raise AdapterError(f"{where}: a head of {layers} layers in {len(adapter.tensors)} tensors.")
+    with torch.device("meta"):
+        module = MlpHead(width, adapter.metadata["head"]["classes"], layers)
+    state = {n: t for n, t in module.state_dict().items() if t.is_floating_point()}
+    shapes = {f"head.module.{n}": tuple(t.shape) for n, t in state.items()}
+    adapter.expect(shapes, prefix="head")
 
 
 def _check_decoder(adapter: Adapter, host: nn.Module, encoder: Encoder, hint: str) -> None:
@@ -242,6 +263,11 @@ def _check_protocol(
     present = host_and_prompts(host, where)[1].delta if carries(host) else None
     if present is not None and not present.protocol.same(protocol):
         present.check_restorable("load_task_adapter")
+        if present.protocol.kind == "mlp" and not with_head:
+            raise AdapterMismatchError(
+                f"{where}: strict='prompts' keeps the model's head, but that of the protocol "
+                f"{present.protocol.name!r} goes with it; remove_prompts(model) first."
+            )
     if protocol is None:
         adapter.expect({}, prefix="delta.")
         return

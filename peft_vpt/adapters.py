@@ -9,28 +9,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import __version__
 from .adapter_file import FILE_NAME, Adapter, read_adapter, write_adapter
-from .adapter_match import HEAD_NAMES, check_fit, head_tensors, new_classes, trains_decoder
+from .adapter_install import install, stored_tensors
+from .adapter_match import check_fit, head_tensors
 from .backbones.anatomy import Encoder, module_at
-from .backbones.heads import FormerHead, class_count, head_owner, set_labels
+from .backbones.heads import class_count
 from .backbones.identity import default_preprocessing, describe_backbone, label_names
 from .backbones.image_model import encoder_for
-from .decoder import claim_decoder, decoder_names, decoder_tensors, describe_decoder, has_decoder
-from .errors import AdapterError
+from .decoder import describe_decoder, has_decoder
+from .errors import AdapterError, UnsupportedArchitectureError
 from .fingerprint import fingerprint
-from .hosts import carries, host_and_prompts, refuse_unfit, unwrap
-from .inject import freeze, inject_spec, remove_prompts
+from .hosts import carries, host_and_prompts, parallel_wrapper, refuse_unfit, unwrap
 from .preprocessing import describe_preprocessing
 from .prompts import Prompts
-from .protocols import apply_delta
-from .protocols.delta import given_features
-from .protocols.options import Protocol
 from .source import find_adapter
-from .spec import NOWHERE, PromptSpec
+from .spec import NOWHERE
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -71,7 +67,7 @@ def save_task_adapter(
     names = (
         list(labels)
         if labels is not None
-        else info.get("labels") or label_names(host, prompts.encoder)
+        else label_names(host, prompts.encoder) or info.get("labels")
     )
     metadata = {
         "spec": None if prompts.spec.location == NOWHERE else prompts.spec.to_dict(),
@@ -92,7 +88,7 @@ def save_task_adapter(
         raise AdapterError(f"save_task_adapter: {path!r}: not a path: {error}") from error
     if target.suffix != ".safetensors":
         target = target / FILE_NAME
-    return write_adapter(target, _tensors(host, with_head=True), metadata)
+    return write_adapter(target, stored_tensors(host, with_head=True), metadata)
 
 
 def load_task_adapter(
@@ -107,8 +103,9 @@ def load_task_adapter(
 ) -> Model:
     """Load a task adapter into a model, in place; a bare model is injected from the file.
 
-    Everything is checked before the model changes. Its head is replaced by the adapter's;
-    `requires_grad` is as after injection, and label names go into a transformers config.
+    Everything is checked before the model changes. Its head is replaced by the adapter's, or taken
+    out where the adapter was made on a model without one; `requires_grad` is as after injection,
+    gradients are gone, and label names go into a transformers config.
 
     Args:
         model: A bare or prompted model; wrappers are looked through.
@@ -126,7 +123,8 @@ def load_task_adapter(
 
     Raises:
         AdapterError: The file cannot be read, is damaged or incomplete.
-        AdapterMismatchError: It was made for another backbone or another kind of head.
+        AdapterMismatchError: It was made for another backbone or another kind of head; or the model
+            would need other parameters, and is wrapped for data parallelism.
         UnsupportedArchitectureError: The model cannot take prompts.
     """
     if not isinstance(strict, bool) and strict != "prompts":
@@ -142,104 +140,26 @@ def load_task_adapter(
         local_files_only=local_files_only,
     )
     adapter, host = read_adapter(path), unwrap(model)
-    if carries(host):
-        encoder = host_and_prompts(host, "load_task_adapter")[1].encoder
-    else:
-        refuse_unfit(host)
-        any_image_model = adapter.spec.location == NOWHERE
-        encoder = encoder_for(host, "pad" if any_image_model else adapter.spec.location)
-    with_head = strict != "prompts" and adapter.metadata["head"] is not None
-    spec = check_fit(adapter, host, encoder, strict, with_head=with_head)
-    decoder = trains_decoder(adapter) or (strict == "prompts" and _carries_decoder(host))
-    _install(host, adapter, spec, encoder, with_head=with_head, decoder=decoder)
+    encoder = _encoder(host, adapter)
+    spec = check_fit(adapter, host, encoder, strict)
+    prompts_only = strict == "prompts"
+    parallel = parallel_wrapper(model)
+    install(host, adapter, spec, encoder, prompts_only=prompts_only, parallel=parallel)
     return model
 
 
-def _install(
-    host: nn.Module,
-    adapter: Adapter,
-    spec: PromptSpec,
-    encoder: Encoder,
-    *,
-    with_head: bool,
-    decoder: bool,
-) -> None:
-    """Bring the model to the adapter's structure and copy its tensors; all is checked by now."""
-    head = adapter.metadata["head"] if with_head else None
-    classes = new_classes(adapter, encoder, with_head=with_head)
-    bias = head is None or head.get("bias", True)
-    kept: dict[str, Tensor] = {}
-    names = head["labels"] if head is not None else None
-    decoder = decoder and bool(decoder_names(host, encoder))
-    same = _has_structure(host, adapter, spec, encoder, classes, bias)
-    if not same or _carries_decoder(host) != decoder:
-        former = host_and_prompts(host, "load_task_adapter")[1].delta if carries(host) else None
-        if carries(host):
-            if not with_head and decoder and _carries_decoder(host):
-                present = decoder_tensors(host, encoder)
-                kept |= {name: tensor.detach().clone() for name, tensor in present.items()}
-            elif head is None and encoder.head is not None:
-                kept = {n: t.detach().clone() for n, t in head_tensors(host, encoder).items()}
-                names, bias = label_names(host, encoder), "head.bias" in kept
-                classes = class_count(host, encoder.head) if _has_task_head(host) else None
-            remove_prompts(host)
-        # Every value is overwritten below, so the global random state is left alone.
-        generator = torch.Generator().manual_seed(0)
-        options: Any = {"num_classes": classes, "head_bias": bias, "generator": generator}
-        if adapter.protocol is None:
-            inject_spec(host, spec, encoder, **options)
-        else:
-            features = given_features(former)
-            apply_delta(host, adapter.protocol, spec, encoder, features=features, **options)
-        if decoder:
-            claim_decoder(host, host_and_prompts(host, "load_task_adapter")[1])
-    prompts = host_and_prompts(host, "load_task_adapter")[1]
-    source = adapter.tensors | kept
-    targets = _tensors(host, with_head=with_head or bool(kept))
-    _copy(host, encoder, {name: (target, source[name]) for name, target in targets.items()})
-    freeze(host, encoder)
-    prompts.clear_cache()
-    prompts.info = {n: adapter.metadata[n] for n in ("task", "preprocessing", "metrics")}
-    prompts.info["labels"] = names
-    if (with_head or kept) and _has_task_head(host):
-        _name_labels(host, encoder, names)
-
-
-def _tensors(host: nn.Module, *, with_head: bool) -> dict[str, Tensor]:
-    """Return what a file holds of a model, under the names there."""
-    prompts = host_and_prompts(host, "save_task_adapter")[1]
-    found: dict[str, Tensor] = {f"prompts.{n}": p for n, p in prompts.own_parameters().items()}
-    if prompts.delta is not None:
-        found |= prompts.delta.tensors(host)
-    find = decoder_tensors if has_decoder(prompts) else head_tensors
-    return found | (find(host, prompts.encoder) if with_head else {})
-
-
-def _carries_decoder(host: nn.Module) -> bool:
-    return carries(host) and has_decoder(host_and_prompts(host, "load_task_adapter")[1])
-
-
-@torch.no_grad()
-def _copy(host: nn.Module, encoder: Encoder, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """Copy values into parameters; into ones on `meta`, which hold nothing, put the values."""
-    meta = {}
-    for name, (target, value) in pairs.items():
-        if target.is_meta:
-            meta[_host_name(encoder, name, _carries_decoder(host))] = value.to(target.dtype)
-        else:
-            target.copy_(value)
-    if meta:
-        host.load_state_dict(meta, strict=False, assign=True)
-
-
-def _host_name(encoder: Encoder, name: str, decoder: bool) -> str:
-    """Turn a tensor's name in the file into its name in the host."""
-    kind, _, rest = name.partition(".")
-    if decoder and kind == "head":
-        return rest.removeprefix("module.")
-    if encoder.head is None or kind not in HEAD_NAMES:
-        return name
-    return f"{encoder.head.paths[HEAD_NAMES.index(kind)]}.{rest.removeprefix('module.')}"
+def _encoder(host: nn.Module, adapter: Adapter) -> Encoder:
+    """Return the anatomy of a model that shall take an adapter, bare or not."""
+    call = "load_task_adapter"
+    if carries(host):
+        return host_and_prompts(host, call)[1].encoder
+    refuse_unfit(host, call)
+    any_image_model = adapter.spec.location == NOWHERE
+    try:
+        return encoder_for(host, "pad" if any_image_model else adapter.spec.location)
+    except UnsupportedArchitectureError as error:
+        reason = str(error).removeprefix("inject_prompts: ").replace("inject_prompts(", f"{call}(")
+        raise UnsupportedArchitectureError(f"{call}: {adapter.path}: {reason}") from error
 
 
 def check_labels(labels: Any, call: str) -> None:
@@ -249,39 +169,6 @@ def check_labels(labels: Any, call: str) -> None:
     listed = isinstance(labels, Sequence) and not isinstance(labels, str | bytes)
     if not listed or not all(isinstance(label, str) for label in labels):
         raise AdapterError(f"{call}(labels={labels!r}): give a list of names.")
-
-
-def _has_structure(
-    host: nn.Module,
-    adapter: Adapter,
-    spec: PromptSpec,
-    encoder: Encoder,
-    classes: int | None,
-    bias: bool,
-) -> bool:
-    """Tell whether a model already carries such prompts and a task head of that size."""
-    if not carries(host):
-        return False
-    prompts = host_and_prompts(host, "load_task_adapter")[1]
-    protocol = adapter.protocol
-    same = prompts.delta is None if protocol is None else protocol.same(_protocol(prompts))
-    if prompts.spec != spec or not same:
-        return False
-    if classes is None or encoder.head is None:
-        return True
-    head: Any = module_at(host, encoder.head.paths[0])
-    has_bias = getattr(head, "bias", None) is not None or not isinstance(head, nn.Linear)
-    same = class_count(host, encoder.head) == classes and has_bias == bias
-    return _has_task_head(host) and same
-
-
-def _protocol(prompts: Prompts) -> Protocol | None:
-    found: Protocol | None = None if prompts.delta is None else prompts.delta.protocol
-    return found
-
-
-def _has_task_head(host: nn.Module) -> bool:
-    return isinstance(host_and_prompts(host, "load_task_adapter")[1].undo["head"], FormerHead)
 
 
 def _describe_backbone(host: nn.Module, prompts: Prompts) -> dict[str, Any]:
@@ -331,13 +218,3 @@ def _check_count(labels: list[str] | None, classes: int) -> None:
         raise AdapterError(
             f"save_task_adapter(labels=...): {len(labels)} names for a head of {classes} classes."
         )
-
-
-def _name_labels(host: nn.Module, encoder: Encoder, labels: list[str] | None) -> None:
-    """Write label names, or numbers where there are none, into a transformers config."""
-    assert encoder.head is not None
-    owner = module_at(host, head_owner(host, encoder.head.paths[0]))
-    config = vars(owner).get("config")
-    if config is not None and hasattr(config, "id2label"):
-        count = class_count(host, encoder.head)
-        set_labels(config, labels or [f"LABEL_{i}" for i in range(count)])

@@ -31,6 +31,15 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def parallel_wrapper(model: nn.Module) -> str | None:
+    """Return the class of a wrapper that shares a model out to processes or devices, if any."""
+    while isinstance(model, nn.Module):
+        if type(model).__name__ in _WRAPPERS:
+            return type(model).__name__
+        model = getattr(model, "_orig_mod", None)  # type: ignore[assignment]
+    return None
+
+
 def carries(model: nn.Module) -> bool:
     """Tell whether a model carries prompts or a protocol."""
     return isinstance(getattr(unwrap(model), "prompts", None), Prompts)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from copy import deepcopy
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .backbones.anatomy import is_kind, module_at
 from .backbones.heads import FormerHead, restore_head
@@ -67,3 +71,51 @@ def ignore_frozen_on_save(prompts: Prompts, model: nn.Module) -> None:
     names |= {n for n, _ in model.named_buffers()}
     frozen = {n for n in names if not n.startswith(task)}
     setattr(model, _IGNORED, set(getattr(model, _IGNORED, None) or ()) | frozen)
+
+
+@contextmanager
+def unchanged_on_error(host: nn.Module, changing: Iterable[Tensor]) -> Iterator[None]:
+    """Put a model back if the body raises: the same objects, hooks, flags, gradients and values.
+
+    Args:
+        host: The model.
+        changing: Tensors into which the body may write.
+    """
+    spaces = [space for module in host.modules() for space in _namespaces(module)]
+    kept = [(space, _contents(space)) for space in spaces]
+    values = [(tensor, tensor.detach().clone()) for tensor in changing]
+    flags = [(p, p.requires_grad, p.grad) for p in host.parameters()]
+    try:
+        yield
+    except BaseException:
+        for space, contents in kept:
+            _put_back(space, contents)
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+        for parameter, requires_grad, grad in flags:
+            parameter.requires_grad_(requires_grad).grad = grad
+        raise
+
+
+def _namespaces(module: nn.Module) -> list[dict[str, Any]]:
+    """Return the attributes of a module, and those of its transformers config."""
+    config = vars(module).get("config")
+    return [vars(module), *([vars(config)] if hasattr(config, "__dict__") else [])]
+
+
+def _contents(space: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return attributes, with a copy beside those that are containers."""
+    containers = (dict, list, set)
+    return {k: (v, v.copy() if isinstance(v, containers) else None) for k, v in space.items()}
+
+
+def _put_back(space: dict[str, Any], contents: dict[str, tuple[Any, Any]]) -> None:
+    space.clear()
+    for name, (value, copy) in contents.items():
+        if isinstance(value, dict | set):
+            value.clear()
+            value.update(copy)
+        elif isinstance(value, list):
+            value[:] = copy
+        space[name] = value

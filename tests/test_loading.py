@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import damage
 import pytest
 import torch
 from test_adapters import out, trained
@@ -13,6 +17,9 @@ from torch import nn
 from zoo import build, image, logits
 
 from peft_vpt import (
+    VPTError,
+    adapter_install,
+    apply_protocol,
     inject_prompts,
     is_prompted,
     load_task_adapter,
@@ -20,7 +27,9 @@ from peft_vpt import (
     save_task_adapter,
     trainable_parameters,
 )
-from peft_vpt.errors import AdapterMismatchError
+from peft_vpt.adapter_file import read_adapter
+from peft_vpt.adapter_match import head_tensors
+from peft_vpt.errors import AdapterError, AdapterMismatchError
 
 NAMES = ("timm/cls", "transformers/vit", "transformers/dinov2")
 
@@ -28,10 +37,10 @@ NAMES = ("timm/cls", "transformers/vit", "transformers/dinov2")
 class Detector(nn.Module):
     """A larger model with a head of its own over a backbone."""
 
-    def __init__(self, backbone: nn.Module) -> None:
+    def __init__(self, backbone: nn.Module, width: int = 5) -> None:
         super().__init__()
         self.backbone = backbone
-        self.boxes = nn.Linear(5, 4, dtype=torch.float64)
+        self.boxes = nn.Linear(width, 4, dtype=torch.float64)
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.boxes(logits(self.backbone(pixels)))
@@ -145,3 +154,194 @@ def test_label_names_and_preprocessing_come_back_for_a_pipeline(tmp_path: Path) 
     pixels = image_processor(size)(picture, return_tensors="pt")["pixel_values"]
     wanted = logits(source(pixels)).softmax(-1)[0]
     assert found == pytest.approx(dict(zip(labels, wanted.tolist(), strict=True)), rel=1e-5)
+
+
+# A load that fails leaves everything as it was, and one that succeeds leaves nothing of before
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """Everything that a failed call could leave changed, by identity where there is one."""
+    found: dict[str, Any] = {"modules": [(n, id(m)) for n, m in model.named_modules()]}
+    for name, module in model.named_modules():
+        own = vars(module)
+        hooks = {k: list(v) for k, v in own.items() if k.endswith("_hooks")}
+        rest = {k: id(v) for k, v in own.items() if not k.startswith("_") and k != "training"}
+        found[name] = (hooks, rest, module.training)
+    config = getattr(model, "config", None)
+    found["config"] = (id(config), dict(vars(config)) if config is not None else None)
+    return found
+
+
+def values_of(model: nn.Module) -> dict[str, Any]:
+    return {n: (id(p), p.requires_grad, id(p.grad)) for n, p in model.named_parameters()}
+
+
+def gap(**options: Any) -> nn.Module:
+    return inject_prompts(build("timm/gap"), 2, num_classes=3, **options)
+
+
+def refused(case: str, tmp_path: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """Return a prompted model and the arguments of a load that it cannot take."""
+    if case == "no classifier of its own":
+        save_task_adapter(trained("timm/cls"), tmp_path)
+        inner = build("timm/cls")
+        inner.reset_classifier(0)
+        return inject_prompts(Detector(inner, 32), 2), {}
+    if case == "no CLS token":
+        save_task_adapter(trained("timm/cls", pooling="cls"), tmp_path)
+        return gap(), {"strict": False}
+    raise AssertionError(case)
+
+
+@pytest.mark.parametrize("case", ["no classifier of its own", "no CLS token"])
+def test_a_refused_load_leaves_a_trained_model_to_the_last_object(
+    case: str, tmp_path: Path
+) -> None:
+    model, options = refused(case, tmp_path)
+    model(image()).sum().backward()
+    model.train()
+    before, kept, own = state_of(model), values_of(model), copy.deepcopy(model.state_dict())
+    drawn = torch.random.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(AdapterMismatchError, match=re.escape(str(tmp_path))):
+            load_task_adapter(model, tmp_path, **options)
+    assert is_prompted(model)
+    assert state_of(model) == before
+    assert values_of(model) == kept
+    assert all(torch.equal(t, own[n]) for n, t in model.state_dict().items())
+    assert torch.equal(torch.random.get_rng_state(), drawn)
+
+
+@pytest.mark.parametrize("protocol", ["vpt-deep", "bias", "adapter", "mlp-2"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_load_that_breaks_half_way_is_undone(
+    name: str, protocol: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_task_adapter(trained(name, 6), tmp_path / "other")
+    model = apply_protocol(build(name), protocol, num_classes=4)
+    out(model).sum().backward()
+    before, kept, own = state_of(model), values_of(model), copy.deepcopy(model.state_dict())
+    expected = out(model)
+    copied = adapter_install._copy
+
+    def breaks(*args: Any) -> None:
+        copied(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(adapter_install, "_copy", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        load_task_adapter(model, tmp_path / "other")
+    assert state_of(model) == before
+    assert values_of(model) == kept
+    assert all(torch.equal(t, own[n]) for n, t in model.state_dict().items())
+    assert torch.equal(out(model), expected)
+    monkeypatch.undo()
+    bare, fresh = build(name).state_dict(), load_task_adapter(build(name), tmp_path / "other")
+    assert torch.equal(out(load_task_adapter(model, tmp_path / "other")), out(fresh))
+    remove_prompts(model)
+    assert all(torch.equal(t, bare[n]) for n, t in model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["timm/cls", "transformers/vit"])
+def test_an_adapter_without_a_head_takes_the_models_head_out(name: str, tmp_path: Path) -> None:
+    source = trained(name, classes=0)
+    save_task_adapter(source, tmp_path / "headless", task="features")
+    save_task_adapter(trained(name, classes=7), tmp_path / "seven", labels=list("abcdefg"))
+    bare = build(name)
+    classes = out(bare).shape[-1]
+    for model in (bare, load_task_adapter(build(name), tmp_path / "seven")):
+        load_task_adapter(model, tmp_path / "headless")
+        assert torch.equal(out(model), out(source))
+        assert model.prompts.info["labels"] is None
+        remove_prompts(model)
+        assert out(model).shape[-1] == classes
+    # The prompts alone leave a head where it is.
+    kept = load_task_adapter(build(name), tmp_path / "headless", strict="prompts")
+    assert out(kept).shape[-1] == classes
+
+
+@pytest.mark.parametrize("name", ["timm/cls", "transformers/vit"])
+def test_prompts_alone_leave_head_and_label_names(name: str, tmp_path: Path) -> None:
+    labels = ["a", "b", "c", "d"]
+    save_task_adapter(trained(name), tmp_path / "first", labels=labels)
+    save_task_adapter(trained(name, classes=6, deep=False), tmp_path / "second")
+    model = load_task_adapter(build(name), tmp_path / "first")
+    head = head_tensors(model, model.prompts.encoder)["head.weight"].clone()
+    load_task_adapter(model, tmp_path / "second", strict="prompts")
+    assert torch.equal(head_tensors(model, model.prompts.encoder)["head.weight"], head)
+    saved = read_adapter(save_task_adapter(model, tmp_path / "both"))
+    assert saved.metadata["head"]["labels"] == labels
+
+
+def test_prompts_alone_do_not_replace_a_head_that_goes_with_its_protocol(tmp_path: Path) -> None:
+    save_task_adapter(trained("timm/cls"), tmp_path)
+    model = apply_protocol(build("timm/cls"), "mlp-3", num_classes=7)
+    before = state_of(model)
+    with pytest.raises(AdapterMismatchError, match="mlp-3"):
+        load_task_adapter(model, tmp_path, strict="prompts")
+    assert state_of(model) == before
+
+
+def test_gradients_of_the_task_before_are_gone(tmp_path: Path) -> None:
+    save_task_adapter(trained("timm/cls"), tmp_path)
+    model = trained("timm/cls")
+    out(model).sum().backward()
+    load_task_adapter(model, tmp_path)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_label_names_that_a_user_edits_are_saved(tmp_path: Path) -> None:
+    model = trained("transformers/vit")
+    save_task_adapter(model, tmp_path, labels=["a", "b", "c", "d"])
+    load_task_adapter(model, tmp_path)
+    model.config.id2label = dict(enumerate("wxyz"))
+    saved = read_adapter(save_task_adapter(model, tmp_path))
+    assert saved.metadata["head"]["labels"] == list("wxyz")
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A process group of one."""
+    file = tmp_path / "group"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("alone")
+def test_parameters_that_a_wrapper_has_counted_are_not_replaced(tmp_path: Path) -> None:
+    wrap = nn.parallel.DistributedDataParallel
+    save_task_adapter(trained("timm/cls"), tmp_path / "task")
+    same, other = trained("timm/cls"), trained("timm/cls", dropout=0.5)
+    for model in (build("timm/cls"), other, trained("timm/cls", 6)):
+        before = state_of(model)
+        with pytest.raises(AdapterMismatchError, match="DistributedDataParallel"):
+            load_task_adapter(wrap(model), tmp_path / "task")
+        assert state_of(model) == before
+    assert torch.equal(out(load_task_adapter(wrap(same), tmp_path / "task")), out(same))
+
+
+@pytest.mark.parametrize("thing", ["text", 3, nn.Linear(2, 2), None])
+def test_messages_name_this_call(thing: Any, tmp_path: Path) -> None:
+    save_task_adapter(trained("timm/cls"), tmp_path)
+    with pytest.raises(VPTError, match="load_task_adapter: ") as caught:
+        load_task_adapter(thing, tmp_path)
+    assert "inject_prompts" not in str(caught.value)
+
+
+def test_what_a_file_asks_for_is_not_built_before_it_is_compared(tmp_path: Path) -> None:
+    head = save_task_adapter(apply_protocol(build("timm/cls"), "mlp-2"), tmp_path / "head")
+    one, path = read_adapter(head), tmp_path / "a.safetensors"
+    many = {"protocol": one.metadata["protocol"] | {"name": "mlp-9999"}}
+    wide = {"head": one.metadata["head"] | {"classes": 2**31, "labels": None}}
+    for change in (many, wide):
+        path.write_bytes(damage.signed(one.tensors, one.metadata | change))
+        with pytest.raises(AdapterError, match=re.escape(str(path))):
+            load_task_adapter(build("timm/cls"), path)
+    border = inject_prompts(build("timm/cls-dynamic"), 2, location="pad", num_classes=3)
+    one = read_adapter(save_task_adapter(border, tmp_path / "border"))
+    long = {"spec": one.metadata["spec"] | {"length": 500}}
+    path.write_bytes(damage.signed(one.tensors, one.metadata | long))
+    with pytest.raises(AdapterError, match="no border of 500 pixels"):
+        load_task_adapter(build("timm/cls-dynamic"), path)

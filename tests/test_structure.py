@@ -27,6 +27,7 @@ LAYERS = (
     ("hub", "card", "pretrained"),
     (
         "adapters",
+        "adapter_install",
         "adapter_match",
         "adapter_file",
         "adapter_metadata",

@@ -26,12 +26,21 @@ class FormerHead:
     attributes: dict[str, Any] = field(default_factory=dict)
     config: Any = None
 
+    @property
+    def classes(self) -> int:
+        """Number of classes; 0 where it is an identity."""
+        return _classes(next(iter(self.modules.values())))
+
 
 def class_count(host: nn.Module, head: Head) -> int:
     """Return the number of classes of the head that the model has (0 where it is an identity)."""
+    return _classes(module_at(host, head.paths[0]))
+
+
+def _classes(head: nn.Module) -> int:
     counts = [
         getattr(module, "out_features", getattr(module, "out_channels", None))
-        for module in module_at(host, head.paths[0]).modules()
+        for module in head.modules()
     ]
     return int(next((count for count in reversed(counts) if count is not None), 0))
 
