@@ -22,10 +22,8 @@ _TOLERANCE_FP16 = 5e-3
 _TOLERANCE_QUANTIZED = 5e-2
 _VECTOR_NUMBERS = 3
 # Parts of an encoder that another input size or task changes, by the names of both libraries.
-_EMBEDDING = re.compile(
-    r"(patch|pos|position)_?embed\w*|embeddings?|patch_embedding|rope|rotary\w*|.*pool\w*"
-    r"|head\w*|fc_norm|classifier\w*|prompts|aux_head|lm_head"
-)
+_EMBEDDING = re.compile(r"(patch|pos|position)_?embed\w*|embeddings?|embeds|rope|rotary\w*")
+_BEHIND = re.compile(r".*pool\w*|head\w*|fc_norm|classifier\w*|prompts|aux_head|lm_head")
 # Less than half the distance of two fp16 numbers, so that only ties between bf16 numbers move.
 _TIE = 2.0**-12
 
@@ -61,8 +59,9 @@ def fingerprint(host: nn.Module, encoder: Encoder) -> Fingerprint | None:
     Per block, nine float64 numbers over parameters rounded to bf16: sums of |w|, w^2 and w^4 over
     vectors, the same over matrices, and sums of w^2 over the rows of queries, keys and values.
     Then three numbers for the final norm, and the first six over what stands between and around the
-    blocks, where there is any: patch merging, convolutions of a hybrid. Statistics of batch norms
-    count as vectors. Embeddings, pooling and head are left out. An encoder whose
+    blocks, where there is any: patch merging, convolutions of a hybrid, layers in front of the
+    classifier. Statistics of batch norms count as vectors. The patch projection, positions (also
+    relative ones inside the blocks), pooling and the classifier are left out. An encoder whose
     blocks are not known (a ConvNet) counts as one block of all its parameters but the head's.
     Quantized weights count dequantized; `quantized` says so, and is absent elsewhere.
 
@@ -164,16 +163,29 @@ def _beside(host: nn.Module, encoder: Encoder) -> list[Weight]:
         return []
     root = module_at(host, encoder.path)
     below = f"{encoder.path}." if encoder.path else ""
-    taken = [*(block.path for block in encoder.blocks), encoder.norm_weights or "prompts"]
+    heads = encoder.head.paths if encoder.head else ()
+    taken = [*(block.path for block in encoder.blocks), encoder.norm_weights or "prompts", *heads]
     apart = [path.removeprefix(below) for path in taken if path.startswith(below)]
-    # Tokens and positions, the encoder's own parameters, are embeddings too.
-    modules = [(n, m) for n, m in root.named_children() if not _EMBEDDING.fullmatch(n)]
+    convs = [path for path, module in root.named_modules() if isinstance(module, nn.Conv2d)]
+    first = convs[0] if convs else ""
+    if _EMBEDDING.fullmatch(_last(first.rpartition(".")[0])):
+        apart.append(first.rpartition(".")[0])
     found: list[Weight] = []
-    for name, module in modules:
+    # Tokens and positions, the encoder's own parameters, are embeddings too.
+    for name, module in root.named_children():
         inner = tuple(p.removeprefix(f"{name}.") for p in apart if p.startswith(f"{name}."))
-        if name not in apart:
+        own = {path for path in convs if path.startswith(f"{name}.")}
+        embeds = _EMBEDDING.fullmatch(name) is not None and own <= {first}
+        behind = _BEHIND.fullmatch(name) and not any(p.startswith(f"{name}.") for p in apart)
+        if name not in apart and not embeds and not behind:
+            # Of a part that embeds and does more, tokens and positions are its own parameters.
+            inner = (*inner, *([""] if _EMBEDDING.fullmatch(name) else []))
             found += weights_below(module, inner)
     return found
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
 
 
 def _refuse_unreadable(host: nn.Module, encoder: Encoder) -> None:
@@ -252,9 +264,6 @@ def _sum(values: Tensor) -> float:
 
 def _compare(saved: Fingerprint, own: Fingerprint, candidates: Sequence[Fingerprint]) -> Comparison:
     """Return the worst number; each counts by the candidate that is nearest to it."""
-    if "rest" not in saved:
-        # Written for a backbone without such weights, or by the first release.
-        candidates = [{k: v for k, v in c.items() if k != "rest"} for c in candidates]
     if _shape(saved) != _shape(candidates[0]):
         return Comparison(float("inf"), _TOLERANCE, "the number of blocks")
     half = "float16" in (saved["dtype"], own["dtype"])

@@ -169,6 +169,75 @@ def test_changes_between_the_blocks_are_told(change: str, tmp_path: Path) -> Non
         load_task_adapter(other, tmp_path)
 
 
+# What stands around the blocks, under names that embeddings and heads have too.
+AROUND: dict[str, tuple[str, dict[str, Any]]] = {
+    "patch_embed.backbone.": ("vit_tiny_r_s16_p8_224", {"depth": 1}),
+    "patch_embeds.1.": ("twins_pcpvt_small", {"depths": (1, 1, 1, 1)}),
+    "patch_embed2.": ("visformer_tiny", {"depth": (1, 1, 1)}),
+    "head.pre_logits.": ("maxvit_tiny_tf_224", {"depths": (1, 1, 1, 1)}),
+    "norm_pre.": ("vit_tiny_patch16_224", {"depth": 1, "pre_norm": True}),
+}
+
+
+@pytest.mark.parametrize("path", AROUND)
+def test_layers_around_the_blocks_are_weights_of_the_backbone(path: str) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    name, options = AROUND[path]
+    model = timm.create_model(name, num_classes=3, **options).eval()
+    own = encoder_for(model, "prepend")
+    saved_one, other = fingerprint(model, own), copy.deepcopy(model)
+    assert saved_one is not None
+    other.reset_classifier(5)
+    assert compare(saved_one, other, own).same
+    with torch.no_grad():
+        noise([p for n, p in other.named_parameters() if n.startswith(path)], 0.05)
+    found = compare(saved_one, other, own)
+    assert not found.same
+    assert found.place == "the rest of the encoder"
+
+
+def test_a_norm_that_only_one_side_has_is_told(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    plain = timm.create_model("vit_tiny_patch16_224", depth=1)
+    normed = timm.create_model("vit_tiny_patch16_224", depth=1, pre_norm=True)
+    normed.load_state_dict(plain.state_dict(), strict=False)
+    save_task_adapter(inject_prompts(plain, 2), tmp_path)
+    with pytest.raises(AdapterMismatchError, match="has others"):
+        load_task_adapter(normed, tmp_path)
+
+
+# Sizes of images whose tables of positions inside the blocks differ.
+RESIZED = {
+    "beit_base_patch16_224": (32, 48, {"depth": 1, "embed_dim": 24, "num_heads": 2}),
+    "mvitv2_tiny": (64, 96, {}),
+    "maxvit_rmlp_pico_rw_256": (64, 64, {}),
+    "coatnet_0_rw_224": (64, 96, {"depths": (1, 1, 1, 1)}),
+    "swin_tiny_patch4_window7_224": (64, 128, {"depths": (1, 1), "window_size": None}),
+}
+
+
+@pytest.mark.parametrize("name", RESIZED)
+def test_another_input_size_is_no_other_backbone(name: str) -> None:
+    timm = pytest.importorskip("timm")
+    here, there, options = RESIZED[name]
+    window = options.pop("window_size", 0)
+    models = []
+    for size in (here, there):
+        torch.manual_seed(0)
+        own = options | ({"window_size": size // 16} if window is None else {})
+        models.append(timm.create_model(name, img_size=size, num_classes=3, **own).eval())
+    first, second = models
+    kept = second.state_dict()
+    same = {n: t for n, t in first.state_dict().items() if t.shape == kept[n].shape}
+    second.load_state_dict(same, strict=False)
+    assert here == there or set(kept) > set(same)
+    saved_one = fingerprint(first, encoder_for(first, "prepend"))
+    assert saved_one is not None
+    assert compare(saved_one, second, encoder_for(second, "prepend")).same
+
+
 def test_statistics_of_a_convnet_are_weights_too(tmp_path: Path) -> None:
     timm = pytest.importorskip("timm")
     torch.manual_seed(0)
@@ -218,6 +287,17 @@ def test_the_error_names_both_backbones(tmp_path: Path) -> None:
     assert all(f"timm/{name}" in str(caught.value) for name in names)
 
 
+def resize(model: nn.Module) -> None:
+    """Let a model take larger images, as its library does it."""
+    if hasattr(model, "set_input_size"):
+        window = {"window_size": 8} if hasattr(model, "layers") else {}
+        model.set_input_size(img_size=128 if window else 64, **window)  # type: ignore[operator]
+        return
+    positions: Any = model.get_submodule("dinov2.embeddings").position_embeddings
+    larger = torch.randn(1, 1 + 4 * (positions.shape[1] - 1), positions.shape[2])
+    model.get_submodule("dinov2.embeddings").position_embeddings = nn.Parameter(larger)
+
+
 HARMLESS: dict[str, Callable[[nn.Module], Any]] = {
     "float64": lambda m: m.double(),
     "bfloat16": lambda m: m.bfloat16(),
@@ -235,12 +315,7 @@ HARMLESS: dict[str, Callable[[nn.Module], Any]] = {
     "another patch embedding": lambda m: nn.init.normal_(
         next(c for c in m.modules() if isinstance(c, nn.Conv2d)).weight
     ),
-    "another input size": lambda m: (
-        hasattr(m, "set_input_size")
-        and m.set_input_size(
-            **({"img_size": 128, "window_size": 4} if hasattr(m, "layers") else {"img_size": 64})
-        )
-    ),
+    "another input size": lambda m: resize(m),
     "another head": lambda m: [
         nn.init.normal_(p) for n, p in m.named_parameters() if n.startswith(("head", "classifier"))
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -12,6 +13,11 @@ from torch import Tensor, nn
 # Names under which quantized layers of several libraries register integers as buffers.
 _PACKED_BUFFERS = ("weight", "qweight", "weight_packed")
 _INT8_STEPS = 127.0
+# Tables of positions, also relative ones inside a block: another input size makes others of them.
+_POSITIONS = re.compile(
+    r"(relative_position_bias_table|rel_pos_[hw]|rel_pos\w*|attention_biases|(height|width)_rel"
+    r"|pos_?embed\w*|position_?embed\w*)"
+)
 
 
 class UnreadableWeightsError(ValueError):
@@ -28,9 +34,11 @@ class Weight(NamedTuple):
 def weights_below(root: nn.Module, apart: tuple[str, ...] = ()) -> list[Weight]:
     """Return every weight below a module once, in the order of `parameters()`, dequantized.
 
+    Tables of positions are left out.
+
     Args:
         root: The module.
-        apart: Paths below it that are left out.
+        apart: Paths below it that are left out, with all below them; "" is the module's own.
 
     Raises:
         UnreadableWeightsError: A layer stores them in a way that is not known.
@@ -66,8 +74,8 @@ def _own_weights(module: Any) -> Iterator[tuple[Any, Tensor | None, bool]]:
         if module.bias() is not None:
             yield module._packed_params, module.bias(), False
         return
-    for parameter in module._parameters.values():
-        if parameter is not None:
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not _POSITIONS.fullmatch(name):
             yield parameter, *_dequantized(module, parameter)
     for name in ("running_mean", "running_var"):
         statistic = module._buffers.get(name)
