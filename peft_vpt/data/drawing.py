@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
@@ -11,6 +12,30 @@ from torch.utils.data import Sampler
 from ..errors import SpecError
 
 Key = tuple[int, int]
+
+
+def check_counts(call: str, **options: tuple[Any, int]) -> None:
+    """Check options that are whole numbers; each is given with the least it may be.
+
+    Raises:
+        SpecError: One is none, or less.
+    """
+    for name, (value, least) in options.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise SpecError(f"{call}({name}={value!r}): must be an integer from {least} up.")
+
+
+def check_shares(call: str, *, whole: bool = False, **shares: Any) -> None:
+    """Check options that are shares of the images; `whole` says whether all of them are one.
+
+    Raises:
+        SpecError: One is no number above 0 and below 1.
+    """
+    for name, value in shares.items():
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not 0 < value <= 1 or (value == 1 and not whole):
+            end = "at most 1" if whole else "below 1"
+            raise SpecError(f"{call}({name}={value!r}): must be above 0 and {end}.")
 
 
 def stratified(
@@ -71,8 +96,7 @@ class EpochSampler(Sampler[Key]):
     """
 
     def __init__(self, count: int, seed: int) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-            raise SpecError(f"loader(seed={seed!r}): must be an integer from 0 up.")
+        check_counts("loader", seed=(seed, 0))
         self._count, self._seed = count, seed
         self.generator = torch.Generator()
         self.set_epoch(0)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import SpecError, VPTError
 from ..randomness import seeded
 from .check import broken_images, each
-from .drawing import EpochSampler, Key
+from .drawing import EpochSampler, Key, check_counts
 from .splits import Split, listing
 
 
@@ -146,9 +146,7 @@ def worker_options(workers: int) -> dict[str, Any]:
 
 
 def _check_options(split: Split, transform: Any, batch_size: int, workers: int) -> None:
-    for name, value, least in (("batch_size", batch_size, 1), ("workers", workers, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise SpecError(f"loader({name}={value!r}): must be an integer from {least} up.")
+    check_counts("loader", batch_size=(batch_size, 1), workers=(workers, 0))
     if not len(split):
         raise VPTError("loader: the split is empty; there is nothing to load.")
     if (transform is None) != isinstance(split.images, torch.Tensor):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from ..errors import SpecError, VPTError
-from .drawing import stratified
+from ..errors import VPTError
+from .drawing import check_counts, check_shares, stratified
 from .folders import folder_names, is_split_folder, open_flat_folder, open_split_folder
 from .found import Found, split_of
 from .huggingface import PREFIX, open_dataset
@@ -43,16 +43,18 @@ def open_task(
         val_fraction: Share of train that becomes val where there is none (paper: 90/10).
         test_fraction: Share that becomes test where there is train alone.
         fraction: Share of the training images to keep, stratified, at least one per class
-            (paper figure 4); for a whole percent, `train_<percent>.json` is taken where it is
-            there beside `val.json`. Val and test stay whole.
+            (paper figures 3 and 20); for a whole percent, `train_<percent>.json` is taken where it
+            is there beside `val.json`. Val and test stay whole.
         seed: Of the cuts.
 
     Raises:
-        SpecError: A fraction out of range.
+        SpecError: A fraction out of range, or a seed that is none.
         VPTError: No such folder or layout, or what is in it is wrong: no classes, an empty split,
             a class that train lacks, labels out of range, missing images, an image in two splits.
     """
-    _check_fractions(val_fraction=val_fraction, test_fraction=test_fraction, fraction=fraction)
+    check_shares("open_task", val_fraction=val_fraction, test_fraction=test_fraction)
+    check_shares("open_task", whole=True, fraction=fraction)
+    check_counts("open_task", seed=(seed, 0))
     text = str(source)
     percent = round(fraction * 100)
     whole = fraction < 1 and math.isclose(percent, fraction * 100)
@@ -129,11 +131,3 @@ def _keep(found: Found, fraction: float, seed: int, *, own_file: bool) -> None:
     drawn, _ = stratified(train.labels, fraction, seed, least=1)
     found.splits["train"] = train.subset(drawn)
     found.notes.append(f"train is {len(drawn)} of {len(train)} images (stratified, seed {seed})")
-
-
-def _check_fractions(**fractions: float) -> None:
-    for name, value in fractions.items():
-        whole = name == "fraction"
-        if not isinstance(value, int | float) or not 0 < value < 1 + whole or value > 1:
-            end = "at most 1" if whole else "below 1"
-            raise SpecError(f"open_task({name}={value!r}): must be above 0 and {end}.")
