@@ -6,7 +6,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +170,33 @@ def test_more_bad_lists(tmp_path: Path) -> None:
         open_task(empty)
 
 
+@pytest.mark.parametrize("label", [6, 1_000_000, int("9" * 60)])
+def test_a_label_beyond_the_number_of_images_is_a_mistake(tmp_path: Path, label: int) -> None:
+    folder = vtab(tmp_path)
+    (folder / "train800val200.txt").unlink()
+    edit(folder / "train800.txt", "5 a.png 2", f"5 a.png {label}")
+    match = f"has the label {label}, which makes {label + 1} classes of 6 images"
+    if label > 1e18:
+        match = "1 lines without a path and a whole number"
+    with pytest.raises(VPTError, match=match):
+        open_task(folder)
+    edit(folder / "train800.txt", f"5 a.png {label}", "5 a.png 5")
+    assert len(open_task(folder).classes) == 6
+    (folder / "classes.txt").write_text("\n".join("abcdefgh"))
+    edit(folder / "train800.txt", "5 a.png 5", "5 a.png 7")
+    assert len(open_task(folder).classes) == 8
+
+
+def test_an_empty_line_of_classes_shifts_no_name(tmp_path: Path) -> None:
+    folder = vtab(tmp_path)
+    (folder / "classes.txt").write_text("a\nb\nc\n\n \n")
+    assert open_task(folder).classes == ("a", "b", "c")
+    for text, line in (("a\n\nb\nc\n", 2), ("\na\nb\nc", 1), ("a\nb\n \nc", 3)):
+        (folder / "classes.txt").write_text(text)
+        with pytest.raises(VPTError, match=rf"line {line} of .*classes\.txt is empty"):
+            open_task(folder)
+
+
 def test_missing_images_are_counted_and_ten_are_named(tmp_path: Path) -> None:
     folder = vtab(tmp_path, (20, 3, 4))
     for index in range(15):
@@ -204,6 +231,53 @@ def test_image_folders(tmp_path: Path) -> None:
     assert [Path(p).name for p in task.splits["test"].paths] == ["000.png", "000.png", "001.png"]
     (tmp_path / "val").mkdir()
     with pytest.raises(VPTError, match="has val and validation, both of which may be 'val'"):
+        open_task(tmp_path)
+
+
+def test_links_are_followed_and_what_is_left_out_is_said(tmp_path: Path) -> None:
+    for split in ("train", "val", "test"):
+        fill(tmp_path / split, {"a": 3, "b": 3})
+    fill(tmp_path / "elsewhere", {"more": 6})
+    folder = tmp_path / "train"
+    (folder / "a/more").symlink_to((tmp_path / "elsewhere").rename(tmp_path / ".kept") / "more")
+    # Links round in a circle end.
+    (folder / "b/round").symlink_to(folder / "b")
+    save(folder / "a/x.png").rename(folder / "a/x.jpe")
+    assert sizes(open_task(tmp_path)) == {"train": 13, "val": 3 + 3, "test": 6}
+    assert open_task(tmp_path).notes == ()
+    for name in ("b/x.heic", "b/y.HEIC", "a/plain", "a/Thumbs.db", "a/.hidden"):
+        (folder / name).write_bytes(b"")
+    for index in range(4):
+        save(folder / f"{index}.png")
+    (folder / "readme.txt").write_text("no image of a class")
+    notes = (
+        "3 files of train left out, no images by their suffix (.heic 2, no suffix 1): "
+        "a/plain, b/x.heic, b/y.HEIC",
+        "4 images of train left out, beside the folders of classes: 0.png, 1.png, 2.png and 1 more",
+    )
+    assert open_task(tmp_path).notes == notes
+    # As a folder of classes.
+    assert open_task(folder).notes[:2] == notes
+
+
+@pytest.mark.parametrize("link", ["file", "folder"])
+def test_a_link_is_the_image_that_it_leads_to(tmp_path: Path, link: str) -> None:
+    for split in ("train", "val", "test"):
+        fill(tmp_path / split, {"a": 3, "b": 3})
+    if link == "file":
+        (tmp_path / "test/a/000.png").unlink()
+        (tmp_path / "test/a/000.png").symlink_to(tmp_path / "train/a/001.png")
+    else:
+        (tmp_path / "test/a/deeper").symlink_to(tmp_path / "train/a")
+    count = {"file": 1, "folder": 3}[link]
+    with pytest.raises(VPTError, match=rf"{count} images are in 'train' and in 'test': .*001\.png"):
+        open_task(tmp_path)
+    (tmp_path / "test").rename(tmp_path / ".test")
+    (tmp_path / "train/a/again.png").symlink_to(tmp_path / "train/a/000.png")
+    note = "train names 1 images again; each counts as often as it is named"
+    assert open_task(tmp_path).notes == ("no test split: only val can be measured", note)
+    (tmp_path / "train/b/as_b.png").symlink_to(tmp_path / "train/a/000.png")
+    with pytest.raises(VPTError, match=r"000\.png occurs in 'train' with the labels 0 and 1"):
         open_task(tmp_path)
 
 
@@ -318,6 +392,8 @@ def test_fgvc_json_splits(tmp_path: Path, root: str) -> None:
 
 
 def test_fgvc_numbers_need_not_begin_at_zero(tmp_path: Path) -> None:
+    with pytest.raises(VPTError, match=r"10 of 20 labels of 'train' are below 0 \(-1\)"):
+        open_task(fgvc(tmp_path, names=(-1, 2)))
     task = open_task(fgvc(tmp_path, names=(10, 2, 7)))
     assert task.classes == ("2", "7", "10")
     assert task.splits["test"].labels == (2, 0, 1, 2)
@@ -414,10 +490,94 @@ def test_hugging_face_columns(tmp_path: Path) -> None:
     with pytest.raises(VPTError, match="needs one label column, found a, fine among"):
         open_task(write("two", datasets.Value("int64")))
     bad = [0, -1] * 6
-    with pytest.raises(VPTError, match="unknown to train: -1"):
+    with pytest.raises(VPTError, match="6 of 12 images of 'train' have no label"):
         open_task(write("hidden", datasets.ClassLabel(names=["n", "m"]), fine=bad))
     with pytest.raises(VPTError, match="datasets cannot read it"):
         open_task(f"hf:{tmp_path / 'nowhere'}")
+
+
+Saved = tuple[Any, Sequence[Any]]
+
+
+def hub(folder: Path, **parts: Saved) -> str:
+    """Save a dataset of splits, each with its kind of labels (class names or a dtype)."""
+    datasets = pytest.importorskip("datasets")
+    held = datasets.DatasetDict()
+    for split, (kind, labels) in parts.items():
+        named = isinstance(kind, list)
+        label = datasets.ClassLabel(names=kind) if named else datasets.Value(kind)
+        schema = datasets.Features({"image": datasets.Image(), "label": label})
+        rows = {"image": [Image.new("L", (4, 4))] * len(labels), "label": list(labels)}
+        held[split] = datasets.Dataset.from_dict(rows, features=schema)
+    held.save_to_disk(folder)
+    return f"hf:{folder}"
+
+
+def test_labels_of_hugging_face_splits_go_by_their_names(tmp_path: Path) -> None:
+    val: Saved = ("string", "mmn")
+    name = hub(
+        tmp_path / "a", train=(["n", "m"], [0, 1] * 4), val=val, test=(["m", "n"], [0, 0, 1])
+    )
+    task = open_task(name)
+    assert task.classes == ("n", "m")
+    assert task.splits["test"].labels == task.splits["val"].labels == (1, 1, 0)
+    name = hub(tmp_path / "b", train=(["n", "m"], [0, 1] * 4), test=(["m", "x"], [0, 1]))
+    with pytest.raises(VPTError, match="1 classes of 'test' are unknown to train: x"):
+        open_task(name)
+    name = hub(tmp_path / "c", train=(["n", "m"], [0, 1] * 4), test=("int64", [0, 1]))
+    with pytest.raises(VPTError, match="labels are numbers in test, names in train"):
+        open_task(name)
+
+
+@pytest.mark.parametrize("kind", ["int64", ["n", "m"], "string"])
+def test_hugging_face_labels_that_are_missing(tmp_path: Path, kind: Any) -> None:
+    good: list[Any] = ["n", "m"] if kind == "string" else [0, 1]
+    for number, absent in enumerate((None,) if kind == "string" else (None, -1)):
+        train, test = (kind, [*good, absent] * 3), (kind, good)
+        with pytest.raises(VPTError, match="3 of 9 images of 'train' have no label"):
+            open_task(hub(tmp_path / f"{number}", train=train, test=test))
+        hidden = hub(
+            tmp_path / f"hidden {number}", train=(kind, good * 5), test=(kind, [absent] * 2)
+        )
+        assert "test has no labels (all -1) and is left out" in open_task(hidden).notes
+
+
+def test_hugging_face_splits_of_other_columns_or_none(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    kind = ["n", "m"]
+    name = hub(tmp_path / "a", train=(kind, [0, 1] * 4), test=(kind, [0, 1]))
+    held = datasets.load_from_disk(tmp_path / "a")
+    for number, (change, match) in enumerate(
+        (
+            (("rename_column", "label", "kind"), "columns image and label of train, but image and"),
+            (("remove_columns", "label"), "its split 'test' needs one label column, found none"),
+        )
+    ):
+        held["test"] = getattr(datasets.load_from_disk(tmp_path / "a")["test"], change[0])(
+            *change[1:]
+        )
+        held.save_to_disk(tmp_path / f"{number}")
+        with pytest.raises(VPTError, match=match):
+            open_task(f"hf:{tmp_path / str(number)}")
+    for empty in ("train", "test"):
+        parts: dict[str, Saved] = {"train": (kind, [0, 1] * 4), "test": (kind, [0, 1])}
+        name = hub(tmp_path / f"no {empty}", **parts | {empty: (kind, [])})
+        with pytest.raises(
+            VPTError, match=f"no {empty}/{empty} has no rows; save the dataset with"
+        ):
+            open_task(name)
+
+
+@pytest.mark.parametrize("form", ["numpy", "torch"])
+def test_a_format_saved_with_a_dataset_changes_nothing(tmp_path: Path, form: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    name = hub(tmp_path / "a", train=(["n", "m"], [0, 1] * 4), test=(["n", "m"], [0, 1]))
+    datasets.load_from_disk(tmp_path / "a").with_format(form).save_to_disk(tmp_path / "b")
+    task, plain = open_task(f"hf:{tmp_path / 'b'}"), open_task(name)
+    assert {n: s.labels for n, s in task.splits.items()} == {
+        n: s.labels for n, s in plain.splits.items()
+    }
+    assert task.split("test").image(1).size == (4, 4)
 
 
 def test_hugging_face_splits_by_other_names(tmp_path: Path) -> None:
@@ -481,6 +641,14 @@ def test_stratified_totals_and_fairness() -> None:
 def test_fractions_out_of_range(tmp_path: Path, name: str, value: Any) -> None:
     with pytest.raises(SpecError, match=name):
         open_task(vtab(tmp_path), **{name: value})
+
+
+@pytest.mark.parametrize("seed", ["x", -1, 1.5, None, True])
+def test_seeds_that_are_none(tmp_path: Path, seed: Any) -> None:
+    for call in (open_task, open_segmentation):
+        match = rf"{call.__name__}\(seed={seed!r}\): must be an integer from 0 up"
+        with pytest.raises(SpecError, match=match):
+            call(tmp_path, seed=seed)
 
 
 def test_hand_made_tasks_are_checked() -> None:
@@ -576,6 +744,9 @@ def test_bad_transforms() -> None:
         train_transform(VALUES, "imagenet")
     with pytest.raises(SpecError, match="lacks mean"):
         eval_transform({k: v for k, v in VALUES.items() if k != "mean"})
+    for make in (eval_transform, lambda values: segmentation_transform(values, "eval")):
+        with pytest.raises(SpecError, match="interpolation 'random' must be one of nearest"):
+            make(VALUES | {"interpolation": "random"})
     for size in (0, -3, (1, 2, 3), (4.0, 4), True):
         with pytest.raises(SpecError, match="must be an edge"):
             eval_transform(VALUES, size)  # type: ignore[arg-type]
@@ -999,9 +1170,123 @@ def test_bad_masks(tmp_path: Path) -> None:
     save(masks / "5.png")
     with pytest.raises(VPTError, match="test is empty"):
         open_segmentation(tmp_path)
-    for options in ({"mode": "test"}, {"mode": "train", "scale": (2, 1)}):
-        with pytest.raises(SpecError, match="segmentation_transform"):
-            segmentation_transform(PLAIN, **options)  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="segmentation_transform"):
+        segmentation_transform(PLAIN, "test")
+    for scale in ((2, 1), 2.0, (1, float("inf")), (float("nan"), 1), ("a", 2), (1, 2, 3), "12"):
+        with pytest.raises(SpecError, match=r"scale=.*two rising numbers > 0, finite"):
+            segmentation_transform(PLAIN, "train", scale=scale)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("train", "val", "Testing"), ("TRAINING", "valid", "test"), ("training", "dev", "Test")],
+)
+def test_segmentation_splits_by_other_names(tmp_path: Path, names: tuple[str, ...]) -> None:
+    ade(tmp_path, COUNTS)
+    for kind in ("images", "annotations"):
+        for old, new in zip(COUNTS, names, strict=True):
+            (tmp_path / kind / old).rename(tmp_path / kind / "moved")
+            (tmp_path / kind / "moved").rename(tmp_path / kind / new)
+    task = open_segmentation(tmp_path)
+    assert {n: len(s) for n, s in task.splits.items()} == {"train": 6, "val": 2, "test": 3}
+    assert task.notes == ()
+    # Masks and images need not agree on the spelling.
+    (tmp_path / "annotations" / names[1]).rename(tmp_path / "annotations/Validation")
+    (tmp_path / "images/extra").mkdir()
+    (tmp_path / "annotations/other").mkdir()
+    task = open_segmentation(tmp_path)
+    assert len(task.splits["val"]) == 2
+    assert task.notes == ("folders that are not used: images/extra, annotations/other",)
+    (tmp_path / "annotations/Validation").rename(tmp_path / "annotations/other/masks")
+    with pytest.raises(VPTError, match=rf"images/{names[1]} has no folder of masks"):
+        open_segmentation(tmp_path)
+    (tmp_path / "images/extra").rename(tmp_path / "images/validation")
+    with pytest.raises(VPTError, match="both of which may be 'val'"):
+        open_segmentation(tmp_path)
+
+
+def test_masks_are_found_whatever_case_their_suffix_has(tmp_path: Path) -> None:
+    masks = ade(tmp_path, COUNTS) / "annotations/training"
+    (masks / "0.png").rename(masks / "0.PNG")
+    assert open_segmentation(tmp_path).splits["train"].pairs[0][1] == str(masks / "0.PNG")
+    save(masks / "0.png")
+    with pytest.raises(VPTError, match="1 files of annotations/training differ in their suffix"):
+        open_segmentation(tmp_path)
+    (masks / "0.png").unlink()
+    save(tmp_path / "images/training/1.png")
+    with pytest.raises(VPTError, match="1 files of images/training differ in their suffix"):
+        open_segmentation(tmp_path)
+    (tmp_path / "images/training/1.png").rename(tmp_path / "images/training/1.heic")
+    note = "1 files of training left out, no images by their suffix (.heic 1): 1.heic"
+    assert open_segmentation(tmp_path).notes == (note,)
+    (tmp_path / "images/test/0.bmp").unlink()
+    (tmp_path / "images/test/0.bmp").symlink_to(tmp_path / "images/training/0.bmp")
+    with pytest.raises(VPTError, match="1 images are in 'train' and in 'test'"):
+        open_segmentation(tmp_path)
+
+
+def relabel(folder: Path, labels: Mapping[int, int]) -> Path:
+    """Write other labels into the masks of an `ade` folder."""
+    for path in (folder / "annotations").rglob("*.png"):
+        old = np.asarray(Image.open(path))
+        new = sum((old == one) * other for one, other in labels.items())
+        Image.fromarray(np.asarray(new, dtype=np.uint8)).save(path)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ((0, 255, 255, 255), "have one class, 0 beside 255, which is ignored; .*write 1 in the"),
+        ((7, 7, 7, 7), "have one class, 7; segmentation needs two"),
+        ((255, 255, 255, 255), "have no class beside 255"),
+        ((0, 1, 0, 254), "have the labels 0, 1, 254, so that 252 of 255 classes never occur"),
+        ((0, 85, 170, 255), "have the labels 0, 85, 170, so that 168 of 171 classes"),
+    ],
+)
+def test_masks_of_other_values_than_classes(
+    tmp_path: Path, labels: tuple[int, ...], message: str
+) -> None:
+    relabel(ade(tmp_path, COUNTS), dict(enumerate(labels)))
+    with pytest.raises(VPTError, match=message):
+        open_segmentation(tmp_path)
+    (tmp_path / "classes.txt").write_text("\n".join(f"class {i}" for i in range(255)))
+    if len({*labels} - {255}) < 2:
+        with pytest.raises(VPTError, match=message):
+            open_segmentation(tmp_path)
+    else:
+        note = f"{255 - len({*labels} - {255})} of 255 classes are in no training mask: class "
+        assert note in open_segmentation(tmp_path).notes[-1]
+
+
+def test_classes_that_no_training_mask_has_are_told(tmp_path: Path) -> None:
+    relabel(ade(tmp_path, COUNTS), {0: 0, 1: 2, 2: 3, 3: 3})
+    note = "1 of 4 classes are in no training mask: 1"
+    assert open_segmentation(tmp_path).notes == (note,)
+    (tmp_path / "classes.txt").write_text("wall\nsky\ntree\nroad\nsea\n")
+    note = "2 of 5 classes are in no training mask: sky, sea"
+    assert open_segmentation(tmp_path).notes == (note,)
+    (tmp_path / "classes.txt").write_text("\n".join(f"class {i}" for i in range(256)))
+    with pytest.raises(VPTError, match="has 256 classes; segmentation takes 2 to 255"):
+        open_segmentation(tmp_path)
+    (tmp_path / "classes.txt").write_text("wall\n\nsky\n")
+    with pytest.raises(VPTError, match="open_segmentation: line 2 of"):
+        open_segmentation(tmp_path)
+
+
+@pytest.mark.parametrize("value", [0, 1, 5, -1, float("nan"), "x", True])
+def test_shares_of_masks_out_of_range(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(SpecError, match=r"open_segmentation\(val_fraction=.*above 0 and below 1"):
+        open_segmentation(ade(tmp_path, {"training": 4}), val_fraction=value)
+
+
+def test_wrong_options_of_a_loader_of_masks(tmp_path: Path) -> None:
+    split = open_segmentation(ade(tmp_path, COUNTS)).splits["train"]
+    transform = segmentation_transform(PLAIN, "eval")
+    for options in ({"batch_size": 0}, {"batch_size": 1, "workers": -1}, {"batch_size": "a"},
+                    {"batch_size": 1, "seed": "a"}):  # fmt: skip
+        with pytest.raises(SpecError, match=r"segmentation_loader.*must be an integer from"):
+            segmentation_loader(split, transform, **options)  # type: ignore[arg-type]
 
 
 # -------------------------------------------------------------------------- the paper's tasks

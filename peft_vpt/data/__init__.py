@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from .ade import open_segmentation
 from .check import check_images
 from .loading import decode, loader
 from .masks import (
     SegmentationSplit,
     SegmentationTask,
     check_masks,
-    open_segmentation,
     segmentation_loader,
 )
 from .open import open_task

@@ -3,14 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import VPTError
-from .found import Found, split_names, split_of
+from .found import Found, duplicate_notes, split_names, split_of
 from .splits import Split, listing
 
-_SUFFIXES = "avif bmp gif jfif jp2 jpeg jpg pbm pgm png ppm tga tif tiff webp"
+_SUFFIXES = "avif bmp gif jfif jp2 jpe jpeg jpg pbm pgm png ppm tga tif tiff webp"
 EXTENSIONS = frozenset(f".{suffix}" for suffix in _SUFFIXES.split(" "))
+# What systems leave in every folder.
+_SYSTEM = ("__macosx", "thumbs.db", "desktop.ini")
+
+
+class Files(NamedTuple):
+    """Absolute paths under a folder: images by their suffix, and all other files."""
+
+    images: list[str]
+    others: list[str]
 
 
 def is_split_folder(folder: Path) -> bool:
@@ -33,7 +45,8 @@ def open_split_folder(folder: Path) -> Found:
 
     Their folders are called `train`, `training`; `val`, `valid`, `validation`, `dev`; `test`,
     `testing`, in any case. Classes are the names of train's folders, sorted. Folders in a class
-    folder belong to it. Without val it is cut from train, and test too if neither is there.
+    folder, links too, belong to it. Without val it is cut from train, and test too if neither is
+    there. Notes say which files are left out.
 
     Raises:
         VPTError: No class folders, a class without images, a class that train lacks, an empty
@@ -44,17 +57,21 @@ def open_split_folder(folder: Path) -> Found:
     # Train first, whose classes the others must have.
     order = [name for name in ("train", "val", "test") if name in there]
     places = {str(split): folder / there[split] for split in order}
-    files = {name: class_files(place) for name, place in places.items()}
+    found = {name: class_files(place) for name, place in places.items()}
+    files = {name: {c: f.images for c, f in by_class.items()} for name, by_class in found.items()}
     _refuse_empty_classes(places["train"], files["train"])
     classes = tuple(files["train"])
     for name in files:
         _refuse_strange(folder, name, files[name], classes)
-    splits = {name: _split(found, classes) for name, found in files.items()}
+    splits = {name: _split(by_class, classes) for name, by_class in files.items()}
     notes = ["no test split: only val can be measured"] if "val" in splits else []
     notes = [] if "test" in splits else notes
     others = [name for name in names if name not in there.values()]
     if others:
         notes.append(f"folders beside {there['train']} that are not used: {listing(others)}")
+    notes += duplicate_notes(splits)
+    for name, place in places.items():
+        notes += _class_notes(place, found[name])
     return Found("image folders", classes, splits, cut_test=len(splits) == 1, notes=notes)
 
 
@@ -64,15 +81,17 @@ def open_flat_folder(folder: Path) -> Found:
     Raises:
         VPTError: No class folders, or one without images.
     """
-    files = class_files(folder)
+    found = class_files(folder)
+    files = {name: part.images for name, part in found.items()}
     _refuse_empty_classes(folder, files)
     classes = tuple(files)
-    layout = "folder of classes"
-    return Found(layout, classes, {"train": _split(files, classes)}, cut_test=True)
+    splits = {"train": _split(files, classes)}
+    notes = duplicate_notes(splits) + _class_notes(folder, found)
+    return Found("folder of classes", classes, splits, cut_test=True, notes=notes)
 
 
-def class_files(folder: Path) -> dict[str, list[str]]:
-    """Return the image files of every class folder, both sorted; hidden ones are left out.
+def class_files(folder: Path) -> dict[str, Files]:
+    """Return the files of every class folder, both sorted; hidden ones are left out.
 
     Raises:
         VPTError: There is no class folder.
@@ -83,24 +102,53 @@ def class_files(folder: Path) -> dict[str, list[str]]:
             f"open_task: {folder} has no class folders; put the images of each class in a folder "
             f"of its own, {folder / '<class>' / '<image>'}."
         )
-    return {name: image_files(folder / name) for name in names}
+    return {name: files_under(folder / name) for name in names}
 
 
-def image_files(folder: Path) -> list[str]:
-    """Return all image files under a folder by their extension, sorted."""
-    found: list[str] = []
-    for place, folders, names in os.walk(folder.absolute()):
-        folders[:] = [name for name in folders if not _hidden(name)]
-        images = (n for n in names if not _hidden(n) and Path(n).suffix.lower() in EXTENSIONS)
-        found += [os.path.join(place, name) for name in images]
-    return sorted(found)
+def files_under(folder: Path) -> Files:
+    """Return all files under a folder, sorted, through links too; hidden ones are left out."""
+    images: list[str] = []
+    others: list[str] = []
+    been: set[str] = set()
+    for place, folders, names in os.walk(folder.absolute(), followlinks=True):
+        # A link to a folder around it would never end.
+        real = os.path.realpath(place)
+        folders[:] = sorted(n for n in folders if not _hidden(n) and real not in been)
+        for name in names if real not in been else ():
+            if not _hidden(name):
+                kind = images if Path(name).suffix.lower() in EXTENSIONS else others
+                kind.append(os.path.join(place, name))
+        been.add(real)
+    return Files(sorted(images), sorted(others))
+
+
+def left_out_notes(folder: Path, others: Sequence[str]) -> list[str]:
+    """Return a note on files that are no images by their suffix."""
+    if not others:
+        return []
+    kinds = Counter(Path(path).suffix.lower() or "no suffix" for path in others)
+    counted = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+    shown = listing([os.path.relpath(path, folder) for path in others], most=3)
+    left = f"{len(others)} files of {folder.name} left out, no images by their suffix"
+    return [f"{left} ({counted}): {shown}"]
+
+
+def _class_notes(folder: Path, files: Mapping[str, Files]) -> list[str]:
+    """Return notes on the files of a folder of classes that are not used."""
+    entries = [entry.name for entry in os.scandir(folder) if entry.is_file()]
+    loose = sorted(n for n in entries if not _hidden(n) and Path(n).suffix.lower() in EXTENSIONS)
+    notes = left_out_notes(folder, [path for part in files.values() for path in part.others])
+    if loose:
+        beside = f"{len(loose)} images of {folder.name} left out, beside the folders of classes"
+        notes.append(f"{beside}: {listing(loose, most=3)}")
+    return notes
 
 
 def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    return name.startswith(".") or name.casefold() in _SYSTEM
 
 
-def _refuse_empty_classes(folder: Path, files: dict[str, list[str]]) -> None:
+def _refuse_empty_classes(folder: Path, files: Mapping[str, Sequence[str]]) -> None:
     empty = [name for name, paths in files.items() if not paths]
     if empty:
         raise VPTError(
@@ -111,7 +159,7 @@ def _refuse_empty_classes(folder: Path, files: dict[str, list[str]]) -> None:
 
 
 def _refuse_strange(
-    folder: Path, name: str, files: dict[str, list[str]], classes: tuple[str, ...]
+    folder: Path, name: str, files: Mapping[str, Sequence[str]], classes: tuple[str, ...]
 ) -> None:
     strange = [c for c in files if c not in classes]
     if strange:
@@ -122,6 +170,6 @@ def _refuse_strange(
         )
 
 
-def _split(files: dict[str, list[str]], classes: tuple[str, ...]) -> Split:
+def _split(files: Mapping[str, Sequence[str]], classes: tuple[str, ...]) -> Split:
     pairs = [(path, classes.index(name)) for name, paths in files.items() for path in paths]
     return Split(tuple(path for path, _ in pairs), tuple(label for _, label in pairs))

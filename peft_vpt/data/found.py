@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import VPTError
-from .splits import Split, listing
+from .splits import Split, listing, real_paths
 
 Label = int | str
 # What splits are called, in any case, in folders and in Hugging Face datasets.
@@ -63,24 +63,30 @@ def split_names(names: Iterable[str], call: str) -> dict[str, str]:
     return found
 
 
-def read_classes(folder: Path) -> tuple[str, ...] | None:
+def read_classes(folder: Path, call: str = "open_task") -> tuple[str, ...] | None:
     """Return the names in `classes.txt`, or None without that file.
 
     Raises:
-        VPTError: It is empty or names a class twice.
+        VPTError: It is empty, names a class twice, or has an empty line between names.
     """
     file = folder / "classes.txt"
     if not file.is_file():
         return None
-    names = tuple(line.strip() for line in read_text(file).splitlines() if line.strip())
+    names = tuple(line.strip() for line in read_text(file, call).rstrip().splitlines())
+    if not all(names):
+        # Left out, it would give every name behind it the number of the class before.
+        raise VPTError(
+            f"{call}: line {names.index('') + 1} of {file} is empty; it must have one class "
+            "name per line, so that their numbers are certain."
+        )
     twice = sorted(name for name, count in Counter(names).items() if count > 1)
     if not names or twice:
         problem = f"names {listing(twice)} twice" if twice else "is empty"
-        raise VPTError(f"open_task: {file} {problem}; it must have one class name per line.")
+        raise VPTError(f"{call}: {file} {problem}; it must have one class name per line.")
     return names
 
 
-def read_text(file: Path) -> str:
+def read_text(file: Path, call: str = "open_task") -> str:
     """Return the text of a file, with or without a byte order mark.
 
     Raises:
@@ -89,7 +95,7 @@ def read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise VPTError(f"open_task: {file} cannot be read as UTF-8 text: {error}") from error
+        raise VPTError(f"{call}: {file} cannot be read as UTF-8 text: {error}") from error
 
 
 def number_labels(
@@ -101,14 +107,21 @@ def number_labels(
     """Return class names and labels as indices into them.
 
     Args:
-        labels: By split; names, or numbers that stand for themselves as names.
+        labels: By split; names, or numbers from 0 up that stand for themselves as names.
         classes: Names that were given; then a number is an index. None: those in train, sorted.
         call: Begins a message.
         pool: Labels that count as those of train too.
 
     Raises:
-        VPTError: A label that train lacks, is not among `classes` or out of range.
+        VPTError: A label that is below 0, that train lacks, or that is not among `classes`.
     """
+    for name, values in labels.items():
+        below = [value for value in values if isinstance(value, int) and value < 0]
+        if below:
+            raise VPTError(
+                f"{call}: {len(below)} of {len(values)} labels of {name!r} are below 0 "
+                f"({below[0]}), which is no class; take those images out."
+            )
     everything = {label for values in (*labels.values(), pool) for label in values}
     if len({type(label) for label in everything}) > 1:
         raise VPTError(f"{call}: labels are numbers and names mixed; use one of the two.")
@@ -146,11 +159,11 @@ def refuse_missing(folder: Path, source: str, paths: Sequence[str]) -> None:
 
 
 def duplicate_notes(splits: Mapping[str, Split]) -> list[str]:
-    """Return a note per split that names an image more than once; the image counts as often."""
+    """Return a note per split that has an image more than once; the image counts as often."""
     return [
         f"{name} names {extra} images again; each counts as often as it is named"
         for name, split in splits.items()
-        if (extra := len(split.paths) - len(set(split.paths)))
+        if (extra := len(split.paths) - len(set(real_paths(split.paths))))
     ]
 
 

@@ -34,8 +34,9 @@ def is_vtab(folder: Path) -> bool:
 def open_vtab(folder: Path) -> Found:
     """Read `train800.txt`, `val200.txt` and `test.txt`: path and label per line.
 
-    Labels are numbers from 0. Names are in `classes.txt`; without it the numbers are the names,
-    and a label above all of train's is an error, as nothing tells it from a mistake.
+    Labels are numbers from 0. Names are in `classes.txt`; without it the numbers are the names.
+    Nothing tells a mistake then from a label that is above all of train's, or so high in train that
+    there would be more classes than training images; both are errors.
 
     Raises:
         VPTError: A list is missing, a line is no path and label, an image is not there, a label is
@@ -53,6 +54,12 @@ def open_vtab(folder: Path) -> Found:
     numbers = [label for _, label in rows["train"] if isinstance(label, int)]
     if classes is None and numbers:
         # Gaps below the highest label of train are classes without images there, not mistakes.
+        if max(numbers) >= len(numbers):
+            raise VPTError(
+                f"open_task: {folder / LISTS['train']} has the label {max(numbers)}, which makes "
+                f"{max(numbers) + 1} classes of {len(numbers)} images; correct it, or name every "
+                "class in classes.txt, one per line."
+            )
         classes = tuple(str(index) for index in range(max(numbers) + 1))
     return _found(folder, "VTAB-1k lists", rows, classes, folder, LISTS)
 
@@ -123,8 +130,10 @@ def _read_list(file: Path) -> Rows:
         if not parts:
             continue
         # int() would take "1_0" and other scripts' digits too.
-        if len(parts) == 2 and parts[1].isascii() and parts[1].isdigit():
-            rows.append((parts[0].strip(), int(parts[1])))
+        # And it refuses to read numbers of thousands of digits.
+        digits = parts[-1] if len(parts) == 2 else ""
+        if digits.isascii() and digits.isdigit() and len(digits) < 19:
+            rows.append((parts[0].strip(), int(digits)))
         else:
             bad.append(f"line {number} {line.strip()!r}")
     if bad:

@@ -1,11 +1,9 @@
-"""Segmentation tasks: images with masks in the layout of ADE20K, and their loaders."""
+"""Segmentation tasks: images with masks, and their loaders."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -14,15 +12,11 @@ from torch.utils.data import DataLoader, Dataset
 from ..errors import SpecError, VPTError
 from ..randomness import seeded
 from .check import each, remembered
-from .drawing import EpochSampler, Key, stratified
-from .folders import image_files
-from .found import read_classes
+from .drawing import EpochSampler, Key, check_counts
 from .loading import worker_options
 from .orientation import image_under
-from .splits import listing
+from .splits import listing, refuse_overlaps
 from .warps import IGNORE, SegmentationTransform, mask_tensor
-
-_NAMES = {"train": "training", "val": "validation", "test": "test"}
 
 
 @dataclass(frozen=True, repr=False)
@@ -84,13 +78,16 @@ class SegmentationSplit:
 
 @dataclass(frozen=True)
 class SegmentationTask:
-    """Named splits of images with masks.
+    """Named splits of images with masks, checked when it is made.
 
     Args:
         name: Of the task.
-        classes: Class names in the order of the labels.
+        classes: Class names in the order of the labels, 2 to 255.
         splits: "train", "val" and, where there is one, "test".
         notes: What a reader of results should know.
+
+    Raises:
+        VPTError: Too few or too many classes, or an image in two splits.
     """
 
     name: str
@@ -98,65 +95,20 @@ class SegmentationTask:
     splits: Mapping[str, SegmentationSplit]
     notes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not 2 <= len(self.classes) <= IGNORE:
+            raise VPTError(
+                f"task {self.name!r}: has {len(self.classes)} classes; segmentation takes 2 to "
+                f"{IGNORE}, as the label {IGNORE} is ignored. Correct classes.txt."
+            )
+        images = {name: [image for image, _ in s.pairs] for name, s in self.splits.items()}
+        refuse_overlaps(self.name, images)
+
     def describe(self) -> str:
         """Return name, sizes and notes as lines of text."""
         sizes = ", ".join(f"{name} {len(split):,}" for name, split in self.splits.items())
         head = f"{self.name}: {len(self.classes)} classes, {sizes} (images with masks)"
         return "\n".join([head, *(f"  note: {note}" for note in self.notes)])
-
-
-def open_segmentation(
-    folder: str | Path,
-    *,
-    name: str | None = None,
-    reduce_zero_label: bool = False,
-    val_fraction: float = 0.1,
-    seed: int = 0,
-) -> SegmentationTask:
-    """Open a folder like ADE20K's: `images/{training,validation,test}` and `annotations/...`.
-
-    A mask is an 8-bit PNG of one channel with the name of its image; 255 is ignored. An image with
-    an EXIF orientation is turned where its mask has the size that it is shown at, left as it is
-    stored where the mask has that size, and refused where both are one. Names of
-    classes are in `classes.txt`, one per line; without it the training masks are read for the
-    highest label.
-
-    Args:
-        folder: The folder.
-        name: Of the task. None: the folder's.
-        reduce_zero_label: 0 is no class (ADE20K): it is ignored, and labels fall by one;
-            `classes.txt` has the names of the others.
-        val_fraction: Share of train that becomes val where there is no `validation`.
-        seed: Of that cut.
-
-    Raises:
-        VPTError: No such layout, an empty split, or an image without its mask.
-    """
-    root = Path(folder).expanduser().absolute()
-    missing = [n for n in ("images/training", "annotations/training") if not (root / n).is_dir()]
-    if missing:
-        raise VPTError(
-            f"open_segmentation({str(folder)!r}): {' and '.join(missing)} not found; the layout is "
-            "images/{training,validation,test}/* and annotations/{training,validation,test}/*.png."
-        )
-    there = {key: sub for key, sub in _NAMES.items() if (root / "images" / sub).is_dir()}
-    pairs = {key: _pairs(root, sub) for key, sub in there.items()}
-    notes: list[str] = []
-    names = read_classes(root) or _count_classes(pairs["train"], reduce_zero_label)
-    splits = {n: SegmentationSplit(p, len(names), reduce_zero_label) for n, p in pairs.items()}
-    if "val" not in splits:
-        train = splits["train"]
-        drawn, rest = stratified([0] * len(train), val_fraction, seed, keep=1)
-        if not drawn:
-            raise VPTError(
-                f"open_segmentation({str(folder)!r}): no images/validation, and one training image "
-                "is too few to cut it from."
-            )
-        splits = {"train": train.subset(rest), "val": train.subset(drawn)} | {
-            n: s for n, s in splits.items() if n == "test"
-        }
-        notes.append(f"val is {len(drawn)} images cut from train (seed {seed})")
-    return SegmentationTask(name or root.resolve().name, names, splits, tuple(notes))
 
 
 class Pairs(Dataset[tuple[Tensor, Tensor]]):
@@ -191,10 +143,12 @@ def segmentation_loader(
     Arguments are those of `peft_vpt.data.loader`; the transform is `segmentation_transform`'s.
 
     Raises:
-        SpecError: Batches of several images at their own sizes.
+        SpecError: A wrong option, or batches of several images at their own sizes.
         VPTError: An empty split; pairs that cannot be read, differ in size, or have labels out of
             range: all counted, ten named.
     """
+    call = "segmentation_loader"
+    check_counts(call, batch_size=(batch_size, 1), workers=(workers, 0), seed=(seed, 0))
     if transform.mode == "full" and batch_size != 1:
         raise SpecError(
             f"segmentation_loader(batch_size={batch_size!r}): images at their own size come one by "
@@ -248,43 +202,3 @@ def read_mask(path: str, reduce_zero_label: bool) -> Tensor:
     with Image.open(path) as file:
         file.load()
         return mask_tensor(file, reduce_zero_label)
-
-
-def _pairs(root: Path, sub: str) -> tuple[tuple[str, str], ...]:
-    """Return images with the masks of the same name; folders below `sub` are part of it."""
-    images, masks = root / "images" / sub, root / "annotations" / sub
-    pairs = [
-        (path, str((masks / os.path.relpath(path, images)).with_suffix(".png")))
-        for path in image_files(images)
-    ]
-    if not pairs:
-        raise VPTError(f"open_segmentation: {images} is empty; it has no images.")
-    missing = [os.path.relpath(mask, root) for _, mask in pairs if not os.path.isfile(mask)]
-    if missing:
-        raise VPTError(
-            f"open_segmentation: {len(missing)} of {len(pairs)} images of {sub} have no mask: "
-            f"{listing(missing)} not found. Add the masks, or remove the images."
-        )
-    twice = len(pairs) - len({mask for _, mask in pairs})
-    if twice:
-        raise VPTError(f"open_segmentation: {twice} images of {sub} differ in their suffix alone.")
-    return tuple(pairs)
-
-
-def _count_classes(pairs: tuple[tuple[str, str], ...], reduce_zero_label: bool) -> tuple[str, ...]:
-    def top(index: int) -> int:
-        path = pairs[index][1]
-        try:
-            mask = read_mask(path, reduce_zero_label)
-        # Decoders raise whatever a damaged file leads them to.
-        except Exception as error:
-            raise VPTError(
-                f"open_segmentation: mask {path} cannot be read: {type(error).__name__}: {error}"
-            ) from error
-        labels = mask[mask != IGNORE]
-        return int(labels.max()) if len(labels) else -1
-
-    highest = max(each(top, range(len(pairs)), True, what="reading masks"))
-    if highest < 0:
-        raise VPTError("open_segmentation: no class in any training mask; all pixels are ignored.")
-    return tuple(str(index) for index in range(highest + 1))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import combinations
 from typing import Any
 
@@ -136,7 +137,7 @@ class Task:
             self._check_split(name, split)
         if "train" not in self.splits:
             raise VPTError(f"Task({self.name!r}): no split 'train'; it has {list(self.splits)}.")
-        self._check_overlaps()
+        refuse_overlaps(self.name, {name: split.paths for name, split in self.splits.items()})
 
     def split(self, name: str) -> Split:
         """Return a split: "train", "val", "test", or "trainval" (train and val joined).
@@ -179,7 +180,7 @@ class Task:
                 f"{len(self.classes) - 1}: {shown}. Correct them, or name every class."
             )
         seen: dict[str, int] = {}
-        for path, label in zip(split.paths, split.labels, strict=False):
+        for path, label in zip(real_paths(split.paths), split.labels, strict=False):
             if seen.setdefault(path, label) != label:
                 raise VPTError(
                     f"task {self.name!r}: {path} occurs in {name!r} with the labels {seen[path]} "
@@ -190,15 +191,32 @@ class Task:
         plain = isinstance(label, int) and not isinstance(label, bool)
         return plain and 0 <= label < len(self.classes)  # type: ignore[operator]
 
-    def _check_overlaps(self) -> None:
-        paths = {n: {os.path.normpath(p) for p in s.paths} for n, s in self.splits.items()}
-        for one, other in combinations(paths, 2):
-            shared = sorted(paths[one] & paths[other])
-            if shared:
-                raise VPTError(
-                    f"task {self.name!r}: {len(shared)} images are in {one!r} and in {other!r}: "
-                    f"{listing(shared)}. Take them out of one, or the results mean nothing."
-                )
+
+def refuse_overlaps(task: str, paths: Mapping[str, Iterable[str]]) -> None:
+    """Raise if an image file is in two splits, by whatever path or link.
+
+    Raises:
+        VPTError: All are counted, ten named.
+    """
+    files = {name: set(real_paths(found)) for name, found in paths.items()}
+    for one, other in combinations(files, 2):
+        shared = sorted(files[one] & files[other])
+        if shared:
+            raise VPTError(
+                f"task {task!r}: {len(shared)} images are in {one!r} and in {other!r}: "
+                f"{listing(shared)}. Take them out of one, or the results mean nothing."
+            )
+
+
+def real_paths(paths: Iterable[str]) -> list[str]:
+    """Return where files really are, links followed; a folder is looked up once."""
+    folder = cache(os.path.realpath)
+    found = []
+    for path in paths:
+        head, tail = os.path.split(path)
+        real = os.path.join(folder(head), tail)
+        found.append(os.path.realpath(real) if os.path.islink(real) else real)
+    return found
 
 
 def listing(items: Sequence[str], most: int = 10) -> str:

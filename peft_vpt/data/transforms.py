@@ -15,6 +15,7 @@ KINDS = ("vtab", "fgvc", "timm")
 # 224 of 256: floor(size / 0.875) is 256 for 224, 438 for 384 and 512 for 448 pixels.
 _FGVC_CROP = 0.875
 _NEEDED = ("size", "mean", "std", "interpolation")
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ def train_transform(
         size: Another size than the backbone's: an edge, or (height, width).
 
     Raises:
-        SpecError: An unknown kind, a size that is none, or an incomplete preprocessing.
+        SpecError: An unknown kind, a size that is none, an incomplete preprocessing, or an unknown
+            interpolation.
     """
     return Transform(preprocessing_for(preprocessing, kind, size), kind, train=True)
 
@@ -108,6 +110,11 @@ def preprocessing_for(
         raise SpecError(
             f"train_transform(preprocessing=...): lacks {', '.join(missing)}; it must have size, "
             "mean, std, interpolation and crop, as in an adapter file."
+        )
+    if values["interpolation"] not in _INTERPOLATIONS:
+        raise SpecError(
+            f"train_transform(preprocessing=...): interpolation {values['interpolation']!r} must "
+            f"be one of {', '.join(_INTERPOLATIONS)}."
         )
     crop = {"vtab": None, "fgvc": _FGVC_CROP, "timm": values.get("crop")}[kind]
     edges = values["size"] if size is None else size

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import torch
@@ -113,10 +114,13 @@ def segmentation_transform(
     """
     if mode not in MODES:
         raise SpecError(f"segmentation_transform({mode!r}): must be one of {', '.join(MODES)}.")
-    low, high = scale
-    if not 0 < low <= high:
-        raise SpecError(f"segmentation_transform(scale={scale!r}): must be two rising numbers > 0.")
-    return SegmentationTransform(preprocessing_for(preprocessing, "vtab", size), mode, (low, high))
+    pair = tuple(scale) if isinstance(scale, Sequence) else ()
+    numbers = all(isinstance(edge, int | float) and isfinite(edge) for edge in pair)
+    if len(pair) != 2 or not numbers or not 0 < pair[0] <= pair[1]:
+        raise SpecError(
+            f"segmentation_transform(scale={scale!r}): must be two rising numbers > 0, finite."
+        )
+    return SegmentationTransform(preprocessing_for(preprocessing, "vtab", size), mode, pair)
 
 
 def mask_tensor(image: Any, reduce_zero_label: bool) -> Tensor:
