@@ -25,7 +25,7 @@ from .hosts import check_blocks, check_head, device_of, host_and_prompts, refuse
 from .initialise import check_values, initialise
 from .prompts import Prompts, prompt_shapes
 from .spec import NOWHERE, PromptSpec
-from .undo import ignore_frozen_on_save, remember, restore
+from .undo import checkpoint_what_moves, remember, restore
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -181,7 +181,6 @@ def inject_spec(
     model.prompts = prompts
     freeze(model, encoder)
     _attach(prompts, model)
-    ignore_frozen_on_save(prompts, model)
     prompts.train(model.training)
     return model
 
@@ -282,7 +281,10 @@ def _on_meta(model: nn.Module) -> bool:
 
 
 def freeze(model: nn.Module, encoder: Encoder) -> None:
-    """Let nothing train but head, a decoder that was claimed, and, if so specified, prompts."""
+    """Let nothing train but head, a decoder that was claimed, prompts and protocol as specified.
+
+    A transformers checkpoint then holds what trains.
+    """
     model.requires_grad_(False)
     for path in encoder.head.paths if encoder.head is not None else ():
         module_at(model, path).requires_grad_(True)
@@ -293,6 +295,7 @@ def freeze(model: nn.Module, encoder: Encoder) -> None:
     prompts.requires_grad_(prompts.spec.train_prompts)
     if prompts.delta is not None:
         prompts.delta.unfreeze(model)
+    checkpoint_what_moves(prompts, model)
 
 
 def _attach(prompts: Prompts, model: nn.Module) -> None:

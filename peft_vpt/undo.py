@@ -16,6 +16,7 @@ from .decoder import restore_decoder
 from .prompts import Prompts
 
 _IGNORED = "_keys_to_ignore_on_save"
+_RENAMED = "_weight_conversions"
 
 
 def remember(prompts: Prompts, model: nn.Module) -> None:
@@ -26,8 +27,8 @@ def remember(prompts: Prompts, model: nn.Module) -> None:
         "requires_grad": {n: p.requires_grad for n, p in model.named_parameters()},
         "training": {n: m.training != model.training for n, m in model.named_modules()},
         "head": None,
-        # A list, empty where the attribute is absent: it survives a deepcopy, a sentinel does not.
-        "ignored": [value for name, value in vars(model).items() if name == _IGNORED],
+        # An attribute that is absent is absent here too.
+        "checkpoint": {n: v for n, v in vars(model).items() if n in (_IGNORED, _RENAMED)},
         "head_state": {p: deepcopy(dict(state)) for p, state in states.items()},
     }
 
@@ -39,9 +40,10 @@ def restore(host: nn.Module, prompts: Prompts) -> None:
     restore_decoder(host, prompts)
     for name, parameter in host.named_parameters():
         parameter.requires_grad_(undo["requires_grad"].get(name, parameter.requires_grad))
-    vars(host).pop(_IGNORED, None)
-    for value in undo["ignored"]:
-        setattr(host, _IGNORED, value)
+    for name in (_IGNORED, _RENAMED):
+        vars(host).pop(name, None)
+    for name, value in undo["checkpoint"].items():
+        setattr(host, name, value)
     host.train(host.training)
     for name, module in host.named_modules():
         module.training ^= undo["training"].get(name, False)
@@ -61,16 +63,27 @@ def _restore_head(host: nn.Module, prompts: Prompts) -> None:
             parameter.grad = None
 
 
-def ignore_frozen_on_save(prompts: Prompts, model: nn.Module) -> None:
-    """Keep frozen weights out of transformers checkpoints, which then hold what trains."""
+def checkpoint_what_moves(prompts: Prompts, model: nn.Module) -> None:
+    """Let transformers checkpoints hold what moves, under the names that it has in the model.
+
+    That is what trains, and the statistics and counters of what trains as a whole.
+    """
     if not is_kind(model, "PreTrainedModel", "transformers"):
         return
     head = prompts.encoder.head
     task = ("prompts.", *(f"{path}." for path in (head.paths if head else ())))
-    names = {n for n, p in model.named_parameters() if not p.requires_grad}
-    names |= {n for n, _ in model.named_buffers()}
-    frozen = {n for n in names if not n.startswith(task)}
-    setattr(model, _IGNORED, set(getattr(model, _IGNORED, None) or ()) | frozen)
+    decoder = prompts.undo.get("decoder", ())
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    frozen |= {n for n, _ in model.named_buffers() if n not in decoder and not _moves(prompts, n)}
+    own = prompts.undo["checkpoint"].get(_IGNORED, getattr(type(model), _IGNORED, None))
+    setattr(model, _IGNORED, {n for n in frozen if not n.startswith(task)} | set(own or ()))
+    # transformers 5 writes some classes under their older names, and Trainer, which loads a state
+    # dict as it is, finds none of them again.
+    setattr(model, _RENAMED, [])
+
+
+def _moves(prompts: Prompts, buffer: str) -> bool:
+    return prompts.delta is not None and prompts.delta.keeps_mode(buffer.rpartition(".")[0])
 
 
 @contextmanager

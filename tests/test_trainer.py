@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import nn
 from torch.utils.data import Dataset
 from zoo import build, image, logits
 
-from peft_vpt import inject_prompts, trainable_parameters
+from peft_vpt import apply_protocol, inject_prompts, trainable_parameters
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -33,19 +35,60 @@ def model_with_prompts() -> nn.Module:
     return inject_prompts(model, 3, num_classes=4, generator=torch.Generator().manual_seed(0))
 
 
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "full": {},
+    "partial-1": {},
+    "mlp-2": {},
+    "sidetune": {},
+    "bias": {},
+    "adapter": {"reduction": 4},
+    "cls": {},
+    "vpt-shallow": {"length": 3},
+    "vpt-deep": {"length": 3},
+    "vpt+bias": {"length": 3},
+    "prompt-fixed": {"length": 3},
+}
+
+
+def under(protocol: str) -> nn.Module:
+    torch.manual_seed(0)
+    options = PROTOCOLS[protocol]
+    if protocol == "sidetune":
+        features = nn.Sequential(nn.Conv2d(3, 256, 8, 8), nn.BatchNorm2d(256), nn.ReLU())
+        options = {"features": features}
+    model = build("transformers/vit", torch.float32)
+    return apply_protocol(model, protocol, num_classes=4, **options)
+
+
+def convnet() -> nn.Module:
+    """Statistics of batch norms move with what trains around them."""
+    torch.manual_seed(0)
+    config = transformers.ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5
+    )
+    model = transformers.ResNetForImageClassification(config)
+    return apply_protocol(model, "partial-1", num_classes=4)
+
+
+MOVING: dict[str, Callable[[], nn.Module]] = {
+    **{name: partial(under, name) for name in PROTOCOLS},
+    "resnet": convnet,
+}
+
+
 def trainer(model: nn.Module, folder: Path, epochs: int = 2, **options: Any) -> Any:
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=epochs,
         per_device_train_batch_size=4,
-        learning_rate=0.05,
         weight_decay=0.1,
         report_to=[],
         use_cpu=True,
         seed=3,
         disable_tqdm=True,
         dataloader_pin_memory=False,
-        **options,
+        **{"learning_rate": 0.05} | options,
     )
     return transformers.Trainer(
         model=model, args=arguments, train_dataset=Squares(), eval_dataset=Squares()
@@ -76,6 +119,51 @@ def test_trainer_checkpoints_hold_what_trains_and_resume_is_exact(tmp_path: Path
     )
     for n, p in trainable_parameters(resumed).items():
         assert torch.equal(p, values(model)[n]), n
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_under_every_protocol_a_resumed_run_ends_like_an_uninterrupted_one(
+    name: str, tmp_path: Path
+) -> None:
+    whole = MOVING[name]()
+    began = {n: t.clone() for n, t in whole.state_dict().items()}
+    trainer(whole, tmp_path, save_strategy="steps", save_steps=4, learning_rate=0.01).train()
+    resumed = MOVING[name]()
+    trainer(resumed, tmp_path, save_strategy="no", learning_rate=0.01).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-4")
+    )
+    state = resumed.state_dict()
+    assert any(not torch.equal(t, began[n]) for n, t in whole.state_dict().items())
+    for n, t in whole.state_dict().items():
+        assert torch.equal(state[n], t), n
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_under_every_protocol_the_best_weights_come_back(name: str, tmp_path: Path) -> None:
+    model = MOVING[name]()
+    run = trainer(
+        model,
+        tmp_path,
+        learning_rate=0.01,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,  # the worst epoch, so that it is not simply the last one
+    )
+    seen: dict[int, dict[str, torch.Tensor]] = {}
+    keep = run._save_checkpoint
+
+    def spy(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        seen[run.state.global_step] = {n: t.clone() for n, t in model.state_dict().items()}
+        keep(model, *args, **kwargs)
+
+    run._save_checkpoint = spy
+    run.train()
+    assert len(seen) == 2
+    best = seen[run.state.best_global_step]
+    for n, t in model.state_dict().items():
+        assert torch.equal(t, best[n]), n
 
 
 def test_load_best_model_at_end(tmp_path: Path) -> None:
@@ -148,6 +236,9 @@ def test_save_pretrained_of_a_removed_model_is_whole_again(tmp_path: Path) -> No
     remove_prompts(model).save_pretrained(tmp_path)
     loaded = transformers.ViTForImageClassification.from_pretrained(tmp_path)
     assert torch.equal(logits(loaded(image(dtype=torch.float32))), expected)
+    remove_prompts(apply_protocol(loaded, "bias")).save_pretrained(tmp_path / "again")
+    files = [folder / "model.safetensors" for folder in (tmp_path, tmp_path / "again")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_eager_attention_set_after_injection() -> None:
