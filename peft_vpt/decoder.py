@@ -13,7 +13,6 @@ from .prompts import Prompts
 # `head.reads` of the format: what the encoder gives, all of it.
 READS = "encoder"
 _PREFIX = "head.module."
-_IGNORED = "_keys_to_ignore_on_save"
 
 
 def decoder_names(host: nn.Module, encoder: Encoder) -> list[str]:
@@ -30,12 +29,15 @@ def claim_decoder(host: nn.Module, prompts: Prompts) -> None:
     names, state = decoder_names(host, prompts.encoder), _state(host)
     if not names:
         return
-    prompts.undo["decoder"] = {name: state[name].detach().clone() for name in names}
+    prompts.undo["decoder"] = {name: kept(state[name]) for name in names}
     if prompts.delta is not None:
         prompts.delta.leave(names)
-    ignored = vars(host).get(_IGNORED)
-    if ignored is not None:
-        setattr(host, _IGNORED, set(ignored) - set(names))
+
+
+def kept(tensor: Tensor) -> Tensor:
+    """Return a copy to put back later, on the CPU; on `meta` there is nothing to bring there."""
+    tensor = tensor.detach()
+    return tensor.clone() if tensor.is_meta else tensor.to("cpu", copy=True)
 
 
 def has_decoder(prompts: Prompts) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .backbones.anatomy import is_kind, module_at
 from .backbones.heads import FormerHead, restore_head
-from .decoder import restore_decoder
+from .decoder import kept, restore_decoder
 from .prompts import Prompts
 
 _IGNORED = "_keys_to_ignore_on_save"
@@ -29,8 +29,13 @@ def remember(prompts: Prompts, model: nn.Module) -> None:
         "head": None,
         # An attribute that is absent is absent here too.
         "checkpoint": {n: v for n, v in vars(model).items() if n in (_IGNORED, _RENAMED)},
-        "head_state": {p: deepcopy(dict(state)) for p, state in states.items()},
+        "head_state": {p: {n: _kept(v) for n, v in s.items()} for p, s in states.items()},
     }
+
+
+def _kept(value: Any) -> Any:
+    """Return a copy of an entry of a `state_dict`: quantized layers have others than tensors."""
+    return kept(value) if isinstance(value, Tensor) else deepcopy(value)
 
 
 def restore(host: nn.Module, prompts: Prompts) -> None:
@@ -95,13 +100,13 @@ def unchanged_on_error(host: nn.Module, changing: Iterable[Tensor]) -> Iterator[
         changing: Tensors into which the body may write.
     """
     spaces = [space for module in host.modules() for space in _namespaces(module)]
-    kept = [(space, _contents(space)) for space in spaces]
+    former = [(space, _contents(space)) for space in spaces]
     values = [(tensor, tensor.detach().clone()) for tensor in changing]
     flags = [(p, p.requires_grad, p.grad) for p in host.parameters()]
     try:
         yield
     except BaseException:
-        for space, contents in kept:
+        for space, contents in former:
             _put_back(space, contents)
         with torch.no_grad():
             for tensor, value in values:

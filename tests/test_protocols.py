@@ -15,7 +15,9 @@ import pytest
 import torch
 from test_adapters import timm_to_transformers
 from test_fingerprint import swin
+from test_segmentation import whole
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from zoo import build, image, logits, perturb
 
 from peft_vpt import (
@@ -37,6 +39,7 @@ from peft_vpt.errors import (
     UnsupportedArchitectureError,
     VPTError,
 )
+from peft_vpt.segmentation import apply_to_encoder
 
 Options = dict[str, Any]
 PROTOCOLS: dict[str, Options] = {
@@ -579,3 +582,24 @@ def test_twice_and_wrong_files(tmp_path: Path) -> None:
     path = save_task_adapter(apply("timm/cls", "mlp-3"), tmp_path / "mlp")
     with pytest.raises(AdapterError, match="nothing else"):
         load_task_adapter(build("timm/cls"), path, strict="prompts")
+
+
+class CopiesToCpu(TorchFunctionMode):
+    """Counts the tensors that are copied to the CPU, wherever they are."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func is Tensor.to and args[1:] == ("cpu",) and bool(kwargs.get("copy"))
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_is_put_back_is_kept_on_the_cpu() -> None:
+    model = whole("segformer")
+    with CopiesToCpu() as seen:
+        apply_to_encoder(model, "linear")
+    assert seen.count == len(model.prompts.undo["decoder"]) > 0
+    with torch.device("meta"):
+        meta = whole("segformer")
+    apply_to_encoder(meta, "linear")
+    assert all(t.is_meta for t in meta.prompts.undo["decoder"].values())
