@@ -533,6 +533,28 @@ def test_the_adapter_stands_in_front_of_the_residual_sum(name: str) -> None:
     assert not any(hidden.any() for hidden in found)
 
 
+@pytest.mark.parametrize("protocol", ["linear", "bias", "partial-1", "full"])
+def test_the_norm_of_a_model_that_pools_first_stands_behind_the_pooling(
+    protocol: str, tmp_path: Path
+) -> None:
+    def make() -> tuple[nn.Module, Tensor]:
+        torch.manual_seed(0)
+        return residual_inside("videomae")
+
+    model, x = make()
+    assert model.videomae.layernorm is None
+    apply_protocol(model.eval(), protocol)
+    with torch.no_grad():
+        for parameter in trainable_parameters(model).values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    path = save_task_adapter(model, tmp_path)
+    assert any(read_adapter(path).metadata["backbone"]["fingerprint"]["norm"])
+    assert ("fc_norm.bias" in trainable_parameters(model)) == (protocol != "linear")
+    assert ("delta.norm.bias" in read_adapter(path).tensors) == (protocol != "linear")
+    again = load_task_adapter(make()[0].eval(), path)
+    assert torch.equal(logits(again(x)), logits(model(x)))
+
+
 def test_stages_of_a_resnet_are_those_with_weights() -> None:
     timm = pytest.importorskip("timm")
     model = apply_protocol(timm.create_model("resnet18", num_classes=3), "partial-4")

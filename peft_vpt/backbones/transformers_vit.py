@@ -104,7 +104,8 @@ def describe(host: nn.Module, path: str, model: Any) -> Encoder:
         norm_after_pool=after,
         norm_weights=_find_path(
             model, path, (after and "pooler.layernorm", norm, "post_layernorm", "layernorm", "norm")
-        ),
+        )
+        or _norm_outside(host, path),
         head=_head(host, path, row, width, mean_pooled=after is not None),
         gate=None,
         input_size=_input_size(model, row),
@@ -146,19 +147,25 @@ def _row(module: nn.Module) -> tuple[str, Family] | None:
     return None
 
 
-def _find(module: nn.Module, paths: tuple[str, ...]) -> str | None:
-    for path in paths:
-        try:
-            module_at(module, path)
-        except AttributeError:
-            continue
-        return path
+def _find_path(model: nn.Module, path: str, names: tuple[str | None, ...]) -> str | None:
+    for name in names:
+        if name and isinstance(_reach(model, name), nn.Module):
+            return join(path, name)
     return None
 
 
-def _find_path(model: nn.Module, path: str, names: tuple[str | None, ...]) -> str | None:
-    found = _find(model, tuple(name for name in names if name))
-    return None if found is None else join(path, found)
+def _reach(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+def _norm_outside(host: nn.Module, path: str) -> str | None:
+    """Return the path of the norm behind the pooling, where the encoder has none (VideoMAE)."""
+    for owner, module in _owners(host, path):
+        if isinstance(getattr(module, "fc_norm", None), nn.Module):
+            return join(owner, "fc_norm")
+    return None
 
 
 def _owners(host: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
