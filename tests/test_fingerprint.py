@@ -208,6 +208,30 @@ def test_a_norm_that_only_one_side_has_is_told(tmp_path: Path) -> None:
         load_task_adapter(normed, tmp_path)
 
 
+FINAL_NORMS = {
+    "CvtForImageClassification": "layernorm",
+    "Data2VecVisionForImageClassification": "data2vec_vision.pooler.layernorm",
+    "HieraForImageClassification": "hiera.pooler.layernorm",
+    "VideoMAEForVideoClassification": "fc_norm",
+    "Aimv2VisionModel": "rms_norm",
+}
+
+
+@pytest.mark.parametrize("name", FINAL_NORMS)
+def test_the_final_norm_is_found_wherever_a_model_has_it(name: str) -> None:
+    pytest.importorskip("transformers")
+    from peft_vpt.matrix import small_transformers
+
+    model, _ = small_transformers.build(name)
+    own = encoder_for(model, "prepend")
+    assert own.norm_weights == FINAL_NORMS[name]
+    saved_one = fingerprint(model, own)
+    assert saved_one is not None
+    with torch.no_grad():
+        final_norm(model, own).weight.mul_(1.01)
+    assert compare(saved_one, model, own).place == "the final norm"
+
+
 # Sizes of images whose tables of positions inside the blocks differ.
 RESIZED = {
     "beit_base_patch16_224": (32, 48, {"depth": 1, "embed_dim": 24, "num_heads": 2}),

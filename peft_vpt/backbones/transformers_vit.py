@@ -56,6 +56,10 @@ FAMILIES = {
     "ViTMAEModel": Family(1, "layernorm", "cls"),
     "ViTMSNModel": Family(1, "layernorm", "cls"),
 }
+# Names of the final norm in models without a row, and in what holds an encoder that has none.
+NORM_BEHIND = "pooler.layernorm"
+NORMS = ("post_layernorm", "layernorm", "norm", "rms_norm", NORM_BEHIND, "head_norm")
+NORMS_OUTSIDE = ("fc_norm", "layernorm", "head_layernorm")
 # The mean of all tokens behind the final norm.
 _MEAN = ("SwinModel", "Swinv2Model", "DonutSwinModel")
 _VISION_INPUTS = ("pixel_values", "pixel_values_videos", "flattened_patches", "pixel_patches")
@@ -102,9 +106,7 @@ def describe(host: nn.Module, path: str, model: Any) -> Encoder:
         has_cls=row is not None and row.prefix > 0,
         final_norm=None if norm is None else join(path, norm),
         norm_after_pool=after,
-        norm_weights=_find_path(
-            model, path, (after and "pooler.layernorm", norm, "post_layernorm", "layernorm", "norm")
-        )
+        norm_weights=_find_path(model, path, (after and NORM_BEHIND, norm, *NORMS))
         or _norm_outside(host, path),
         head=_head(host, path, row, width, mean_pooled=after is not None),
         gate=None,
@@ -137,7 +139,7 @@ def _refuse(model: nn.Module, name: str, found: Found) -> None:
 def _norm_after(model: Any, path: str, name: str) -> str | None:
     if name != "BeitModel" or not model.config.use_mean_pooling or model.pooler is None:
         return None
-    return join(path, "pooler.layernorm")
+    return join(path, NORM_BEHIND)
 
 
 def _row(module: nn.Module) -> tuple[str, Family] | None:
@@ -148,8 +150,10 @@ def _row(module: nn.Module) -> tuple[str, Family] | None:
 
 
 def _find_path(model: nn.Module, path: str, names: tuple[str | None, ...]) -> str | None:
-    for name in names:
-        if name and isinstance(_reach(model, name), nn.Module):
+    for name in filter(None, names):
+        module = _reach(model, name)
+        # Where the norm stands behind the pooling, some models have an identity in front of it.
+        if isinstance(module, nn.Module) and any(True for _ in module.parameters()):
             return join(path, name)
     return None
 
@@ -161,11 +165,9 @@ def _reach(module: Any, path: str) -> Any:
 
 
 def _norm_outside(host: nn.Module, path: str) -> str | None:
-    """Return the path of the norm behind the pooling, where the encoder has none (VideoMAE)."""
-    for owner, module in _owners(host, path):
-        if isinstance(getattr(module, "fc_norm", None), nn.Module):
-            return join(owner, "fc_norm")
-    return None
+    """Return the path of the final norm of a host whose encoder has none (VideoMAE, CvT)."""
+    owners = _owners(host, path)
+    return next(filter(None, (_find_path(m, at, NORMS_OUTSIDE) for at, m in owners)), None)
 
 
 def _owners(host: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
