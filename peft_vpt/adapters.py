@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from torch import nn
 
 from . import __version__
-from .adapter_file import FILE_NAME, Adapter, read_adapter, write_adapter
+from .adapter_file import Adapter, read_adapter, write_adapter
 from .adapter_install import install, stored_tensors
 from .adapter_match import check_fit, head_tensors
 from .backbones.anatomy import Encoder, module_at
@@ -25,7 +25,7 @@ from .fingerprint import fingerprint
 from .hosts import carries, host_and_prompts, parallel_wrapper, refuse_unfit, unwrap
 from .preprocessing import describe_preprocessing
 from .prompts import Prompts
-from .source import find_adapter
+from .source import file_at, find_adapter
 from .spec import NOWHERE
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -82,12 +82,7 @@ def save_task_adapter(
     }
     if prompts.delta is not None:
         metadata["protocol"] = prompts.delta.protocol.to_dict()
-    try:
-        target = Path(path).expanduser()
-    except (RuntimeError, TypeError) as error:
-        raise AdapterError(f"save_task_adapter: {path!r}: not a path: {error}") from error
-    if target.suffix != ".safetensors":
-        target = target / FILE_NAME
+    target = file_at(path, "save_task_adapter")
     return write_adapter(target, stored_tensors(host, with_head=True), metadata)
 
 

@@ -1,4 +1,4 @@
-"""Where an adapter comes from: a local file or folder, or a repository of the Hugging Face Hub."""
+"""Where an adapter goes and comes from: a local file or folder, or a repository of the Hub."""
 
 from __future__ import annotations
 
@@ -26,6 +26,19 @@ _ADVICE = {
     "EntryNotFoundError": "the repository lacks this file; is it one of another library?",
     "HFValidationError": "a repository is named 'owner/name'",
 }
+
+
+def file_at(path: str | Path, call: str) -> Path:
+    """Return the file that an adapter is written to: `path` itself, or one in that folder.
+
+    Raises:
+        AdapterError: It is not a path.
+    """
+    try:
+        target = Path(path).expanduser()
+    except (RuntimeError, TypeError) as error:
+        raise AdapterError(f"{call}: {path!r}: not a path: {error}") from error
+    return target if target.suffix == ".safetensors" else target / FILE_NAME
 
 
 def is_hub_id(source: str | Path) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from zoo import build, image
 
 from peft_vpt import (
+    apply_protocol,
     inject_prompts,
     is_prompted,
     load_task_adapter,
@@ -98,7 +99,8 @@ def test_what_trains(name: str, protocol: str) -> None:
     model = segmenter(name, protocol, **PROTOCOLS[protocol])
     trains = {n for n, p in model.named_parameters() if p.requires_grad}
     decoder = {n for n, _ in model.named_parameters() if n.startswith("decoder.")}
-    assert decoder < trains or protocol == "linear"
+    # Here alone nothing but the decoder trains.
+    assert decoder == trains if protocol == "linear" else decoder < trains
     inside = {n.removeprefix("backbone.") for n in trains - decoder}
     assert not any(n.startswith(("head", "classifier")) for n in inside)
     kinds = {
@@ -126,6 +128,222 @@ def test_what_trains(name: str, protocol: str) -> None:
     assert losses[-1] < 0.9 * losses[0]
     after = dict(model.named_parameters())
     assert all(torch.equal(after[n], t) for n, t in frozen.items())
+
+
+def vit(**options: Any) -> Any:
+    timm = pytest.importorskip("timm")
+    sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    torch.manual_seed(0)
+    return timm.models.vision_transformer.VisionTransformer(**(sizes | options)).double().eval()
+
+
+class Places(nn.Module):
+    """Stands for a decoder: the number of every token over its pixels."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+
+    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        numbers = torch.arange(tokens.shape[1], dtype=tokens.dtype).reshape(1, 1, *grid)
+        return numbers.repeat_interleave(self.stride, 2).repeat_interleave(self.stride, 3)
+
+
+def numbered(size: tuple[int, int], columns: int, stride: int) -> Tensor:
+    """Return the number of the token over every pixel."""
+    y, x = (torch.arange(edge, dtype=torch.float64) // stride for edge in size)
+    return y[:, None] * columns + x
+
+
+@pytest.mark.parametrize("size", [(40, 61), (33, 32), (7, 50)])
+def test_an_image_that_the_model_pads_lies_under_its_tokens(size: tuple[int, int]) -> None:
+    bare = vit(dynamic_img_size=True, dynamic_img_pad=True)
+    model = Segmenter(bare, 3, "vpt-deep", length=2, channels=8).double().eval()
+    x = image(size=64)[..., : size[0], : size[1]]
+    more = [-edge % 8 for edge in size]
+    padded = model(F.pad(x, (0, more[1], 0, more[0])))
+    # Zeros are what the model itself pads with, so both see the same pixels.
+    assert torch.equal(model(x), padded[..., : size[0], : size[1]])
+    model.decoder = Places(8)
+    assert torch.equal(model(x)[0, 0], numbered(size, -(-size[1] // 8), 8))
+
+
+def test_a_rest_that_the_model_leaves_out_gets_the_nearest_scores() -> None:
+    model = segmenter("transformers/dinov2", "vpt-deep", length=2, dropout=0.0)
+    x = image(size=40)[..., :37, :]
+    found, seen = model(x), model(x[..., :32, :])
+    assert torch.equal(found[..., :32, :], seen)
+    assert torch.equal(found[..., 32:, :], seen[..., -1:, :].expand(-1, -1, 5, -1))
+
+
+@pytest.mark.parametrize(
+    ("name", "grid"), [("vit_tiny_r_s16_p8_224", (2, 2)), ("vit_base_mci_224", (4, 4))]
+)
+def test_a_stem_of_convolutions(name: str, grid: tuple[int, int]) -> None:
+    timm = pytest.importorskip("timm")
+    bare = timm.create_model(name, img_size=64, depth=1, dynamic_img_size=True)
+    model = Segmenter(bare, 3, "vpt-shallow", length=2, channels=4, auxiliary=(0,)).eval()
+    model.train()
+    assert [s.shape for s in model._scores(image(1, torch.float32, 64))] == [(1, 3, 64, 64)] * 2
+    step = 64 // grid[0]
+    model.eval().decoder = Places(step)
+    found = model(image(1, torch.float32, 64))[0, 0]
+    assert torch.equal(found, numbered((64, 64), grid[1], step).float())
+    with pytest.raises(SpecError, match=rf"tokens of {step} x {step} pixels.*multiples of these"):
+        model(image(1, torch.float32, 64 + step // 2))
+
+
+@pytest.mark.parametrize("location", ["add", "concat-channel", "prepend-pixel"])
+def test_locations_that_leave_the_image_in_its_place(location: str) -> None:
+    model = segmenter("timm/cls", "vpt-shallow", length=1, location=location, auxiliary=(0, 1))
+    model.train()
+    assert [s.shape for s in model._scores(image())] == [(2, 4, 32, 32)] * 3
+
+
+def unlike(name: str) -> nn.Module:
+    """Build a backbone whose tokens are no map, or a host that a decoder cannot use."""
+    if name.startswith("mae"):
+        return build("transformers/mae-model", mask_ratio=float(name[3:]))
+    if name == "naflex":
+        naflexvit = pytest.importorskip("timm").models.naflexvit
+        sizes = {"patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+        return naflexvit.NaFlexVit(naflexvit.NaFlexVitCfg(**sizes))  # type: ignore[no-any-return]
+    if name == "swin":
+        timm = pytest.importorskip("timm")
+        swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=2)
+        return inject_prompts(swin, 2)
+    if name == "wrapped":
+        return nn.DataParallel(build("timm/cls"))
+    if name == "uneven":
+        return vit(img_size=30, embed_layer=Overlapping)
+    option = {"pad": {"location": "pad", "deep": False}}.get(name)
+    if option is not None:
+        return inject_prompts(build("timm/cls"), 2, **option)
+    return apply_protocol(build("timm/cls"), name, num_classes=3)
+
+
+class Overlapping(nn.Module):
+    """Patches that overlap, of an image that they do not divide."""
+
+    num_patches = 9
+
+    def __init__(self, embed_dim: int, **options: Any) -> None:
+        super().__init__()
+        self.img_size = (30, 30)
+        self.proj = nn.Conv2d(3, embed_dim, 12, stride=8)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return self.proj(pixels).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mae0.5", "drops and shuffles its tokens"),
+        ("mae0.0", "drops and shuffles its tokens"),
+        ("naflex", "no convolution makes the patches of NaFlexVit"),
+        ("swin", "no one sequence of image tokens"),
+        ("wrapped", "the backbone is wrapped"),
+        ("uneven", "30 x 30 pixels make 3 x 3 tokens of 8 x 8 pixels, which do not lie over them"),
+        ("pad", "with a border around the image"),
+        ("sidetune", "added in front of the classifier, which a decoder does not read"),
+        ("mlp-2", "its layers are the classifier, which"),
+    ],
+)
+def test_backbones_without_a_map_of_tokens(name: str, message: str, tmp_path: Path) -> None:
+    path = save_segmenter(segmenter("timm/cls", "vpt-deep", length=3), tmp_path)
+    for call in (
+        lambda host: Segmenter(host, 3, None, channels=8),
+        lambda host: load_segmenter(host, path),
+    ):
+        host = unlike(name)
+        refused_unchanged(host, message, lambda host=host, call=call: call(host))
+
+
+def refused_unchanged(host: nn.Module, message: str, call: Callable[[], Any]) -> None:
+    """Check that a call raises, and that the host is then as it was before."""
+
+    def state() -> Any:
+        modules = {n: (id(m), m.training, len(m._forward_hooks)) for n, m in host.named_modules()}
+        return modules, {n: p.requires_grad for n, p in host.named_parameters()}
+
+    before, values = state(), {n: t.clone() for n, t in host.state_dict().items()}
+    with pytest.raises(VPTError, match=message):
+        call()
+    assert state() == before
+    assert all(torch.equal(t, values[n]) for n, t in host.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        *(({"classes": n}, r"Segmenter\(classes=.*from 2 to 255") for n in
+          (-1, 0, 1, 256, 2.5, "a", None, True)),
+        *(({"channels": n}, r"Segmenter\(channels=.*from 1 up") for n in (0, -1, "x", 2.5, None)),
+        *(({"auxiliary": n}, "a list of blocks, each once; they are 0 to 2") for n in
+          ((3,), (-1,), (0, 0), 1, ("a",), (1.0,), "a", None)),
+        ({"protocol": "sidetune"}, "added in front of the classifier"),
+        ({"protocol": "mlp-3"}, "its layers are the classifier"),
+        ({"protocol": 5}, "must be one of full, linear"),
+        ({"protocol": None, "length": 3}, "without a protocol there is nothing"),
+        ({"length": 2, "location": "pad", "protocol": "vpt-shallow"}, "border around the image"),
+        ({"num_classes": 7}, "about the backbone's classifier"),
+        ({"pooling": "prompt"}, "about the backbone's classifier"),
+        ({"length": 0}, "length=0"),
+    ],
+)  # fmt: skip
+def test_wrong_options_of_a_segmenter(options: dict[str, Any], message: str) -> None:
+    host = build("timm/cls")
+    rest = {"classes": 3, "channels": 8} | options
+    refused_unchanged(host, message, lambda: Segmenter(host, **rest))
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A process group of one."""
+    distributed = torch.distributed
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("name", "protocol"),
+    [("timm/cls", "vpt-deep"), ("transformers/vit", "full"), ("timm/gap", "full")],
+)
+def test_training_under_ddp(name: str, protocol: str, one_process: None, tmp_path: Path) -> None:
+    wrap = nn.parallel.DistributedDataParallel
+    masks = torch.randint(0, 4, (2, 32, 32))
+    options: Any = {"length": 3, "dropout": 0.0} if protocol == "vpt-deep" else {}
+
+    def train(call: Callable[[Segmenter], Any]) -> Segmenter:
+        model = segmenter(
+            name, protocol, auxiliary=(0, 2), generator=torch.Generator().manual_seed(1), **options
+        ).train()
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        loss = call(model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            loss(image(), masks).backward()
+            optimizer.step()
+        return model
+
+    # The mean of a gap model goes through a norm that no decoder reads.
+    unused = name == "timm/gap"
+    models = train(lambda m: wrap(m, find_unused_parameters=unused)), train(lambda m: m.loss)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(
+            models[0].state_dict().values(), models[1].state_dict().values(), strict=True
+        )
+    )
+    paths = [
+        save_segmenter(model, tmp_path / kind, labels=list("abcd"))
+        for kind, model in (("ddp", wrap(models[0])), ("plain", models[1]))
+    ]
+    assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 def test_counts_of_the_papers_decoder() -> None:
@@ -241,9 +459,21 @@ def test_a_scale_keeps_the_shape_of_an_image() -> None:
     square = torch.randn(1, 3, 16, 16)
     half, whole = (predict(model, square, window=(16, 16), scales=(s,)) for s in (0.5, 1.0))
     assert not torch.allclose(half, whole, atol=1e-3)
-    for wrong in ((), (1.0, 0.0)):
-        with pytest.raises(SpecError, match="one or more numbers > 0"):
-            predict(model, square, window=(16, 16), scales=wrong)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("scales", n) for n in ((), (1.0, 0.0), (float("inf"),), (float("nan"),), 1.0, ("a",))),
+        *(("overlap", n) for n in (-0.5, 1.0, float("nan"), "x", None)),
+        *(("at_once", n) for n in (0, -1, 2.5, True)),
+        *(("window", n) for n in (16, (16,), (0, 16), (16.0, 16), None)),
+    ],
+)
+def test_wrong_options_of_a_prediction(name: str, value: Any) -> None:
+    options: dict[str, Any] = {"window": (16, 16), name: value}
+    with pytest.raises(SpecError, match=rf"predict\({name}="):
+        predict(Placed(), torch.randn(1, 3, 16, 16), **options)
 
 
 def test_wrong_labels_are_not_counted_elsewhere() -> None:
@@ -254,6 +484,9 @@ def test_wrong_labels_are_not_counted_elsewhere() -> None:
             score([(torch.tensor(found), truth)], 3)
     with pytest.raises(VPTError, match="true label 2 is none of 2"):
         score([(torch.zeros(2, 2), truth)], 2)
+    for classes in (0, 1, 256, 2.0, "a"):
+        with pytest.raises(SpecError, match=r"score\(classes=.*from 2 to 255; the label 255"):
+            score([], classes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("auxiliary", [(), (0,)])
@@ -363,6 +596,16 @@ def test_what_a_loader_refuses(tmp_path: Path) -> None:
     }
     for match, change in changes.items():
         refused(AdapterError, match, _rewrite(path, change))
+    bordered = inject_prompts(build("timm/cls"), 2, location="pad", deep=False)
+    other = read_adapter(save_task_adapter(bordered, tmp_path / "pad"))
+
+    def border(metadata: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        metadata["spec"] = other.metadata["spec"]
+        for name in [n for n in tensors if n.startswith("prompts.")]:
+            del tensors[name]
+        tensors |= {n: t for n, t in other.tensors.items() if n.startswith("prompts.")}
+
+    refused(SpecError, "with a border around the image", _rewrite(path, border))
     with torch.no_grad():
         vit.blocks[1].norm1.weight.mul_(1.01)
     before = {n: t.clone() for n, t in vit.state_dict().items()}
@@ -375,6 +618,11 @@ def test_what_a_save_refuses(tmp_path: Path) -> None:
         save_segmenter(model, tmp_path, labels=["a", "b"])
     with pytest.raises(NotPromptedError):
         save_segmenter(segmenter("timm/cls", None), tmp_path)
+    with pytest.raises(AdapterError, match="needs a Segmenter, got VisionTransformer"):
+        save_segmenter(model.backbone, tmp_path)
+    for path in (None, 5, "~a user who is not there/a"):
+        with pytest.raises(AdapterError, match=r"save_segmenter: .*not a path"):
+            save_segmenter(model, path)  # type: ignore[arg-type]
     model.decoder.norm.weight.data[0] = float("nan")
     with pytest.raises(AdapterError, match="not finite"):
         save_segmenter(model, tmp_path)
@@ -392,6 +640,21 @@ def whole(kind: str, **changes: Any) -> Any:
             "num_attention_heads": [1, 1, 2, 2], "decoder_hidden_size": 16, **changes,
         })  # fmt: skip
         return transformers.SegformerForSemanticSegmentation(config).eval()
+    if kind == "eomt":
+        eomt = transformers.EomtConfig(
+            id2label=names, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
+            image_size=64, patch_size=16, num_blocks=1, num_queries=4, num_upscale_blocks=1,
+        )  # fmt: skip
+        return transformers.EomtForUniversalSegmentation(eomt).eval()
+    if kind == "convnext":
+        convnext = transformers.ConvNextConfig(
+            hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1],
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        )  # fmt: skip
+        config = transformers.UperNetConfig(
+            backbone_config=convnext, id2label=names, hidden_size=16, auxiliary_in_channels=16
+        )
+        return transformers.UperNetForSemanticSegmentation(config).eval()
     swin = transformers.SwinConfig(
         image_size=64, patch_size=4, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2],
         window_size=2, out_features=["stage1", "stage2", "stage3", "stage4"],
@@ -515,8 +778,6 @@ def test_prompts_inside_a_segmentation_model_of_transformers(kind: str) -> None:
 
 
 def test_bad_input() -> None:
-    with pytest.raises(SpecError, match="blocks are 0 to 2"):
-        segmenter("timm/cls", "bias", auxiliary=(3,))
     timm = pytest.importorskip("timm")
     swin = timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=2)
     with pytest.raises(UnsupportedArchitectureError, match="apply_to_encoder"):
@@ -529,5 +790,15 @@ def test_bad_input() -> None:
     assert all(p.requires_grad for p in vit.parameters())
     with pytest.raises(SpecError, match="build the model for that many"):
         apply_to_encoder(whole("segformer"), "bias", num_classes=3)
+    for kind, match in (
+        ("convnext", "no attention that prompts"),
+        ("eomt", "serve as decoder too"),
+    ):
+        host = whole(kind)
+        refused_unchanged(
+            host,
+            rf"in {type(host).__name__} encoder and decoder cannot be told apart \(.*{match}",
+            lambda host=host: apply_to_encoder(host, "bias"),
+        )
     model = inject_prompts(build("timm/cls"), 2)
     assert Segmenter(model, 3, None, channels=4)(image()).shape == (2, 3, 32, 32)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from .evaluation import IGNORE, Confusion, Scores, predict, score
+from ..data.warps import IGNORE
+from .evaluation import Confusion, Scores, predict, score
 from .files import load_segmenter, save_segmenter
 from .model import PupHead, Segmenter, apply_to_encoder
 

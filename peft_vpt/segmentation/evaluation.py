@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from math import isfinite
+from numbers import Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..data.drawing import check_counts
+from ..data.warps import IGNORE
 from ..errors import SpecError, VPTError
-
-IGNORE = 255
 
 
 class Scores(NamedTuple):
@@ -29,10 +31,14 @@ class Confusion:
     """Counts of pixels by true and predicted class.
 
     Args:
-        classes: Number of classes.
+        classes: Number of classes, 2 to 255.
+
+    Raises:
+        SpecError: Another number.
     """
 
     def __init__(self, classes: int) -> None:
+        check_classes("Confusion", classes)
         self._table = torch.zeros(classes, classes, dtype=torch.int64)
 
     def add(self, found: Tensor, truth: Tensor) -> None:
@@ -68,6 +74,20 @@ class Confusion:
         return Scores(float(iou[union > 0].mean()), iou.tolist(), float(share))
 
 
+def check_classes(call: str, classes: Any) -> None:
+    """Check a number of classes.
+
+    Raises:
+        SpecError: It is none that labels of one byte have room for.
+    """
+    whole = isinstance(classes, int) and not isinstance(classes, bool)
+    if not whole or not 2 <= classes <= IGNORE:
+        raise SpecError(
+            f"{call}(classes={classes!r}): must be an integer from 2 to {IGNORE}; the label "
+            f"{IGNORE} is ignored."
+        )
+
+
 @torch.no_grad()
 def predict(
     model: nn.Module,
@@ -91,14 +111,14 @@ def predict(
         window: Height and width that the model takes.
         scales: Factors on both edges of the image; one is single-scale, several multi-scale.
         flip: Whether to average with the mirrored image.
-        overlap: Share of a window that the next one covers too.
+        overlap: Share of a window that the next one covers too, from 0 to below 1.
         at_once: Windows in one forward of the model.
 
     Raises:
-        SpecError: No scales, or one that is not above 0.
+        SpecError: A wrong window, scale, overlap or number of windows.
     """
-    if not scales or not all(scale > 0 for scale in scales):
-        raise SpecError(f"predict(scales={tuple(scales)}): must be one or more numbers > 0.")
+    _check_prediction(window, scales, overlap)
+    check_counts("predict", at_once=(at_once, 1))
     size = pixels.shape[-2:]
     total = torch.zeros(())
     for scale in scales:
@@ -112,6 +132,24 @@ def predict(
             found = F.interpolate(found, size, mode="bilinear", align_corners=False)
             total = total.to(found) + found
     return total / (len(scales) * (2 if flip else 1))
+
+
+def _check_prediction(window: Any, scales: Any, overlap: Any) -> None:
+    edges = window if isinstance(window, tuple | list) else ()
+    if len(edges) != 2 or not all(isinstance(n, int) and n > 0 for n in edges):
+        raise SpecError(
+            f"predict(window={window!r}): must be the height and width in pixels that the model "
+            "takes, two integers > 0."
+        )
+    factors = scales if isinstance(scales, tuple | list) else ()
+    if not factors or not all(_is_number(factor) and factor > 0 for factor in factors):
+        raise SpecError(f"predict(scales={scales!r}): must be a list of one or more numbers > 0.")
+    if not _is_number(overlap) or not 0 <= overlap < 1:
+        raise SpecError(f"predict(overlap={overlap!r}): must be a share from 0 to below 1.")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
 
 
 def _cover(image: Tensor, window: tuple[int, int]) -> Tensor:
@@ -154,8 +192,14 @@ def score(predictions: Iterable[tuple[Tensor, Tensor]], classes: int) -> Scores:
 
     Args:
         predictions: Pairs of predicted and true class indices, of one shape; 255 is left out.
-        classes: Number of classes; one that neither occurs nor is predicted does not count.
+        classes: Number of classes, 2 to 255; one that neither occurs nor is predicted does not
+            count.
+
+    Raises:
+        SpecError: Another number of classes.
+        VPTError: As in `Confusion.add`.
     """
+    check_classes("score", classes)
     confusion = Confusion(classes)
     for found, truth in predictions:
         confusion.add(found, truth)

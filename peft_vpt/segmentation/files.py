@@ -10,16 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..adapter_file import FILE_NAME, Adapter, read_adapter, write_adapter
+from ..adapter_file import Adapter, read_adapter, write_adapter
 from ..adapters import check_labels, load_task_adapter
 from ..backbones.identity import default_preprocessing, describe_backbone
 from ..errors import AdapterError, AdapterMismatchError
 from ..fingerprint import fingerprint
-from ..hosts import host_and_prompts
+from ..hosts import host_and_prompts, unwrap
 from ..preprocessing import describe_preprocessing
-from ..source import find_adapter
+from ..source import file_at, find_adapter
 from ..spec import NOWHERE
-from .model import PupHead, Segmenter, plain_encoder
+from .checks import plain_encoder, refuse_unread
+from .evaluation import check_classes
+from .grid import token_map
+from .model import PupHead, Segmenter
 
 # `head.reads` of the format: every image token, behind the final norm.
 READS = "tokens"
@@ -27,7 +30,7 @@ _PREFIX = "head.module."
 
 
 def save_segmenter(
-    model: Segmenter,
+    model: nn.Module,
     path: str | Path,
     *,
     task: str | None = None,
@@ -41,7 +44,8 @@ def save_segmenter(
     and the backbone's classifier are left out.
 
     Args:
-        model: A segmenter whose backbone carries a protocol or prompts.
+        model: A segmenter whose backbone carries a protocol or prompts; DDP and compile wrappers
+            are looked through.
         path: As in `save_task_adapter`; so are the others.
         task: Name of the task.
         labels: Class names in the order of the scores. None: those that were loaded.
@@ -53,8 +57,9 @@ def save_segmenter(
 
     Raises:
         NotPromptedError: The backbone carries nothing.
-        AdapterError: As in `save_task_adapter`, or not as many labels as classes.
+        AdapterError: As in `save_task_adapter`, no segmenter, or not as many labels as classes.
     """
+    model, target = _segmenter(model), file_at(path, "save_segmenter")
     check_labels(labels, "save_segmenter")
     names = list(labels) if labels is not None else model.labels
     if names is not None and len(names) != model.classes:
@@ -86,8 +91,6 @@ def save_segmenter(
     if delta is not None:
         metadata["protocol"] = delta.protocol.to_dict()
         tensors |= delta.tensors(host)
-    target = Path(path).expanduser()
-    target = target if target.suffix == ".safetensors" else target / FILE_NAME
     return write_adapter(target, tensors | _tensors(model.decoder), metadata)
 
 
@@ -105,10 +108,15 @@ def load_segmenter(backbone: nn.Module, source: str | Path, **hub: Any) -> Segme
         AdapterError: The file cannot be read, is damaged or incomplete.
         AdapterMismatchError: It was made for another backbone, or holds no such decoder.
         UnsupportedArchitectureError: The backbone cannot take it.
+        SpecError: The file or the backbone holds what a decoder cannot use.
     """
     adapter = read_adapter(find_adapter(source, call="load_segmenter", **hub), "load_segmenter")
-    decoder = _decoder(adapter, plain_encoder(backbone).blocks[-1].width)
+    encoder = plain_encoder(backbone)
+    decoder = _decoder(adapter, encoder.blocks[-1].width)
+    refuse_unread(f"load_segmenter: {adapter.path}", adapter.protocol, adapter.spec.location)
     head = adapter.metadata["head"]
+    check_classes("load_segmenter", head["classes"])
+    token_map(backbone, encoder)
     load_task_adapter(backbone, adapter.path, strict="prompts")
     # Every value is overwritten below, so the global random state is left alone.
     with torch.random.fork_rng(devices=[]):
@@ -118,6 +126,16 @@ def load_segmenter(backbone: nn.Module, source: str | Path, **hub: Any) -> Segme
         for name, tensor in _tensors(model.decoder).items():
             tensor.copy_(adapter.tensors[name])
     return model.eval()
+
+
+def _segmenter(model: nn.Module) -> Segmenter:
+    inner = unwrap(model) if isinstance(model, nn.Module) else model
+    if not isinstance(inner, Segmenter):
+        raise AdapterError(
+            f"save_segmenter: needs a Segmenter, got {type(inner).__name__}; for other models use "
+            "save_task_adapter."
+        )
+    return inner
 
 
 def _decoder(adapter: Adapter, width: int) -> PupHead:

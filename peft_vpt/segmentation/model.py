@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backbones.anatomy import Encoder, first_conv_kernel, module_at
+from ..backbones.anatomy import Encoder, module_at
 from ..backbones.image_model import encoder_for
+from ..data.warps import IGNORE
 from ..decoder import claim_decoder
 from ..errors import SpecError, UnsupportedArchitectureError
-from ..hosts import carries, host_and_prompts, refuse_unfit
+from ..hosts import host_and_prompts, refuse_unfit
 from ..inject import freeze
 from ..protocols import apply_protocol
-from .evaluation import IGNORE
+from .checks import check_options, check_protocol_options, plain_encoder
+from .grid import token_map
 
 _PUP_STEPS, _AUXILIARY_STEPS = 4, 2
 _AUXILIARY_WEIGHT = 0.4
+# In transformers a class for a task is named after it: ...ForSemanticSegmentation.
+_TASK = re.compile("For[A-Z]")
 
 
 class PupHead(nn.Module):
@@ -96,11 +101,9 @@ class Segmenter(nn.Module):
     ) -> None:
         super().__init__()
         encoder = plain_encoder(backbone)
-        for index in auxiliary:
-            if not 0 <= index < encoder.depth:
-                raise SpecError(
-                    f"Segmenter(auxiliary={tuple(auxiliary)}): blocks are 0 to {encoder.depth - 1}."
-                )
+        check_options(encoder, classes, channels, auxiliary, protocol)
+        check_protocol_options(protocol, options)
+        self._map = token_map(backbone, encoder)
         if protocol is not None:
             apply_protocol(backbone, protocol, **options)
         self.backbone = backbone
@@ -116,9 +119,9 @@ class Segmenter(nn.Module):
             head.to(like.device, like.dtype)
         self._freeze_classifier(encoder)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Return scores `(batch, classes, H, W)`."""
-        return self._scores(pixels)[0]
+    def forward(self, pixels: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Return scores `(batch, classes, H, W)`; with masks, the loss, as wrappers need it."""
+        return self._scores(pixels)[0] if masks is None else self.loss(pixels, masks)
 
     def loss(self, pixels: Tensor, masks: Tensor) -> Tensor:
         """Return the mean cross-entropy over pixels that are not 255, with that of auxiliary heads.
@@ -135,25 +138,24 @@ class Segmenter(nn.Module):
 
     def _scores(self, pixels: Tensor) -> list[Tensor]:
         encoder = plain_encoder(self.backbone)
-        height, width = pixels.shape[-2:]
-        patch = first_conv_kernel(module_at(self.backbone, encoder.path))
-        grid = (height // patch[0], width // patch[1])
         heads = [self.decoder, *(self.auxiliary.values() if self.training else ())]
-        wanted = [None, *(int(i) for i in self.auxiliary)][: len(heads)]
-        with _recorded(self.backbone, encoder, wanted) as seen:
+        paths = [encoder.final_norm or encoder.blocks[-1].path]
+        paths += [encoder.blocks[int(i)].path for i in self.auxiliary][: len(heads) - 1]
+        with _recorded(self.backbone, [self._map.conv, *paths]) as seen:
             self.backbone(pixels)
+        # Only the first map is the image's: patches made of prompts go through the same layer.
+        rows, columns = seen[0][0].shape[-2:]
+        size, first = (pixels.shape[-2], pixels.shape[-1]), encoder.prefix_tokens
         scores = []
-        for head, index in zip(heads, wanted, strict=True):
+        for head, outputs in zip(heads, seen[1:], strict=True):
             # Prompts, where a block has them as tokens, stand behind the image's.
-            first = encoder.prefix_tokens
-            tokens = seen[index][:, first : first + grid[0] * grid[1]]
-            if tokens.shape[1] != grid[0] * grid[1]:
+            tokens = outputs[-1][:, first : first + rows * columns]
+            if tokens.shape[1] != rows * columns:
                 raise SpecError(
-                    f"Segmenter: {tuple(pixels.shape[-2:])} pixels make {tokens.shape[1]} tokens, "
-                    f"not {grid[0]} x {grid[1]}; give images of the backbone's size."
+                    f"Segmenter: {rows} x {columns} patches come out of a block as "
+                    f"{tokens.shape[1]} tokens; switch off what drops or merges them."
                 )
-            maps = head(tokens, grid)
-            scores.append(F.interpolate(maps, (height, width), mode="bilinear"))
+            scores.append(self._map.lay(head(tokens, (rows, columns)), (rows, columns), size))
         return scores
 
     def _freeze_classifier(self, encoder: Encoder) -> None:
@@ -186,15 +188,13 @@ def apply_to_encoder(model: nn.Module, protocol: str, **options: Any) -> nn.Modu
     Raises:
         SpecError: The model is an encoder without a decoder, or a wrong option.
         AlreadyPromptedError: A protocol or prompts are in place.
-        UnsupportedArchitectureError: The protocol has no place in this model.
+        UnsupportedArchitectureError: The protocol has no place in this model, or nothing says which
+            part of it is the encoder.
     """
     refuse_unfit(model, "apply_to_encoder")
     encoder = encoder_for(model, "pad")
     if not encoder.path:
-        raise SpecError(
-            f"apply_to_encoder: {type(model).__name__} is an encoder without a decoder around it; "
-            "use apply_protocol."
-        )
+        _refuse_whole(model, encoder)
     if options.get("num_classes") is not None:
         raise SpecError(
             f"apply_to_encoder(num_classes={options['num_classes']!r}): the decoder is the model's "
@@ -207,38 +207,36 @@ def apply_to_encoder(model: nn.Module, protocol: str, **options: Any) -> nn.Modu
     return model
 
 
-def plain_encoder(backbone: nn.Module) -> Encoder:
-    """Return the anatomy of a bare or prompted plain ViT.
-
-    Raises:
-        UnsupportedArchitectureError: It has no one sequence of image tokens.
-    """
-    if carries(backbone):
-        return host_and_prompts(backbone, "Segmenter")[1].encoder
-    encoder = encoder_for(backbone, "prepend")
-    if not (encoder.plain and encoder.known):
-        raise UnsupportedArchitectureError(
-            f"Segmenter: {encoder.family} has no one sequence of image tokens; SETR-PUP takes "
-            "plain ViTs. For a model with a decoder of its own, use apply_to_encoder."
+def _refuse_whole(model: nn.Module, encoder: Encoder) -> NoReturn:
+    """Say why a model that is described as a whole has no encoder to put a protocol into."""
+    name = type(model).__name__
+    if encoder.library != "transformers" or encoder.head is not None or not _TASK.search(name):
+        raise SpecError(
+            f"apply_to_encoder: {name} is an encoder without a decoder around it; use "
+            "apply_protocol."
         )
-    return encoder
+    why = (
+        "its blocks serve as decoder too"
+        if encoder.blocks
+        else "its encoder has no attention that prompts could join"
+    )
+    raise UnsupportedArchitectureError(
+        f"apply_to_encoder: in {name} encoder and decoder cannot be told apart ({why}); take a "
+        "model whose encoder is a vision transformer of its own, UperNet over Swin say."
+    )
 
 
 @contextmanager
-def _recorded(
-    backbone: nn.Module, encoder: Encoder, wanted: Sequence[int | None]
-) -> Iterator[dict[int | None, Tensor]]:
-    """Keep what comes out of some blocks, and for None what the final norm gives."""
-    seen: dict[int | None, Tensor] = {}
+def _recorded(backbone: nn.Module, paths: Sequence[str]) -> Iterator[list[list[Tensor]]]:
+    """Keep what comes out of some modules, every time that they are called."""
+    seen: list[list[Tensor]] = [[] for _ in paths]
     handles = []
-    for index in wanted:
-        last = encoder.final_norm or encoder.blocks[-1].path
-        module = module_at(backbone, last if index is None else encoder.blocks[index].path)
+    for path, outputs in zip(paths, seen, strict=True):
 
-        def keep(module: nn.Module, args: Any, output: Any, index: int | None = index) -> None:
-            seen[index] = output[0] if isinstance(output, tuple) else output
+        def keep(module: nn.Module, args: Any, output: Any, into: list[Tensor] = outputs) -> None:
+            into.append(output[0] if isinstance(output, tuple) else output)
 
-        handles.append(module.register_forward_hook(keep))
+        handles.append(module_at(backbone, path).register_forward_hook(keep))
     try:
         yield seen
     finally:
