@@ -176,6 +176,17 @@ def test_a_rest_that_the_model_leaves_out_gets_the_nearest_scores() -> None:
     assert torch.equal(found[..., 32:, :], seen[..., -1:, :].expand(-1, -1, 5, -1))
 
 
+@pytest.mark.parametrize("name", ["timm/cls", "transformers/siglip"])
+def test_a_size_that_the_patches_do_not_divide(name: str) -> None:
+    size = "img_size" if name == "timm/cls" else "image_size"
+    model = Segmenter(build(name, **{size: 37}), 3, "vpt-deep", length=2, channels=4).eval()
+    model.decoder = Places(8)
+    found = model(image(1, size=37))[0, 0]
+    assert torch.equal(found[:32, :32], numbered((32, 32), 4, 8))
+    nearest = torch.arange(37).clamp(max=31)
+    assert torch.equal(found, found[nearest][:, nearest])
+
+
 @pytest.mark.parametrize(
     ("name", "grid"), [("vit_tiny_r_s16_p8_224", (2, 2)), ("vit_base_mci_224", (4, 4))]
 )
@@ -790,6 +801,13 @@ def test_bad_input() -> None:
     assert all(p.requires_grad for p in vit.parameters())
     with pytest.raises(SpecError, match="build the model for that many"):
         apply_to_encoder(whole("segformer"), "bias", num_classes=3)
+    host = whole("segformer")
+    border = {"length": 2, "location": "pad"}
+    refused_unchanged(
+        host,
+        r"apply_to_encoder: with a border around the image",
+        lambda: apply_to_encoder(host, "vpt-shallow", **border),
+    )
     for kind, match in (
         ("convnext", "no attention that prompts"),
         ("eomt", "serve as decoder too"),

@@ -117,10 +117,11 @@ def _layout(path: str, conv: nn.Conv2d, taken: Pair, size: Pair) -> TokenMap:
     # What stands in front shrinks the image by a whole factor; padding makes it a little larger.
     shrunk = [max(round(s / t), 1) for s, t in zip(size, taken, strict=True)]
     strides = [int(stride) for stride in conv.stride]
-    plain = conv.kernel_size == conv.stride and conv.dilation == (1, 1) and conv.padding == (0, 0)
+    bare = conv.dilation == (1, 1) and conv.padding in ((0, 0), "valid")
+    tiles = bare and conv.kernel_size == conv.stride
     padded = [t - s for s, t in zip(size, taken, strict=True)]
     whole = all(0 <= more < stride for more, stride in zip(padded, strides, strict=True))
-    return TokenMap(path, (shrunk[0] * strides[0], shrunk[1] * strides[1]), plain and whole)
+    return TokenMap(path, (shrunk[0] * strides[0], shrunk[1] * strides[1]), tiles and whole)
 
 
 def _try(module: nn.Module, backbone: nn.Module, encoder: Encoder) -> _Trial:

@@ -20,7 +20,7 @@ from ..errors import SpecError, UnsupportedArchitectureError
 from ..hosts import host_and_prompts, refuse_unfit
 from ..inject import freeze
 from ..protocols import apply_protocol
-from .checks import check_options, check_protocol_options, plain_encoder
+from .checks import check_options, check_protocol_options, plain_encoder, refuse_unread
 from .grid import token_map
 
 _PUP_STEPS, _AUXILIARY_STEPS = 4, 2
@@ -70,20 +70,27 @@ class Segmenter(nn.Module):
     """A ViT with a SETR-PUP decoder that sees image tokens only: prompts are left behind.
 
     The decoder always trains; what of the backbone does is the protocol's business. Call it
-    with pixels `(batch, 3, H, W)` of the backbone's size, and get scores `(batch, classes, H, W)`.
+    with pixels `(batch, 3, H, W)` of a size that the backbone takes, and get scores `(batch,
+    classes, H, W)`. They lie where the tokens do: what the backbone pads is cut off, and a rest
+    on the right and below that makes no whole patch gets the nearest scores.
+
+    Everything is checked before the backbone changes, with a dummy forward.
 
     Args:
-        backbone: A plain ViT of timm or transformers; its classifier, if any, is not used.
-        classes: Number of classes.
+        backbone: A plain ViT of timm or transformers, not wrapped; its classifier, if any, is not
+            used.
+        classes: Number of classes, 2 to 255.
         protocol: "linear" (the decoder alone), "bias", "vpt-deep", "vpt-shallow", "vpt+bias",
-            "full" and so on, as in `apply_protocol`; None: the backbone stays as it is.
-        channels: Of the decoder's maps.
+            "full" and so on, as in `apply_protocol`, but for "sidetune" and "mlp-k", which are
+            about the classifier; None: the backbone stays as it is.
+        channels: Of the decoder's maps, 1 or more.
         auxiliary: Blocks behind which a smaller head adds to the loss in training. The paper's
             recipe has three, at 10, 15 and 20 of ViT-L's 24.
-        options: Of the protocol.
+        options: Of the protocol, but for location="pad", `pooling` and `num_classes`.
 
     Raises:
-        UnsupportedArchitectureError: The backbone has no one sequence of image tokens.
+        UnsupportedArchitectureError: The backbone has no one sequence of image tokens, or they are
+            no map that lies over the image.
         SpecError: A wrong option.
 
     Source: Jia et al. 2022, section 4.2 and table 3.
@@ -120,7 +127,17 @@ class Segmenter(nn.Module):
         self._freeze_classifier(encoder)
 
     def forward(self, pixels: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Return scores `(batch, classes, H, W)`; with masks, the loss, as wrappers need it."""
+        """Return scores `(batch, classes, H, W)`; with masks, what `loss` does.
+
+        DDP and other wrappers see no other call than this one.
+
+        Args:
+            pixels: `(batch, 3, H, W)`.
+            masks: As in `loss`, or None.
+
+        Raises:
+            SpecError: The tokens do not lie over images of this size.
+        """
         return self._scores(pixels)[0] if masks is None else self.loss(pixels, masks)
 
     def loss(self, pixels: Tensor, masks: Tensor) -> Tensor:
@@ -180,7 +197,7 @@ def apply_to_encoder(model: nn.Module, protocol: str, **options: Any) -> nn.Modu
     Args:
         model: The whole model.
         protocol: As in `apply_protocol`.
-        options: Its options.
+        options: Its options, but for location="pad", which moves the image.
 
     Returns:
         `model`.
@@ -192,6 +209,7 @@ def apply_to_encoder(model: nn.Module, protocol: str, **options: Any) -> nn.Modu
             part of it is the encoder.
     """
     refuse_unfit(model, "apply_to_encoder")
+    refuse_unread("apply_to_encoder", None, options.get("location"))
     encoder = encoder_for(model, "pad")
     if not encoder.path:
         _refuse_whole(model, encoder)
