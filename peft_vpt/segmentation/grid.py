@@ -103,6 +103,13 @@ def token_map(backbone: nn.Module, encoder: Encoder) -> TokenMap:
         )
     path, conv, taken, grid = maps[0]
     found = _layout(join(encoder.path, path), conv, taken, trial.size)
+    if not found.apart and any(
+        getattr(part, "dynamic_img_pad", False) for part in module.modules()
+    ):
+        raise UnsupportedArchitectureError(
+            f"Segmenter: {name} pads maps behind a stem of convolutions (dynamic_img_pad), so "
+            "nothing says how large its tokens are; build it with dynamic_img_pad=False."
+        )
     if not found.fits(grid, trial.size):
         raise UnsupportedArchitectureError(
             f"Segmenter: in {name}, {_by(trial.size)} pixels make {_by(grid)} tokens of "
