@@ -35,6 +35,7 @@ from peft_vpt.errors import (
 )
 from peft_vpt.segmentation import (
     IGNORE,
+    Confusion,
     PupHead,
     Segmenter,
     apply_to_encoder,
@@ -209,6 +210,22 @@ def test_locations_that_leave_the_image_in_its_place(location: str) -> None:
     model = segmenter("timm/cls", "vpt-shallow", length=1, location=location, auxiliary=(0, 1))
     model.train()
     assert [s.shape for s in model._scores(image())] == [(2, 4, 32, 32)] * 3
+
+
+def test_channels_in_place_do_not_hinder_the_dummy_image() -> None:
+    timm = pytest.importorskip("timm")
+    bare = timm.create_model("vit_tiny_patch16_224", depth=1, dynamic_img_size=True)
+    host = inject_prompts(bare, 2, deep=False, location="concat-channel")
+    assert host.prompts.place.image != host.prompts.encoder.input_size
+    model = Segmenter(host, 3, None, channels=4)
+    assert model(image(1, torch.float32, 224)).shape == (1, 3, 224, 224)
+
+
+def test_tokens_that_training_drops_are_told() -> None:
+    model = Segmenter(vit(patch_drop_rate=0.5), 3, "full", channels=4)
+    assert model.eval()(image()).shape == (2, 3, 32, 32)
+    with pytest.raises(SpecError, match="4 x 4 patches come out of a block as 8 tokens; switch"):
+        model.train()(image())
 
 
 def unlike(name: str) -> nn.Module:
@@ -504,6 +521,8 @@ def test_wrong_labels_are_not_counted_elsewhere() -> None:
     for classes in (0, 1, 256, 2.0, "a"):
         with pytest.raises(SpecError, match=r"score\(classes=.*from 2 to 255; the label 255"):
             score([], classes)  # type: ignore[arg-type]
+        with pytest.raises(SpecError, match=r"Confusion\(classes=.*from 2 to 255"):
+            Confusion(classes)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("auxiliary", [(), (0,)])
