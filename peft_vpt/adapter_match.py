@@ -38,6 +38,10 @@ _SIDE_HINT = (
     " The file holds no code: on a bare model, first call apply_protocol(model, 'sidetune', "
     "features=...) with the features that it was made with."
 )
+_PATH_HINT = (
+    " What is named by its path has no name that both libraries share, so such a file loads into "
+    "{} models alone; 'adapter', 'linear' and prompts cross."
+)
 
 
 def check_fit(
@@ -285,9 +289,13 @@ def _check_protocol(
     have = {n: tuple(t.shape) for n, t in adapter.tensors.items() if n.startswith("delta.")}
     if have != shapes:
         names = sorted(n for n in {*have, *shapes} if have.get(n) != shapes.get(n))
+        listed = [f"{n} (file: {have.get(n)}, model: {shapes.get(n)})" for n in names[:5]]
+        made_in = adapter.metadata["backbone"]["library"]
+        foreign = made_in != encoder.library and any("path." in name for name in names)
         raise AdapterMismatchError(
             f"{where}: its weights of protocol {protocol.name!r} do not fit this model: "
-            f"{', '.join(names[:5])}{' ...' if len(names) > 5 else ''}."
+            f"{', '.join(listed)}{' ...' if len(names) > 5 else ''}."
+            f"{_PATH_HINT.format(made_in) if foreign else ''}"
             f"{_SIDE_HINT if protocol.kind == 'sidetune' else ''}"
         )
 

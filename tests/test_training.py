@@ -1003,8 +1003,10 @@ def distributed(what: str) -> nn.Module:
     torch.manual_seed(0)
     model = build("transformers/dinov2", torch.float32)
     apply_protocol(model, "full", num_classes=CLASSES, generator=torch.Generator().manual_seed(0))
-    # It trains and no forward uses it.
-    assert model.get_parameter("dinov2.embeddings.mask_token").requires_grad
+    # A protocol leaves it alone; here it shall train, though no forward uses it.
+    mask = model.get_parameter("dinov2.embeddings.mask_token")
+    assert not mask.requires_grad
+    mask.requires_grad_(True)
     return model
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedArchitectureError
-from . import find_encoder
+from . import find_encoder, timm_table, transformers_table
 from .anatomy import Encoder, Head, is_kind, join, module_at
 from .timm_vit import classifier_paths, is_simple
 
@@ -23,6 +23,7 @@ _SIZES = (224, 256, 64, 32, 384)
 # A stem that folds pixels into channels has more; the image itself has not.
 _MOST = 15
 _HINT = "location='pad'"
+_RULES = (timm_table.rule, transformers_table.rule)
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,23 @@ def describe(host: nn.Module) -> Encoder | None:
     if _is_timm(base):
         return _whole(base, inner, "timm", _timm_head(base, inner))
     return _whole(base, inner, "transformers", _transformers_head(model, path))
+
+
+def is_convnet(host: nn.Module, encoder: Encoder) -> bool:
+    """Tell whether a model mixes its pixels by convolutions alone.
+
+    That is, it has several whose windows overlap (patches that are cut out do not mix), and no
+    attention of any kind beside them.
+    """
+    if encoder.blocks:
+        return False
+    for path, module in host.named_modules():
+        parent = module_at(host, path.rpartition(".")[0])
+        if any(rule(path, module, parent) is not None for rule in _RULES):
+            return False
+    model = module_at(host, encoder.path)
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    return sum(c.kernel_size[0] > c.stride[0] for c in convs) > 1
 
 
 def image_path(host: nn.Module, encoder: Encoder) -> str:

@@ -10,14 +10,16 @@ from torch import nn
 
 from ..backbones.anatomy import Encoder, module_at
 from ..backbones.heads import class_count, host_dtype, swap_head
-from ..backbones.image_model import encoder_for
+from ..backbones.image_model import encoder_for, is_convnet
 from ..errors import SpecError
 from ..hosts import device_of, host_and_prompts, refuse_unfit
 from ..inject import freeze, inject_prompts, inject_spec, watch_input
 from ..spec import PromptSpec
+from ..undo import unchanged_on_error
 from .delta import Delta
 from .modules import MlpHead, fill
 from .options import PROMPTED, Protocol
+from .trial import check_head_input
 
 Model = TypeVar("Model", bound=nn.Module)
 # What trains inside blocks, and may have no trained weight in front of them.
@@ -40,6 +42,7 @@ def apply_protocol(
     "adapter": a bottleneck behind every feed-forward layer. "sidetune": a small network beside the
     backbone. "cls": the CLS token. "vpt-shallow", "vpt-deep", "vpt+bias", "prompt-fixed": prompts.
     The head always trains. The backbone stays in eval mode but for what trains as a whole.
+    A failed call leaves the model as it was.
 
     `save_task_adapter`, `load_task_adapter` and `remove_prompts` take the model as they take a
     prompted one.
@@ -49,24 +52,47 @@ def apply_protocol(
         name: The protocol.
         num_classes: As in `inject_prompts`.
         generator: Seeds what is new.
-        options: Of prompts: those of `inject_prompts`; on a model without transformer blocks,
-            `location` is "pad". Of "adapter": `reduction` (8). Of "full": `keep_original` (False);
-            without it the model cannot be put back. Of "sidetune": `features`, a module from
-            pixels to maps of 256 channels.
+        options: Of prompts: those of `inject_prompts`; on a ConvNet, `location` is "pad". Of
+            "adapter": `reduction` (8). Of "full": `keep_original` (False); without it the model
+            cannot be put back. Of "sidetune": `features`, a module from pixels to maps of 256
+            channels.
 
     Returns:
         `model`.
 
     Raises:
-        SpecError: An unknown name, or a wrong option.
+        SpecError: An unknown name, a wrong option, or nothing would train.
         AlreadyPromptedError: A protocol or prompts are in place.
         UnsupportedArchitectureError: The protocol has no place in this model.
 
     Source: Jia et al. 2022, sections 4.1, A.1 and B.
     """
+    refuse_unfit(model, "apply_protocol")
+    with unchanged_on_error(model, ()):
+        apply_inside(model, name, num_classes=num_classes, generator=generator, **options)
+        _refuse_idle(model, name, num_classes)
+    return model
+
+
+def apply_inside(
+    model: Model,
+    name: str,
+    *,
+    num_classes: int | None = None,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> Model:
+    """Do the work of `apply_protocol`; what trains may be outside the model, a decoder say.
+
+    A call that raises may leave the model changed.
+    """
     own = {key: options.pop(key) for key in _OWN if key in options}
     protocol = Protocol(name, **own)
     refuse_unfit(model, "apply_protocol")
+    if not isinstance(generator, torch.Generator | None):
+        raise SpecError(
+            f"apply_protocol({name!r}, generator={generator!r}): must be a torch.Generator."
+        )
     if protocol.kind in PROMPTED:
         return _with_prompts(model, protocol, num_classes, generator, options)
     features = options.pop("features", None) if protocol.kind == "sidetune" else None
@@ -97,6 +123,8 @@ def apply_delta(
 ) -> Model:
     """Do the work of `apply_protocol` for a protocol and an anatomy that are at hand."""
     delta = Delta(protocol, model, encoder, features)
+    if protocol.kind in ("mlp", "sidetune"):
+        check_head_input(model, encoder, protocol)
     classes = num_classes
     if protocol.kind == "mlp":
         classes = _classes(model, encoder, protocol, num_classes)
@@ -118,8 +146,8 @@ def _put(model: Model, delta: Delta, encoder: Encoder, generator: torch.Generato
     delta.attach(model, prompts)
     prompts.delta = delta
     if prompts.first_block is None and encoder.blocks and delta.protocol.kind in _INSIDE:
-        last = delta.protocol.number if delta.protocol.kind == "partial" else encoder.depth
-        prompts.first_block = encoder.depth - last
+        inside = [i for i, b in enumerate(encoder.blocks) if b.path in delta.trained_paths]
+        prompts.first_block = min(inside, default=0)
         watch_input(prompts, model)
     freeze(model, encoder)
     prompts.train(model.training)
@@ -136,13 +164,15 @@ def _with_prompts(
     """Inject prompts by the protocol's name, and biases beside them for "vpt+bias"."""
     fixed = PROMPTED[protocol.kind]
     wrong = [key for key in options if key in fixed and options[key] != fixed[key]]
-    if wrong and protocol.kind in ("vpt-shallow", "vpt-deep"):
+    # The reach of the prompts is in the name of these alone.
+    wrong = [key for key in wrong if key != "deep" or protocol.kind in ("vpt-shallow", "vpt-deep")]
+    if wrong:
         raise SpecError(
             f"apply_protocol({protocol.name!r}, {wrong[0]}={options[wrong[0]]!r}): the name says "
             f"{wrong[0]}={fixed[wrong[0]]!r}."
         )
     encoder = encoder_for(model, "pad")
-    if not encoder.blocks:
+    if is_convnet(model, encoder):
         options = {"location": "pad"} | options
     known = set(signature(inject_prompts).parameters) - {"model"}
     unknown = sorted(set(options) - known)
@@ -153,6 +183,22 @@ def _with_prompts(
     delta = Delta(protocol, model, encoder) if protocol.moves else None
     inject_prompts(model, **{**fixed, **options}, num_classes=num_classes, generator=generator)
     return model if delta is None else _put(model, delta, encoder, generator)
+
+
+def _refuse_idle(model: nn.Module, name: str, num_classes: int | None) -> None:
+    """Raise where nothing at all would train."""
+    if any(p.requires_grad for p in model.parameters()):
+        return
+    head = host_and_prompts(model, "apply_protocol")[1].encoder.head
+    raise SpecError(
+        f"apply_protocol({name!r}, num_classes={num_classes!r}): nothing would train, since "
+        f"{type(model).__name__} has no classifier"
+        + (
+            "; give num_classes."
+            if head is not None
+            else ". Use its image classification class, or a protocol that trains the backbone."
+        )
+    )
 
 
 def _classes(

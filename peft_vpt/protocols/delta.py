@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from inspect import signature
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -12,15 +11,14 @@ from torch import Tensor, nn
 from ..backbones.anatomy import Encoder, module_at
 from ..errors import UnsupportedArchitectureError, VPTError
 from ..fingerprint import Fingerprint, fingerprint
+from .feed_forward import FeedForward, feed_forwards
 from .modules import Bottleneck, SideNetwork, fill
-from .moved import moved_buffers, moved_names, trained_paths
+from .moved import moved
 from .names import Place, file_names
 from .options import Protocol
 
 if TYPE_CHECKING:
     from ..prompts import Prompts
-
-_FEED_FORWARD = ("mlp", "ffn", "feed_forward", "mlp_channels", "output")
 
 
 class Delta(nn.Module):
@@ -46,21 +44,22 @@ class Delta(nn.Module):
     ) -> None:
         super().__init__()
         self.protocol = protocol
-        self.names = moved_names(host, encoder, protocol)
-        self.trained_paths = trained_paths(host, encoder, protocol)
-        buffers = moved_buffers(host, encoder, protocol)
+        self.names, buffers, self.trained_paths = moved(host, encoder, protocol)
         self.places: dict[str, Place] = file_names(host, encoder, [*self.names, *buffers])
         # Outside the module tree, so that `.to()` leaves them on the CPU.
         self.originals: dict[str, Tensor] = {}
         self.fingerprint: Fingerprint | None = None
+        self.layers = feed_forwards(host, encoder) if protocol.kind == "adapter" else []
         self.adapters: nn.ModuleDict | None = None
         self.side: SideNetwork | None = None
         # Filled by `materialise`, so that a check of what fits draws no random numbers.
         with torch.device("meta"):
             if protocol.kind == "adapter":
-                self.adapters = nn.ModuleDict(_bottlenecks(protocol, host, encoder))
+                self.adapters = nn.ModuleDict(_bottlenecks(protocol, self.layers))
             if protocol.kind == "sidetune":
                 self.side = SideNetwork(_head_width(host, encoder), features)
+        if self.side is not None and not self.side.given:
+            _check_image(host, encoder)
         if any(p.is_meta for p in host.parameters()) and (
             self.places or self.adapters or self.side
         ):
@@ -88,8 +87,7 @@ class Delta(nn.Module):
         for part in self._parts():
             part.serve(prompts)
         for index, bottleneck in self._bottlenecks().items():
-            block = module_at(host, encoder.blocks[int(index)].path)
-            layer = module_at(block, _feed_forward(block) or "")
+            layer = module_at(host, self.layers[int(index)].path)
             self._handles.append(layer.register_forward_hook(bottleneck.behind))
         if self.side is not None and encoder.head is not None:
             head = module_at(host, encoder.head.paths[0])
@@ -186,34 +184,25 @@ def _head_width(host: nn.Module, encoder: Encoder) -> int:
     return encoder.head.width
 
 
+def _check_image(host: nn.Module, encoder: Encoder) -> None:
+    """Raise where AlexNet would be called with other things than images of three channels."""
+    if encoder.input_size[0] == 3 and encoder.inputs not in ("video", "patches"):
+        return
+    what = "videos or patches" if encoder.input_size[0] == 3 else "images of other channels"
+    raise UnsupportedArchitectureError(
+        f"apply_protocol('sidetune'): {type(host).__name__} takes {what}, and AlexNet's features "
+        "(batch, 3, H, W); give features=..., a module from its pixels to maps (batch, 256, h, w)."
+    )
+
+
 def _tensors(host: nn.Module) -> dict[str, Any]:
     return dict(host.named_parameters()) | dict(host.named_buffers())
 
 
-def _bottlenecks(protocol: Protocol, host: nn.Module, encoder: Encoder) -> dict[str, nn.Module]:
+def _bottlenecks(protocol: Protocol, layers: list[FeedForward]) -> dict[str, nn.Module]:
     assert protocol.reduction is not None
     found: dict[str, nn.Module] = {}
-    for index, block in enumerate(encoder.blocks):
-        if _feed_forward(module_at(host, block.path)) is None:
-            raise UnsupportedArchitectureError(
-                f"apply_protocol('adapter'): block {index} ({block.path}) of "
-                f"{type(host).__name__} shows no feed-forward layer called "
-                f"{' or '.join(_FEED_FORWARD)}."
-            )
-        hidden = max(1, block.width // protocol.reduction)
-        found[str(index)] = Bottleneck(block.width, hidden)
-    if not found:
-        raise UnsupportedArchitectureError(
-            f"apply_protocol('adapter'): {type(host).__name__} has no transformer blocks."
-        )
+    for index, layer in enumerate(layers):
+        hidden = max(1, layer.width // protocol.reduction)
+        found[str(index)] = Bottleneck(layer.width, hidden, layer.axis)
     return found
-
-
-def _feed_forward(block: nn.Module) -> str | None:
-    """Return the path of the block's feed-forward layer, in front of the residual sum."""
-    children = dict(block.named_children())
-    name = next((name for name in _FEED_FORWARD if name in children), None)
-    # DPT's, VideoMAE's and others' `output` takes the residual too, and adds it behind `dense`.
-    if name != "output" or len(signature(children[name].forward).parameters) == 1:
-        return name
-    return "output.dense" if hasattr(children[name], "dense") else None

@@ -10,11 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import SpecError, VPTError
+
 if TYPE_CHECKING:
     from ..prompts import Prompts
 
 _SIDE_SIZE = 256 * 6 * 6
 _MLP_DROPOUT = 0.1
+# Below this, a pooling of AlexNet has nothing left to pool.
+_SMALLEST = 63
 
 
 class Bottleneck(nn.Module):
@@ -26,12 +30,14 @@ class Bottleneck(nn.Module):
     Args:
         width: Of the tokens.
         hidden: Of the bottleneck.
+        axis: Where the channels stand: -1 of tokens, 1 of maps.
 
     Source: Jia et al. 2022, section 4.1 (Adapter, in the form of Pfeiffer et al. 2020).
     """
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, hidden: int, axis: int = -1) -> None:
         super().__init__()
+        self.axis = axis
         self.down = nn.Linear(width, hidden)
         self.up = nn.Linear(hidden, width)
         self._prompts: tuple[Prompts, ...] = ()
@@ -49,10 +55,19 @@ class Bottleneck(nn.Module):
         self._prompts = (prompts,)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Map tokens `(..., width)` to tokens."""
-        dtype = self.down.weight.dtype
-        change = self.up(F.gelu(self.down(hidden.to(dtype))))
-        return hidden + cast(Tensor, change).to(hidden.dtype)
+        """Map tokens `(..., width)` to tokens, or maps `(batch, width, h, w)` to maps.
+
+        Raises:
+            VPTError: They are of another width.
+        """
+        if hidden.shape[self.axis] != self.down.in_features:
+            raise VPTError(
+                f"adapter: a feed-forward layer gave {tuple(hidden.shape)}, where axis {self.axis} "
+                f"must be {self.down.in_features} wide; this model cannot take adapters."
+            )
+        tokens = hidden.movedim(self.axis, -1).to(self.down.weight.dtype)
+        change: Tensor = self.up(F.gelu(self.down(tokens)))
+        return hidden + change.movedim(-1, self.axis).to(hidden.dtype)
 
     def behind(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook of a feed-forward layer."""
@@ -79,6 +94,11 @@ class SideNetwork(nn.Module):
 
     def __init__(self, width: int, features: nn.Module | None = None) -> None:
         super().__init__()
+        if not isinstance(features, nn.Module | None):
+            raise SpecError(
+                f"apply_protocol('sidetune', features={features!r}): must be a torch.nn.Module "
+                "from pixels (batch, 3, H, W) to maps (batch, 256, h, w)."
+            )
         self.given = features is not None
         self.features = _alexnet() if features is None else features
         self.project = nn.Linear(_SIDE_SIZE, width, bias=False)
@@ -103,7 +123,13 @@ class SideNetwork(nn.Module):
         self._prompts = (prompts,)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Map pixels `(batch, 3, H, W)` to features `(batch, width)`."""
+        """Map pixels `(batch, 3, H, W)` to features `(batch, width)`.
+
+        Raises:
+            VPTError: AlexNet cannot take such images.
+        """
+        if not self.given:
+            _check_pixels(pixels)
         maps = F.adaptive_avg_pool2d(self.features(pixels.to(self.project.weight.dtype)), 6)
         return cast(Tensor, self.project(maps.flatten(1)))
 
@@ -122,7 +148,7 @@ class SideNetwork(nn.Module):
             return None
         pixels = _PIXELS.get().get(id(self))
         if not isinstance(pixels, Tensor):
-            raise RuntimeError("sidetune: call the whole model with an image, not its head alone.")
+            raise VPTError("sidetune: call the whole model with an image, not its head alone.")
         base, share = args[0], torch.sigmoid(self.alpha)
         side = self(pixels).to(base.dtype).reshape(base.shape)
         return (share * base + (1 - share) * side, *args[1:])
@@ -150,6 +176,12 @@ class MlpHead(nn.Sequential):
             hidden.append(nn.Dropout(_MLP_DROPOUT))
         super().__init__(*hidden, nn.Linear(width, classes))
         self.in_features, self.out_features = width, classes
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map features `(batch, width)`, or a pooled map of one pixel, to `(batch, classes)`."""
+        for layer in self:
+            input = layer(input.flatten(1) if input.dim() == 4 else input)
+        return input
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None) -> None:
@@ -185,8 +217,25 @@ def _uniform(like: Tensor, bound: float, generator: torch.Generator | None) -> T
     return torch.empty(like.shape, device=source).uniform_(-bound, bound, generator=generator)
 
 
+def _check_pixels(pixels: Tensor) -> None:
+    shape = tuple(pixels.shape)
+    if len(shape) != 4 or shape[1] != 3 or min(shape[2:]) < _SMALLEST:
+        raise VPTError(
+            f"sidetune: AlexNet's features take images (batch, 3, H, W) of {_SMALLEST} pixels or "
+            f"more, got {shape}; give larger ones, or apply_protocol(model, 'sidetune', "
+            "features=...) a module of your own for these."
+        )
+
+
 def _alexnet() -> nn.Module:
-    from torchvision.models import alexnet
+    try:
+        from torchvision.models import alexnet
+    except ImportError as error:
+        raise VPTError(
+            "apply_protocol('sidetune'): the features of AlexNet come from torchvision, which is "
+            "not installed; install torchvision, or give features=..., a module from pixels "
+            "(batch, 3, H, W) to maps (batch, 256, h, w)."
+        ) from error
 
     features: nn.Module = alexnet(weights=None).features
     return features

@@ -19,6 +19,8 @@ _ROLES = (
     (r"mlp\.fc2", "fc2"),
     (r"ls1\.gamma|layer_scale1\.lambda1|gamma_1|lambda_1", "ls1"),
     (r"ls2\.gamma|layer_scale2\.lambda1|gamma_2|lambda_2", "ls2"),
+    # transformers' BEiT has it beside the attention.
+    (r"relative_position_bias\.relative_position_bias_table", "bias_table"),
 )
 _OUTPUT = re.compile(r"proj|o_proj|out_proj|output\.dense")
 # Outside the blocks, relative to the encoder.

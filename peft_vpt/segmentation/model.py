@@ -19,7 +19,8 @@ from ..decoder import claim_decoder
 from ..errors import SpecError, UnsupportedArchitectureError
 from ..hosts import host_and_prompts, refuse_unfit
 from ..inject import freeze
-from ..protocols import apply_protocol
+from ..protocols import apply_inside
+from ..undo import unchanged_on_error
 from .checks import check_options, check_protocol_options, plain_encoder, refuse_unread
 from .grid import token_map
 
@@ -112,7 +113,8 @@ class Segmenter(nn.Module):
         check_protocol_options(protocol, options)
         self._map = token_map(backbone, encoder)
         if protocol is not None:
-            apply_protocol(backbone, protocol, **options)
+            with unchanged_on_error(backbone, ()):
+                apply_inside(backbone, protocol, **options)
         self.backbone = backbone
         width = encoder.blocks[-1].width
         self.decoder = PupHead(width, classes, channels)
@@ -218,10 +220,11 @@ def apply_to_encoder(model: nn.Module, protocol: str, **options: Any) -> nn.Modu
             f"apply_to_encoder(num_classes={options['num_classes']!r}): the decoder is the model's "
             "own; build the model for that many classes."
         )
-    apply_protocol(model, protocol, **options)
-    prompts = host_and_prompts(model, "apply_to_encoder")[1]
-    claim_decoder(model, prompts)
-    freeze(model, prompts.encoder)
+    with unchanged_on_error(model, ()):
+        apply_inside(model, protocol, **options)
+        prompts = host_and_prompts(model, "apply_to_encoder")[1]
+        claim_decoder(model, prompts)
+        freeze(model, prompts.encoder)
     return model
 
 
