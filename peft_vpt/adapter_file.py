@@ -62,9 +62,10 @@ _UNREADABLE = (
     OverflowError,
 )
 _PICKLE = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
-_STATE_DICT = (
+STATE_DICT = (
     "a plain state dict does not say how its prompts are put in: call inject_prompts(model, ...) "
-    "with the options it was trained with, then model.load_state_dict(...), and "
+    "with the options it was trained with, then model.load_state_dict(...), with strict=False if "
+    "it holds only what trains (trainable_parameters, a Trainer checkpoint), and "
     "save_task_adapter to get a task adapter"
 )
 
@@ -231,7 +232,7 @@ def _open(path: Path, where: str) -> tuple[str, dict[str, Tensor]]:
         # The first line: torch adds its C++ stack.
         reason = str(error).partition("\n")[0]
         reason = f"unknown dtype {reason}" if isinstance(error, LookupError) else reason
-        hint = f" It looks like a pickle, which is never opened; {_STATE_DICT}."
+        hint = f" It looks like a pickle, which is never opened; {STATE_DICT}."
         raise AdapterError(
             f"{where}: not a readable safetensors file: {reason}.{hint if _pickled(path) else ''}"
         ) from error
@@ -266,10 +267,10 @@ def _check_size(file: BinaryIO, header: int, end: int) -> None:
 
 def _foreign(raw: Mapping[str, Any], names: list[str], where: str) -> AdapterError:
     prompted = any("prompts." in name for name in names)
-    hint = f" It looks like the weights of a prompted model; {_STATE_DICT}." if prompted else ""
+    hint = f" It looks like the weights of a prompted model; {STATE_DICT}." if prompted else ""
     return AdapterError(
         f"{where}: not a peft_vpt task adapter: its metadata must hold exactly the key "
-        f"{METADATA_KEY!r}, it holds {sorted(raw)[:20]}.{hint}"
+        f"{METADATA_KEY!r}, it holds {sorted(raw)[:20]!s:.400}.{hint}"
     )
 
 

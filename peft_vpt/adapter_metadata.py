@@ -5,6 +5,7 @@ The tensors and the bytes are `adapter_file`'s business.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -18,6 +19,8 @@ from .spec import PromptSpec
 
 FORMAT_VERSION = 1
 INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+# `head.reads` of the decoder of a `Segmenter`: every image token, behind the final norm.
+SEGMENTER = "tokens"
 _BLOCK_NUMBERS, _NORM_NUMBERS = 9, 3
 # Bounds that no adapter reaches: they keep a small file from asking for gigabytes.
 _MOST_NESTING = 32
@@ -64,11 +67,7 @@ def check_metadata(metadata: Any, where: str) -> PromptSpec:
         _check_fields(metadata["head"], _HEAD, f"{where}: head")
         _check_labels(metadata["head"], where)
     if metadata["preprocessing"] is not None:
-        images = metadata["preprocessing"]
-        known = {name: value for name, value in images.items() if name in _PREPROCESSING}
-        _check_fields(known, _PREPROCESSING, f"{where}: preprocessing")
-        if len(images.get("mean", [])) != len(images.get("std", [])):
-            raise AdapterError(f"{where}: its preprocessing has unlike numbers of means and stds.")
+        _check_images(metadata["preprocessing"], f"{where}: preprocessing")
     _check_backbone(metadata["backbone"], where)
     _check_protocol(metadata, where)
     if metadata["spec"] is None:
@@ -102,6 +101,16 @@ _NAME = _Field("a string that is not empty", lambda value: isinstance(value, str
 _WORD = _Field(
     "a word", lambda v: isinstance(v, str) and re.fullmatch(r"[\w.+!/-]{1,200}", v) is not None
 )
+# A path below the Hub's cache, so that it must not lead out of there.
+_PATH = re.compile(r"(?=.{1,200}\Z)(?!.*\.\.)\w[\w.+!-]*(/\w[\w.+!-]*)*", re.ASCII)
+
+
+def is_revision(value: Any) -> bool:
+    """Tell whether a value can be the revision of a backbone's repository."""
+    return isinstance(value, str) and _PATH.fullmatch(value) is not None
+
+
+_REVISION = _Field("a branch, tag or commit, no path that leads elsewhere", is_revision)
 _OBJECT = _Field("an object", lambda value: isinstance(value, dict))
 _COUNT = _Field("an integer of at least 1", _integer(1, _MOST_WIDTH))
 _FIELDS = {
@@ -128,7 +137,7 @@ _BACKBONE = {
             lambda value: isinstance(value, str) and is_hub_name(value),
         )
     ),
-    "revision": _or_null(_WORD),
+    "revision": _or_null(_REVISION),
     "dims": _Field("a list of widths", _list_of(_COUNT.fits, least=0)),
     "depth": _Field(f"an integer from 0 to {_MOST_DEPTH}", _integer(0, _MOST_DEPTH)),
     "fingerprint": _or_null(_OBJECT),
@@ -164,6 +173,7 @@ _PREPROCESSING = {
         )
     ),
 }
+IMAGE_FIELDS = tuple(_PREPROCESSING)
 _FINGERPRINT = {
     "dtype": _NAME,
     "blocks": _Field("a list", lambda value: isinstance(value, list)),
@@ -219,6 +229,19 @@ def _check_fields(values: Mapping[str, Any], fields: Mapping[str, _Field], where
         raise AdapterError(
             f"{where}: metadata fields {_short(unknown)} are not known to this release; if a newer "
             "one wrote the file, update peft_vpt."
+        )
+
+
+def _check_images(images: Mapping[str, Any], where: str) -> None:
+    _check_fields(images, _PREPROCESSING, where)
+    if len(images.get("mean", [])) != len(images.get("std", [])):
+        raise AdapterError(f"{where}: it has unlike numbers of means and stds.")
+    # What an image is resized to before the middle is cut out of it.
+    edge = max(images.get("size", [0])) / (images.get("crop") or 1)
+    if edge > _MOST_PIXELS:
+        raise AdapterError(
+            f"{where}: size {images['size']} and crop {images['crop']} make an edge of {edge:.0f} "
+            f"pixels; it may be {_MOST_PIXELS} at most."
         )
 
 
@@ -281,6 +304,30 @@ def _check_protocol(metadata: Mapping[str, Any], where: str) -> None:
     prompted = protocol.kind in PROMPTED
     if protocol.to_dict() != metadata["protocol"] or prompted != (metadata["spec"] is not None):
         raise AdapterError(f"{where}: its protocol and its prompts contradict.")
+
+
+def plain_metrics(metrics: Mapping[str, Any], call: str = "save_task_adapter") -> dict[str, Any]:
+    """Return metrics as plain JSON values; numbers of numpy and tensors of one number are turned.
+
+    Raises:
+        AdapterError: They are no mapping, or hold what JSON cannot say.
+    """
+    try:
+        text = json.dumps(dict(metrics), allow_nan=False, default=_as_number)
+        # Through JSON, as a reader will see them: tuples become lists.
+        found: dict[str, Any] = json.loads(text)
+        return found
+    except (TypeError, ValueError, RecursionError) as error:
+        raise AdapterError(
+            f"{call}(metrics=...): must be a dict of plain, finite JSON values, such as "
+            f"{{'accuracy': 0.93}}: {_short(error)}; float(...) makes a number of what is none."
+        ) from error
+
+
+def _as_number(value: Any) -> Any:
+    if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
+        return value.item()
+    raise TypeError(f"a {type(value).__name__} is no JSON value")
 
 
 def _short(value: Any) -> str:

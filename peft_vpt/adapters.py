@@ -15,6 +15,7 @@ from . import __version__
 from .adapter_file import Adapter, read_adapter, write_adapter
 from .adapter_install import install, stored_tensors
 from .adapter_match import check_fit, head_tensors
+from .adapter_metadata import plain_metrics
 from .backbones.anatomy import Encoder, module_at
 from .backbones.heads import class_count
 from .backbones.identity import default_preprocessing, describe_backbone, label_names
@@ -25,7 +26,7 @@ from .fingerprint import fingerprint
 from .hosts import carries, host_and_prompts, parallel_wrapper, refuse_unfit, unwrap
 from .preprocessing import describe_preprocessing
 from .prompts import Prompts
-from .source import file_at, find_adapter
+from .source import file_at, find_adapter, shown
 from .spec import NOWHERE
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -77,7 +78,7 @@ def save_task_adapter(
         if preprocessing
         else info.get("preprocessing") or _preprocessing(host, prompts),
         "task": task if task is not None else info.get("task"),
-        "metrics": metrics if metrics is not None else info.get("metrics"),
+        "metrics": info.get("metrics") if metrics is None else plain_metrics(metrics),
         "library_version": __version__,
     }
     if prompts.delta is not None:
@@ -122,10 +123,7 @@ def load_task_adapter(
             would need other parameters, and is wrapped for data parallelism.
         UnsupportedArchitectureError: The model cannot take prompts.
     """
-    if not isinstance(strict, bool) and strict != "prompts":
-        raise AdapterError(
-            f"load_task_adapter(strict={strict!r}): must be True, False or 'prompts'."
-        )
+    check_strict(strict, "load_task_adapter")
     path = find_adapter(
         source,
         call="load_task_adapter",
@@ -157,13 +155,19 @@ def _encoder(host: nn.Module, adapter: Adapter) -> Encoder:
         raise UnsupportedArchitectureError(f"{call}: {adapter.path}: {reason}") from error
 
 
+def check_strict(strict: Any, call: str) -> None:
+    """Refuse another value of `strict` than the three that there are."""
+    if not isinstance(strict, bool) and not (isinstance(strict, str) and strict == "prompts"):
+        raise AdapterError(f"{call}(strict={shown(strict)}): must be True, False or 'prompts'.")
+
+
 def check_labels(labels: Any, call: str) -> None:
     """Refuse label names that are no list of strings."""
     if labels is None:
         return
     listed = isinstance(labels, Sequence) and not isinstance(labels, str | bytes)
     if not listed or not all(isinstance(label, str) for label in labels):
-        raise AdapterError(f"{call}(labels={labels!r}): give a list of names.")
+        raise AdapterError(f"{call}(labels={shown(labels)}): give a list of names.")
 
 
 def _describe_backbone(host: nn.Module, prompts: Prompts) -> dict[str, Any]:

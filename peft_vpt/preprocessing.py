@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .adapter_metadata import IMAGE_FIELDS
 from .backbones.identity import describe_timm_config
 from .errors import AdapterError
 
@@ -17,6 +18,7 @@ _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _USUAL = "bicubic"
 # Mean difference of normalised pixels: torchvision and Pillow differ by 0.005, a crop by 0.2.
 _ALIKE = 0.05
+_GIVE = f"give a dict with {', '.join(IMAGE_FIELDS)}"
 _RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
 
 
@@ -41,7 +43,7 @@ def from_processor(processor: Any) -> dict[str, Any]:
     else:
         raise AdapterError(
             f"preprocessing: {type(processor).__name__} resizes to {size} and crops to {crop}, "
-            "which the file cannot say; give a dict with size, mean, std, interpolation, crop."
+            f"which the file cannot say; {_GIVE}."
         )
     plain = processor.do_normalize is False
     found = {
@@ -71,40 +73,46 @@ def _check_alike(processor: Any, ours: Any) -> None:
         )
 
 
-def describe_preprocessing(preprocessing: Any) -> dict[str, Any]:
-    """Return plain values of a mapping (ours, or a timm data config) or an image processor."""
+def describe_preprocessing(preprocessing: Any, call: str = "save_task_adapter") -> dict[str, Any]:
+    """Return plain values of a mapping (ours, or a timm data config) or an image processor.
+
+    Raises:
+        AdapterError: It is neither, or says what the words of the file cannot.
+    """
     try:
-        found = _describe(preprocessing)
+        return _describe(preprocessing, call)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(
-            f"save_task_adapter(preprocessing=...): {type(preprocessing).__name__} lacks what the "
-            f"file needs ({type(error).__name__}: {error}); give a dict with size, mean, std, "
-            "interpolation and crop."
+            f"{call}(preprocessing=...): {type(preprocessing).__name__} lacks what the "
+            f"file needs ({type(error).__name__}: {error}); {_GIVE}."
         ) from error
-    return found
 
 
-def _describe(preprocessing: Any) -> dict[str, Any]:
+def _describe(preprocessing: Any, call: str) -> dict[str, Any]:
     if not isinstance(preprocessing, Mapping):
         if hasattr(preprocessing, "image_processor"):
-            return _describe(preprocessing.image_processor)
+            return _describe(preprocessing.image_processor, call)
         if hasattr(preprocessing, "image_mean"):
             return from_processor(preprocessing)
         raise AdapterError(
-            f"save_task_adapter(preprocessing={type(preprocessing).__name__}): give a dict with "
-            "size, mean, std, interpolation and crop, a timm data config, or a transformers image "
-            "processor."
+            f"{call}(preprocessing={type(preprocessing).__name__}): {_GIVE}, a timm data config, "
+            "or a transformers image processor."
         )
     values = dict(preprocessing)
     if "input_size" not in values:
+        unknown = ", ".join(sorted(str(name) for name in values if name not in IMAGE_FIELDS))
+        if unknown:
+            raise AdapterError(
+                f"{call}(preprocessing=...): the file has no field for {unknown:.200}; {_GIVE}."
+            )
         return values
     described = describe_timm_config(values)
     if described is None:
         raise AdapterError(
-            f"save_task_adapter(preprocessing=...): timm's crop_mode {values.get('crop_mode')!r} "
-            "cannot be said in the file; give a dict with size, mean, std, interpolation, crop."
+            f"{call}(preprocessing=...): timm's crop_mode {values.get('crop_mode')!r} "
+            f"cannot be said in the file; {_GIVE}."
         )
     return described
 
@@ -115,13 +123,13 @@ def timm_transform(values: Mapping[str, Any]) -> Any:
 
     data: Any = timm.data
     share = values.get("crop")
-    _require(values)
+    mean, std = per_channel(values)
     return data.create_transform(
         (3, *values["size"]),
         is_training=False,
         interpolation=values.get("interpolation", _USUAL),
-        mean=tuple(values["mean"]),
-        std=tuple(values["std"]),
+        mean=tuple(mean),
+        std=tuple(std),
         crop_pct=1.0 if share is None else share,
         crop_mode="squash" if share is None else "center",
     )
@@ -131,12 +139,12 @@ def image_processor(values: Mapping[str, Any]) -> Any:
     """Return a transformers image processor that does what a file's `preprocessing` says."""
     import transformers
 
-    _require(values)
+    mean, std = per_channel(values)
     height, width = values["size"]
     numbers = {name: key for key, name in _RESAMPLE.items()}
     common: dict[str, Any] = {
-        "image_mean": list(values["mean"]),
-        "image_std": list(values["std"]),
+        "image_mean": mean,
+        "image_std": std,
         "resample": numbers[values.get("interpolation", _USUAL)],
     }
     share = values.get("crop")
@@ -150,13 +158,25 @@ def image_processor(values: Mapping[str, Any]) -> Any:
     )
 
 
-def _require(values: Mapping[str, Any]) -> None:
+def per_channel(values: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """Return mean and standard deviation of red, green and blue.
+
+    Raises:
+        AdapterError: The file does not say enough for a transform of images.
+    """
+    advice = "build the transform yourself, and use load_task_adapter."
     missing = [name for name in ("size", "mean", "std") if name not in values]
     if missing:
+        raise AdapterError(f"preprocessing: the file does not say {', '.join(missing)}; {advice}")
+    counts = {len(values["mean"]), len(values["std"])}
+    if counts not in ({1}, {3}):
         raise AdapterError(
-            f"preprocessing: the file does not say {', '.join(missing)}; build the transform "
-            "yourself, and use load_task_adapter."
+            f"preprocessing: the file says {len(values['mean'])} means and {len(values['std'])} "
+            f"stds, and an image is read as RGB, with one for each of 3 channels; {advice}"
         )
+    # One number is that of every channel.
+    times = 3 // counts.pop()
+    return [*values["mean"]] * times, [*values["std"]] * times
 
 
 def load_image(path: str | Path) -> Any:

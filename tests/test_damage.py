@@ -233,6 +233,11 @@ def test_any_json_comes_back(tmp_path_factory: pytest.TempPathFactory) -> None:
         {"metrics": {"\udfff": 1}},
         {"protocol": "bias"},
         {"preprocessing": {"size": [32], "mean": [0.5], "std": [0.5], "interpolation": "box"}},
+        {"preprocessing": {"size": [32, 32], "unknown": 1}},
+        {"preprocessing": {"size": [4097, 32]}},
+        {"preprocessing": {"size": [4096, 32], "crop": 0.9}},
+        {"preprocessing": {"crop": 0.09}},
+        {"preprocessing": {"crop": 10.1}},
     ],
     ids=lambda c: str(c)[:40],
 )
@@ -246,6 +251,31 @@ def test_what_could_not_be_read_is_not_written(changes: dict[str, Any], tmp_path
         with pytest.raises(AdapterError, match=name):
             write_adapter(path, tensors | {name: tensor}, values)
     write_adapter(path, tensors, values)
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "a/../b", "a/..", "/x", "a//b", "a\n", "-x", ""])
+def test_a_revision_that_leads_elsewhere_is_not_written(name: str, tmp_path: Path) -> None:
+    values = damage.metadata(PromptSpec(length=2))
+    tensors = {f"prompts.{i}": torch.ones(2, 4) for i in range(2)}
+    for good in ("main", "v1.0", "refs/pr/1", "0123456789abcdef"):
+        write_adapter(
+            tmp_path / "a.safetensors",
+            tensors,
+            values | {"backbone": values["backbone"] | {"revision": good}},
+        )
+    with pytest.raises(AdapterError, match=r"'revision' .* no path that leads elsewhere"):
+        write_adapter(
+            tmp_path / "b.safetensors",
+            tensors,
+            values | {"backbone": values["backbone"] | {"revision": name}},
+        )
+
+
+def test_the_largest_images_are_written(tmp_path: Path) -> None:
+    tensors = {f"prompts.{i}": torch.ones(2, 4) for i in range(2)}
+    for images in ({"size": [4096, 4096]}, {"size": [409, 409], "crop": 0.1}, {"crop": 10}):
+        values = damage.metadata(PromptSpec(length=2)) | {"preprocessing": images}
+        write_adapter(tmp_path / "a.safetensors", tensors, values)
 
 
 def test_a_newer_file_asks_for_an_update(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import __version__
 from ..adapter_file import Adapter, read_adapter, write_adapter
+from ..adapter_metadata import SEGMENTER, plain_metrics
 from ..adapters import check_labels, load_task_adapter
 from ..backbones.identity import default_preprocessing, describe_backbone
 from ..errors import AdapterError, AdapterMismatchError
@@ -24,8 +25,6 @@ from .evaluation import check_classes
 from .grid import token_map
 from .model import PupHead, Segmenter
 
-# `head.reads` of the format: every image token, behind the final norm.
-READS = "tokens"
 _PREFIX = "head.module."
 
 
@@ -78,13 +77,15 @@ def save_segmenter(
             "classes": model.classes,
             "labels": names,
             "in_features": model.decoder.norm.weight.numel(),
-            "reads": READS,
+            "reads": SEGMENTER,
         },
         "preprocessing": describe_preprocessing(preprocessing)
         if preprocessing
         else info.get("preprocessing") or default_preprocessing(host, prompts.encoder),
         "task": task if task is not None else info.get("task"),
-        "metrics": metrics if metrics is not None else info.get("metrics"),
+        "metrics": info.get("metrics")
+        if metrics is None
+        else plain_metrics(metrics, "save_segmenter"),
         "library_version": __version__,
     }
     tensors: dict[str, Tensor] = {f"prompts.{n}": p for n, p in prompts.own_parameters().items()}
@@ -142,7 +143,7 @@ def _decoder(adapter: Adapter, width: int) -> PupHead:
     """Return a decoder as the file calls for, without values, after all checks."""
     head, where = adapter.metadata["head"], f"load_segmenter: {adapter.path}"
     kind = None if head is None else (head.get("class"), head["reads"])
-    if kind != (PupHead.__name__, READS):
+    if kind != (PupHead.__name__, SEGMENTER):
         raise AdapterMismatchError(
             f"{where}: it holds {'no head' if head is None else 'a classifier'}, not a decoder; "
             "use load_task_adapter."
