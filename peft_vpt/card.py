@@ -9,9 +9,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .adapter_file import FILE_NAME, Adapter
+from .card_code import code_block, is_segmenter
+from .decoder import READS
 from .errors import AdapterError
 
 LIBRARY = "peft-vpt"
+_CLASSIFIES, _SEGMENTS = "image-classification", "image-segmentation"
+# What a decoder around the encoder makes, by the end of its class's name.
+_DECODERS = {
+    "Segmentation": _SEGMENTS,
+    "DepthEstimation": "depth-estimation",
+    "ObjectDetection": "object-detection",
+}
+_TOTAL = re.compile(r"^\| trained parameters \| ([\d,]+) of ([\d,]+) ", re.MULTILINE)
 _MARK = re.compile(r"\n<!-- written by peft_vpt, text ([0-9a-f]{16}) -->\n*$")
 
 
@@ -33,7 +43,8 @@ def write_card(
             edited it, and written anew where it is still ours.
         license: Licence id of the Hub, `apache-2.0` say.
         datasets: Dataset ids of the Hub.
-        total: Number of parameters of backbone, prompts and head, if known.
+        total: Number of parameters of backbone, prompts and head. None: what an unedited `former`
+            says of as many trained parameters for this backbone.
 
     Raises:
         AdapterError: The metadata of `former` is not YAML.
@@ -42,6 +53,8 @@ def write_card(
     known = dict(vars(old.data)) if old is not None else {}
     # Without a dataset in this call, results belong to the one that the card names.
     own = _metadata(adapter, repo_id, license, datasets or _list(known.get("datasets")))
+    if total is None and old is not None and not _edited(old.text):
+        total = _former_total(adapter, known, old.text)
     text = _text(adapter, repo_id, total)
     if old is not None:
         own = _merge(known, own)
@@ -76,12 +89,12 @@ def _metadata(
     from huggingface_hub import EvalResult, ModelCardData
 
     meta = adapter.metadata
-    task = "image-feature-extraction" if meta["head"] is None else "image-classification"
+    task = _pipeline_tag(meta["head"])
     name = meta["task"] or "task"
     numbers = _numbers(meta["metrics"])
     results = [
         EvalResult(
-            task_type=task,
+            task_type=task or "other",
             dataset_type=datasets[0] if datasets else re.sub(r"[^\w./-]+", "-", name),
             dataset_name=name,
             metric_type=metric,
@@ -104,6 +117,18 @@ def _metadata(
         **(relation | ({"model_name": repo_id.split("/")[-1]} if results else {})),
     )
     return dict(data.to_dict())
+
+
+def _pipeline_tag(head: Mapping[str, Any] | None) -> str | None:
+    """Return what the Hub calls the task of such a head, or None where it is not known."""
+    if head is None:
+        return "image-feature-extraction"
+    if is_segmenter(head):
+        return _SEGMENTS
+    if head["reads"] != READS:
+        return _CLASSIFIES
+    name = str(head.get("class"))
+    return next((tag for end, tag in _DECODERS.items() if name.endswith(end)), None)
 
 
 def _numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:
@@ -136,19 +161,43 @@ def _united(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[s
         if same is None:
             united.append(entry)
             continue
-        measured = [_measured(result) for result in entry["results"]]
-        before = [r for r in _list(same.get("results")) if _measured(r) not in measured]
-        same["results"] = [*before, *entry["results"]]
+        measured = {pair for result in entry["results"] for pair in _measured(result)}
+        before = [_without(result, measured) for result in _list(same.get("results"))]
+        same["results"] = [*(r for r in before if r is not None), *entry["results"]]
     return united
 
 
-def _measured(result: Any) -> Any:
-    """Return what tells one result from another: data and metric."""
+def _measured(result: Any) -> list[tuple[Any, Any]]:
+    """Return what tells the numbers of a result from others: data and metric of each."""
     if not isinstance(result, dict):
-        return result
-    metrics = [m.get("type") for m in _list(result.get("metrics")) if isinstance(m, dict)]
+        return []
     data = result.get("dataset")
-    return (data.get("name") if isinstance(data, dict) else data), metrics
+    name = data.get("name") if isinstance(data, dict) else data
+    metrics = _list(result.get("metrics"))
+    return [(str(name), str(m.get("type"))) for m in metrics if isinstance(m, dict)]
+
+
+def _without(result: Any, measured: set[tuple[Any, Any]]) -> Any:
+    """Return a result without the numbers that were measured anew, None where none is left."""
+    pairs = _measured(result)
+    if measured.isdisjoint(pairs):
+        return result
+    metrics = [m for m in _list(result["metrics"]) if isinstance(m, dict)]
+    kept = [m for m, pair in zip(metrics, pairs, strict=True) if pair not in measured]
+    return {**result, "metrics": kept} if kept else None
+
+
+def _former_total(adapter: Adapter, known: Mapping[str, Any], text: str) -> int | None:
+    """Return the number of all parameters in a card of ours about the same backbone."""
+    base, found = adapter.metadata["backbone"]["hub_id"], _TOTAL.search(text)
+    if found is None or _list(known.get("base_model")) != _list(base):
+        return None
+    trained, total = (int(number.replace(",", "")) for number in found.groups())
+    return total if trained == _trained(adapter) else None
+
+
+def _trained(adapter: Adapter) -> int:
+    return sum(tensor.numel() for tensor in adapter.tensors.values())
 
 
 def _entries(data: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -174,7 +223,7 @@ def _digest(text: str) -> str:
 def _text(adapter: Adapter, repo_id: str, total: int | None) -> str:
     parts = [
         _introduction(adapter, repo_id),
-        "## Use\n\n" + _use(adapter, repo_id),
+        "## Use\n\n" + code_block(adapter, repo_id),
         "## What is in it\n\n" + _facts(adapter, total),
         _labels(adapter),
         "## How it was made\n\nVisual Prompt Tuning ([Jia et al., ECCV 2022]"
@@ -198,7 +247,9 @@ def _introduction(adapter: Adapter, repo_id: str) -> str:
     where = f"[{base}](https://huggingface.co/{base})" if base else "a backbone without a Hub name"
     task = f" for the task *{_plain(meta['task'])}*" if meta["task"] else ""
     what = "learnable prompts" if meta["spec"] is not None else "what a protocol trains"
-    head = "" if meta["head"] is None else " and a classification head"
+    tag = _pipeline_tag(meta["head"])
+    kind = "classification head" if tag == _CLASSIFIES else "decoder"
+    head = "" if meta["head"] is None else f" and a {kind}"
     return (
         f"# {repo_id.split('/')[-1]}\n\nA task adapter{task}: {what}{head} "
         f"for {where} (`{meta['backbone']['architecture']}`, "
@@ -206,43 +257,9 @@ def _introduction(adapter: Adapter, repo_id: str) -> str:
     )
 
 
-def _use(adapter: Adapter, repo_id: str) -> str:
-    meta = adapter.metadata
-    if meta["backbone"]["hub_id"] is None:
-        return (
-            "```python\nfrom peft_vpt import load_task_adapter\n\n"
-            "# model: the backbone this adapter was made for\n"
-            f'load_task_adapter(model, "{repo_id}")\n```'
-        )
-    height, width = (meta["preprocessing"] or {}).get("size", (224, 224))
-    if meta["backbone"]["library"] == "timm":
-        pixels, logits = "preprocess(image).unsqueeze(0)", "model(pixels)"
-    else:
-        pixels = 'preprocess(images=image, return_tensors="pt")["pixel_values"]'
-        logits = "model(pixels).logits"
-    lines = [
-        "import torch",
-        "from PIL import Image",
-        "from peft_vpt.hub import load_backbone_with_adapter",
-        "",
-        f'model, preprocess = load_backbone_with_adapter("{repo_id}")',
-        f'image = Image.new("RGB", ({width}, {height}))  # Image.open("image.jpg").convert("RGB")',
-        f"pixels = {pixels}",
-        "with torch.inference_mode():",
-    ]
-    if meta["head"] is None:
-        lines += ["    output = model(pixels)"]
-    else:
-        lines += [f"    scores = {logits}.softmax(-1)[0]", "best = int(scores.argmax())"]
-        named = meta["head"]["labels"] is not None
-        label = 'model.prompts.info["labels"][best]' if named else "best"
-        lines += [f"print({label}, float(scores[best]))"]
-    return "```python\n" + "\n".join(lines) + "\n```"
-
-
 def _facts(adapter: Adapter, total: int | None) -> str:
     meta, spec = adapter.metadata, adapter.spec
-    trained = sum(tensor.numel() for tensor in adapter.tensors.values())
+    trained = _trained(adapter)
     share = f" of {total:,} ({100 * trained / total:.2f} %)" if total else ""
     prompted = meta["spec"] is not None
     options = {k: v for k, v in spec.to_dict().items() if k != "layers"} if prompted else {}

@@ -13,19 +13,22 @@ from typing import Any, Literal
 from torch import nn
 
 from . import __version__
-from .adapter_file import FILE_NAME, Adapter, read_adapter, write_adapter
-from .adapters import check_labels, load_task_adapter, save_task_adapter
-from .backbones.identity import is_hub_name
+from .adapter_file import FILE_NAME, Adapter, read_adapter
+from .adapters import check_strict, load_task_adapter
 from .backbones.image_model import says_its_size
 from .card import LIBRARY, write_card
-from .errors import AdapterError
+from .card_code import is_segmenter
+from .errors import AdapterError, AdapterMismatchError
 from .hosts import host_and_prompts
 from .inject import count_parameters
-from .preprocessing import describe_preprocessing, image_processor, timm_transform
-from .pretrained import build_backbone, default_processor
-from .source import cached_revision, find_adapter, hub_errors
+from .match_head import head_elements, loads_by_name, match_head
+from .preprocessing import image_processor, per_channel, timm_transform
+from .pretrained import build_backbone, check_name, default_processor
+from .push_content import CALL as _CALL
+from .push_content import adapter_to_push, check_names, dataset_names, what_is_said
+from .source import check_hub_options, find_adapter, hub_errors
 
-_CALL = "push_task_adapter"
+_LOAD = "load_backbone_with_adapter"
 
 
 def push_task_adapter(
@@ -75,28 +78,29 @@ def push_task_adapter(
     Raises:
         NotPromptedError: The model carries no prompts.
         AdapterError: The adapter cannot be saved, or the Hub refuses; the Hub is then unchanged but
-            for an empty new repository.
+            for an empty new repository, or a new branch without a new commit.
     """
     from huggingface_hub import HfApi
 
-    if not isinstance(repo_id, str) or not is_hub_name(repo_id):
-        raise AdapterError(f"{_CALL}(repo_id={repo_id!r}): a repository is named 'owner/name'.")
-    given = {"task": task, "labels": labels, "preprocessing": preprocessing, "metrics": metrics}
+    check_names(model, repo_id, base_model, base_revision)
+    check_hub_options(_CALL, revision, token)
+    said = what_is_said(task, labels, preprocessing, metrics)
+    names = dataset_names(datasets)
     with tempfile.TemporaryDirectory() as folder:
-        adapter = _local(model, Path(folder), given)
-        adapter = _named(adapter, Path(folder), base_model, base_revision)
+        adapter = adapter_to_push(model, Path(folder), said, base_model, base_revision)
         data = adapter.path.read_bytes()
+    _warn_if_lost(adapter)
     total = count_parameters(model).total if isinstance(model, nn.Module) else None
-    names = [datasets] if isinstance(datasets, str) else list(datasets or ())
     api = HfApi(endpoint, token, library_name=LIBRARY, library_version=__version__)
     write: Any = partial(write_card, adapter, repo_id, license=license, datasets=names, total=total)
     # Once in vain, so that what is wrong here leaves no repository behind.
     _operations(data, adapter, write())
-    with hub_errors(_CALL, repo_id):
+    errors = partial(hub_errors, _CALL, repo_id, token, pushing=True)
+    with errors():
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit, former = _former_card(api, repo_id, revision, create_pr)
     card = write(former=former)
-    with hub_errors(_CALL, repo_id):
+    with errors():
         done = api.create_commit(
             repo_id,
             _operations(data, adapter, card),
@@ -137,35 +141,24 @@ def load_backbone_with_adapter(
         AdapterError: The file names no backbone, or one of both cannot be had.
         AdapterMismatchError: The backbone's weights are others.
     """
-    call = "load_backbone_with_adapter"
+    check_strict(strict, _LOAD)
+    if backbone is not None:
+        check_name(backbone)
     hub: dict[str, Any] = {
         "token": token,
         "cache_dir": cache_dir,
         "local_files_only": local_files_only,
     }
-    path = find_adapter(source, call=call, revision=revision, **hub)
-    adapter = read_adapter(path, call)
+    path = find_adapter(source, call=_LOAD, revision=revision, **hub)
+    adapter = read_adapter(path, _LOAD)
     made_for, images = adapter.metadata["backbone"], adapter.metadata["preprocessing"]
-    name = backbone or made_for["hub_id"]
-    if name is None:
-        raise AdapterError(
-            f"{call}: {path}: it does not say which repository its backbone "
-            f"({made_for['library']} {made_for['architecture']}) comes from; pass backbone=, or "
-            "build the model yourself and call load_task_adapter(model, ...)."
-        )
+    name = made_for["hub_id"] if backbone is None else backbone
+    _check_named(adapter, name, strict)
     at = made_for["revision"] if name == made_for["hub_id"] else None
-    fixed = images is None or adapter.spec.location == "pad" or "size" not in images
-    size = None if fixed else tuple(images["size"])
-    model = build_backbone(
-        made_for["library"],
-        name,
-        architecture=made_for["architecture"],
-        revision=at,
-        image_size=size,
-        **hub,
-    )
-    if adapter.spec.location == "pad" and images and "size" in images:
-        model = says_its_size(model, images["size"])
+    if images is not None:
+        # Before anything large is downloaded.
+        per_channel(images)
+    model = backbone_for(adapter, name, revision=at, with_head=strict != "prompts", **hub)
     load_task_adapter(model, path, strict=strict)
     if images is None:
         processor = default_processor(made_for["library"], model, name, at, **hub)
@@ -174,9 +167,80 @@ def load_backbone_with_adapter(
     return model.eval(), make(images)
 
 
+def backbone_for(
+    adapter: Adapter,
+    name: str,
+    *,
+    library: str | None = None,
+    with_head: bool = True,
+    **options: Any,
+) -> nn.Module:
+    """Build a backbone by its name, for the images and with the head that an adapter calls for.
+
+    Args:
+        adapter: The adapter that is going to be loaded.
+        name: Hub id, or timm's own name.
+        library: "timm" or "transformers"; None: the adapter's.
+        with_head: Whether its head is going to be loaded too.
+        options: Of `build_backbone`.
+
+    Raises:
+        AdapterError: The model cannot be had.
+    """
+    made_for, images = adapter.metadata["backbone"], adapter.metadata["preprocessing"]
+    own = library in (None, made_for["library"])
+    sized = images is not None and "size" in images
+    padded = adapter.spec.location == "pad"
+    model = build_backbone(
+        library or made_for["library"],
+        name,
+        architecture=made_for["architecture"] if own else None,
+        image_size=tuple(images["size"]) if sized and not padded else None,
+        classes=_classes(adapter) if with_head else None,
+        **options,
+    )
+    if padded and sized:
+        model = says_its_size(model, images["size"])
+    if with_head:
+        match_head(model, adapter)
+    return model
+
+
+def _check_named(adapter: Adapter, name: str | None, strict: bool | str) -> None:
+    """Refuse an adapter whose backbone nobody names, and one that makes no model of one backbone.
+
+    Raises:
+        AdapterError: It is of the one kind.
+        AdapterMismatchError: It is of the other.
+    """
+    made_for = adapter.metadata["backbone"]
+    if name is None:
+        raise AdapterError(
+            f"{_LOAD}: {adapter.path}: it does not say which repository its backbone "
+            f"({made_for['library']} {made_for['architecture']}) comes from; pass backbone=, or "
+            "build the model yourself and call load_task_adapter(model, ...)."
+        )
+    if is_segmenter(adapter.metadata["head"]) and strict != "prompts":
+        raise AdapterMismatchError(
+            f"{_LOAD}: {adapter.path}: it holds the decoder of a Segmenter, which a backbone has "
+            "no place for; build the backbone, and call "
+            "peft_vpt.segmentation.load_segmenter(backbone, source)."
+        )
+
+
+def _classes(adapter: Adapter) -> int | None:
+    """Return the number of outputs to build a model with, None where its head is replaced later."""
+    head = adapter.metadata["head"]
+    replaced = head is None or "class" not in head or is_segmenter(head)
+    if replaced or (adapter.protocol is not None and adapter.protocol.kind == "mlp"):
+        return None
+    # More than the file holds is refused when it is loaded, so that no memory need go to it.
+    return int(head["classes"]) if head["classes"] <= head_elements(adapter) else None
+
+
 def _sized(processor: Any, model: nn.Module) -> Any:
     """Let a transformers processor make images of the size that pixel prompts call for."""
-    place = host_and_prompts(model, "load_backbone_with_adapter")[1].place
+    place = host_and_prompts(model, _LOAD)[1].place
     if place is not None and hasattr(processor, "image_mean"):
         height, width = place.image[1:]
         processor.size = {"height": height, "width": width}
@@ -184,54 +248,23 @@ def _sized(processor: Any, model: nn.Module) -> Any:
     return processor
 
 
-def _local(model: nn.Module | str | Path, folder: Path, given: dict[str, Any]) -> Adapter:
-    """Return the adapter to push: saved just now, or read, with what the call says of it."""
-    if isinstance(model, nn.Module):
-        return read_adapter(save_task_adapter(model, folder, **given), _CALL)
-    check_labels(given["labels"], _CALL)
-    if given["preprocessing"] is not None:
-        given = given | {"preprocessing": describe_preprocessing(given["preprocessing"])}
-    adapter = read_adapter(find_adapter(Path(model), call=_CALL), _CALL)
-    new = {k: v for k, v in given.items() if v is not None}
-    if not new:
-        return adapter
-    metadata = dict(adapter.metadata)
-    labels = new.pop("labels", None)
-    if labels is not None:
-        if metadata["head"] is None:
-            raise AdapterError(f"{_CALL}(labels=...): {adapter.path} has no head to label.")
-        metadata["head"] = metadata["head"] | {"labels": list(labels)}
-    return _rewritten(adapter, folder, metadata | new)
-
-
-def _named(adapter: Adapter, folder: Path, base: str | None, revision: str | None) -> Adapter:
-    """Put the backbone's Hub name, where the call gives one, into the file; warn if none."""
-    known = adapter.metadata["backbone"]
-    if base is None and known["hub_id"] is None:
+def _warn_if_lost(adapter: Adapter) -> None:
+    """Warn where nobody could load the adapter by its name, since a backbone's head is another."""
+    head = adapter.metadata["head"]
+    if adapter.metadata["backbone"]["hub_id"] is None or is_segmenter(head):
+        return
+    if not loads_by_name(adapter):
+        kind = head.get("class") or "linear layer"
         warnings.warn(
-            f"{_CALL}: the backbone's Hub name is not known, so the card cannot link it and nobody "
-            "can load it by name; pass base_model='owner/name'.",
+            f"{_CALL}: its head ({kind}, which reads {head['reads']!r}) is none that the backbone "
+            "of that name can have, so load_backbone_with_adapter, and the card's code, will "
+            "refuse it; who builds such a model can call load_task_adapter(model, ...).",
             stacklevel=3,
         )
-    other = base is not None and base != known["hub_id"]
-    at = revision or (None if other else known["revision"])
-    if at is None and known["hub_id"] and not other:
-        # A guess that a local save, the same bytes for the same adapter, does not make.
-        at = cached_revision(known["hub_id"])
-    if (base or known["hub_id"], at) == (known["hub_id"], known["revision"]):
-        return adapter
-    named = known | {"hub_id": base or known["hub_id"], "revision": at}
-    return _rewritten(adapter, folder, adapter.metadata | {"backbone": named})
 
 
 def _title(adapter: Adapter) -> str:
     return f"Task adapter {adapter.metadata['task'] or ''}".strip()
-
-
-def _rewritten(adapter: Adapter, folder: Path, metadata: dict[str, Any]) -> Adapter:
-    drop = ("checksum", "format_version")
-    kept = {name: value for name, value in metadata.items() if name not in drop}
-    return read_adapter(write_adapter(folder / FILE_NAME, adapter.tensors, kept), _CALL)
 
 
 def _former_card(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,14 @@ from torch import nn
 
 from .errors import AdapterError, VPTError
 from .preprocessing import describe_preprocessing, timm_transform
-from .source import download, hub_errors
+from .source import download, hub_errors, shown
 
 _CALL = "load_backbone_with_adapter"
-# In the order in which timm itself looks for them. A pickle, which may run code, is not among them.
-_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
+# In the order of preference. A pickle, which may run code, is not among them.
+_TIMM_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
+_INDEX = "model.safetensors.index.json"
+_WEIGHTS = ("model.safetensors", _INDEX)
+_BUILD = "build the model yourself and call load_task_adapter(model, ...)"
 
 
 def build_backbone(
@@ -25,6 +30,8 @@ def build_backbone(
     revision: str | None = None,
     pretrained: bool = True,
     image_size: tuple[int, int] | None = None,
+    classes: int | None = None,
+    otherwise: str = _BUILD,
     **hub: Any,
 ) -> nn.Module:
     """Build a timm or transformers model by its Hub id, in eval mode.
@@ -36,6 +43,9 @@ def build_backbone(
         revision: Branch, tag or commit of the backbone's repository.
         pretrained: Whether weights are loaded. False needs no network for timm entry points.
         image_size: Height and width of the images, where they are not the pretraining's.
+        classes: Outputs of a transformers model, whose head then has random weights where the
+            repository's has another number.
+        otherwise: What to do with a model of the other library, for the message.
         hub: `token`, `cache_dir`, `local_files_only` of huggingface_hub.
 
     Raises:
@@ -43,14 +53,29 @@ def build_backbone(
     """
     if library not in ("timm", "transformers"):
         raise AdapterError(f"{_CALL}: backbone library {library!r}: must be timm or transformers.")
+    check_name(name)
     try:
         if library == "timm":
-            return _timm(name, revision, pretrained, image_size, hub).eval()
-        return _transformers(name, architecture, revision, pretrained, hub).eval()
+            return _timm(name, revision, pretrained, image_size, otherwise, hub).eval()
+        return _transformers(
+            name, architecture, revision, pretrained, classes, otherwise, hub
+        ).eval()
     except ModuleNotFoundError as error:
         raise AdapterError(
             f"{_CALL}: the backbone {name} needs {library}: pip install peft-vpt[{library}]."
         ) from error
+
+
+def check_name(name: Any) -> None:
+    """Refuse what cannot be the name of a backbone.
+
+    Raises:
+        AdapterError: It is no text, or empty.
+    """
+    if not isinstance(name, str) or not name:
+        raise AdapterError(
+            f"{_CALL}(backbone={shown(name)}): give the Hub id of the backbone, 'owner/name'."
+        )
 
 
 def default_processor(
@@ -68,7 +93,7 @@ def default_processor(
     import transformers
 
     auto: Any = transformers.AutoImageProcessor
-    with hub_errors(_CALL, f"{name}, its image processor"):
+    with hub_errors(_CALL, f"{name}, its image processor", hub.get("token")):
         # Code out of a repository is never run, and nobody is asked whether it may.
         return auto.from_pretrained(name, revision=revision, trust_remote_code=False, **hub)
 
@@ -78,6 +103,7 @@ def _timm(
     revision: str | None,
     pretrained: bool,
     size: tuple[int, int] | None,
+    otherwise: str,
     hub: dict[str, Any],
 ) -> nn.Module:
     import timm
@@ -86,25 +112,52 @@ def _timm(
     base, _, pinned = name.partition("@")
     revision = revision or pinned or None
     if "/" not in base:
+        _check_known(base)
         if not pretrained:
             return _create(base, size, pretrained=False)
-        config = timm.get_pretrained_cfg(base)
+        try:
+            config = timm.get_pretrained_cfg(base)
+        except RuntimeError:
+            # The model is known, and has no weights of that tag.
+            config = None
         if config is None or not config.hf_hub_id:
-            raise AdapterError(f"{_CALL}: timm knows no pretrained weights called {base!r}.")
+            near = _near(base, timm.list_pretrained())
+            raise AdapterError(f"{_CALL}: timm knows no pretrained weights called {base!r}.{near}")
         owner = config.hf_hub_id
         base = f"{owner}{config.architecture}.{config.tag}" if owner.endswith("/") else owner
     folder = download(base, "config.json", call=_CALL, revision=revision, **hub).parent
-    _check_config(folder / "config.json", base)
+    _check_config(folder / "config.json", base, otherwise)
     # The folder is named by the commit, so that a branch that moves meanwhile does not matter.
     revision = folder.name
+    # This very file: a pickle beside it in the cache would come first in timm's own search.
+    source: dict[str, Any] = {}
     if pretrained:
-        _weights(base, revision, hub)
-    model = _create(f"local-dir:{folder}", size, pretrained=pretrained)
+        file = str(_weights(base, revision, _TIMM_WEIGHTS, hub))
+        source = {"file": file, "source": "", "state_dict": None}
+    model = _create(f"local-dir:{folder}", size, pretrained=pretrained, overlay=source)
     cfg: Any = model.pretrained_cfg
     # As if timm had loaded it by its Hub id: the folder is a fact about one machine.
     cfg.pop("file", None)
     cfg.update(source="hf-hub", hf_hub_id=f"{base}@{revision}")
     return model
+
+
+def _check_known(name: str) -> None:
+    import timm
+
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        tagged = timm.list_pretrained() if "." in name else timm.list_models()
+        raise AdapterError(
+            f"{_CALL}: timm knows no model {name!r}, and a repository of the Hub is 'owner/name'."
+            f"{_near(name, tagged)}"
+        )
+
+
+def _near(name: str, known: Iterable[str]) -> str:
+    """Return a question that names what is close to a name, or nothing."""
+    close = difflib.get_close_matches(name, list(known), n=5)
+    return f" Did you mean {', '.join(close)}?" if close else ""
 
 
 def _offline(hub: dict[str, Any]) -> bool:
@@ -113,47 +166,67 @@ def _offline(hub: dict[str, Any]) -> bool:
     return bool(hub.get("local_files_only") or constants.HF_HUB_OFFLINE)
 
 
-def _check_config(path: Path, name: str) -> None:
+def _check_config(path: Path, name: str, otherwise: str) -> None:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         found = None
-    if not isinstance(found, dict) or not isinstance(found.get("architecture"), str):
-        raise AdapterError(
-            f"{_CALL}: {name}: its config.json names no timm architecture; is it a model of "
-            "another library?"
-        )
+    if isinstance(found, dict) and isinstance(found.get("architecture"), str):
+        return
+    theirs = isinstance(found, dict) and "model_type" in found
+    advice = f"it is one of transformers; {otherwise}" if theirs else f"if it is one, {_BUILD}"
+    raise AdapterError(
+        f"{_CALL}: {name}: its config.json names no timm architecture, so it is no timm model: "
+        f"{advice}."
+    )
 
 
-def _create(name: str, size: tuple[int, int] | None, *, pretrained: bool) -> nn.Module:
+def _create(
+    name: str,
+    size: tuple[int, int] | None,
+    *,
+    pretrained: bool,
+    overlay: dict[str, Any] | None = None,
+) -> nn.Module:
     """Create a timm model for an image size, where its kind has one."""
     import timm
 
+    options: dict[str, Any] = {"pretrained": pretrained, "pretrained_cfg_overlay": overlay}
     with hub_errors(_CALL, f"timm.create_model({name!r})"):
         if size is not None:
             try:
-                sized: nn.Module = timm.create_model(name, pretrained=pretrained, img_size=size)
+                sized: nn.Module = timm.create_model(name, img_size=size, **options)
                 return sized
             except TypeError:
                 # Convolutional models take images of any size and no such argument.
                 pass
-        model: nn.Module = timm.create_model(name, pretrained=pretrained)
+        model: nn.Module = timm.create_model(name, **options)
         return model
 
 
-def _weights(name: str, revision: str | None, hub: dict[str, Any]) -> Path:
+def _weights(name: str, revision: str | None, files: tuple[str, ...], hub: dict[str, Any]) -> Path:
+    """Return the first of these files that a repository has."""
     missing: VPTError | None = None
-    for file in _WEIGHTS:
+    for file in files:
         try:
             return download(name, file, call=_CALL, revision=revision, **hub)
         except VPTError as error:
-            if type(error.__cause__).__name__ == "LocalEntryNotFoundError" and not _offline(hub):
-                raise
-            if "EntryNotFound" not in type(error.__cause__).__name__:
+            kind = type(error.__cause__).__name__
+            unreached = kind == "LocalEntryNotFoundError" and not _offline(hub)
+            if unreached or "EntryNotFound" not in kind:
                 raise
             missing = missing or error
     assert missing is not None
-    raise missing
+    if _offline(hub):
+        raise missing
+    raise _no_weights(name, files) from missing.__cause__
+
+
+def _no_weights(name: str, files: tuple[str, ...]) -> AdapterError:
+    return AdapterError(
+        f"{_CALL}: {name}: it has no weights as safetensors ({', '.join(files)}), and others, such "
+        f"as pytorch_model.bin, are pickles, which may run code and are never opened; {_BUILD}."
+    )
 
 
 def _transformers(
@@ -161,6 +234,8 @@ def _transformers(
     architecture: str | None,
     revision: str | None,
     pretrained: bool,
+    classes: int | None,
+    otherwise: str,
     hub: dict[str, Any],
 ) -> nn.Module:
     import transformers
@@ -171,25 +246,61 @@ def _transformers(
     if not auto and not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         raise AdapterError(
             f"{_CALL}: the installed transformers has no model class {architecture!r}; update it, "
-            "or build the model yourself and call load_task_adapter(model, ...)."
+            f"or {_BUILD}."
         )
-    with hub_errors(_CALL, f"{name}, {architecture or 'image classification model'}"):
-        hub = {**hub, "revision": revision, "trust_remote_code": False}
-        config = transformers.AutoConfig.from_pretrained(name, **hub)
+    what = f"{name}, {architecture or 'image classification model'}"
+    with hub_errors(_CALL, what, hub.get("token")):
+        options = {**hub, "revision": revision, "trust_remote_code": False}
+        config = transformers.AutoConfig.from_pretrained(name, **options)
         if not auto:
-            _check_kind(kind, config, name)
+            _check_kind(kind, config, name, otherwise)
+        if classes is not None:
+            config.num_labels = classes
         if pretrained:
-            model: nn.Module = kind.from_pretrained(name, **hub)
+            _check_safe(name, revision, config, hub)
+            model: nn.Module = kind.from_pretrained(
+                name,
+                config=config,
+                use_safetensors=True,
+                ignore_mismatched_sizes=classes is not None,
+                **options,
+            )
             return model
         made: nn.Module = kind.from_config(config) if auto else kind(config)
         return made
 
 
-def _check_kind(kind: Any, config: Any, name: str) -> None:
+def _check_safe(name: str, revision: str | None, config: Any, hub: dict[str, Any]) -> None:
+    """Refuse a repository whose weights, or parts of them, are no safetensors.
+
+    transformers opens a part as a pickle if its name, which the repository chooses, ends otherwise.
+    """
+    if Path(name).is_dir():
+        # transformers prefers a folder to a repository of the same name.
+        path = next((p for p in (Path(name) / file for file in _WEIGHTS) if p.is_file()), None)
+        if path is None:
+            raise _no_weights(name, _WEIGHTS)
+    else:
+        path = _weights(name, revision, _WEIGHTS, hub)
+    parts = [str(getattr(config, "transformers_weights", None) or path.name)]
+    if path.name == _INDEX:
+        parts += map(str, json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
+    stray = [part for part in parts if part != _INDEX and not part.endswith(".safetensors")]
+    if stray:
+        raise AdapterError(
+            f"{_CALL}: {name}: its weights are to be read from {shown(stray[0])}, which is no "
+            f"safetensors file; others may run code and are never opened; {_BUILD}."
+        )
+
+
+def _check_kind(kind: Any, config: Any, name: str, otherwise: str) -> None:
     """Refuse a class that is not of this repository: building it may take any time and memory."""
     parts = [type(config), *(getattr(config, "sub_configs", None) or {}).values()]
-    if kind.config_class not in parts:
-        raise AdapterError(
-            f"{_CALL}: the adapter names the class {kind.__name__}, and {name} holds a "
-            f"{type(config).__name__}; pass backbone= for another repository."
-        )
+    if kind.config_class in parts:
+        return
+    if type(config).__name__ == "TimmWrapperConfig":
+        raise AdapterError(f"{_CALL}: {name} is a model of timm, not of transformers; {otherwise}.")
+    raise AdapterError(
+        f"{_CALL}: the adapter names the class {kind.__name__}, and {name} holds a "
+        f"{type(config).__name__}; pass backbone= for another repository."
+    )

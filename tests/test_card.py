@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hub_server import Hub, client
 from test_hub import HF_BASE, LABELS, REPO, TIMM_BASE, TOKEN, hf_vit, prompted, timm_vit
 from test_hub import upload_backbone as upload
+from zoo import image, logits
 
-from peft_vpt import push_task_adapter, save_task_adapter
+from peft_vpt import inject_prompts, push_task_adapter, save_task_adapter
 from peft_vpt.adapter_file import read_adapter
 from peft_vpt.card import write_card
-from peft_vpt.errors import AdapterError
+from peft_vpt.errors import AdapterError, AdapterMismatchError
+from peft_vpt.hub import load_backbone_with_adapter
+from peft_vpt.segmentation import Segmenter, apply_to_encoder, save_segmenter
 
 ROOT = Path(__file__).parent.parent
 
@@ -152,3 +156,99 @@ def test_the_code_block_runs_as_it_stands(make: Any, base: str, hub: Hub, tmp_pa
     label, score = done.stdout.split()[-2:]
     assert label in LABELS
     assert 1 / 3 <= float(score) <= 1
+
+
+def test_a_number_measured_anew_takes_the_place_of_the_old_one(hub: Hub) -> None:
+    model = prompted(timm_vit())
+    push(model, metrics={"accuracy": 0.5, "f1": 0.25})
+    push(model, metrics={"accuracy": 0.75})
+    results = [(r.metric_type, r.metric_value) for r in card_of(hub).data.eval_results]
+    assert sorted(results) == [("accuracy", 0.75), ("f1", 0.25)]
+
+
+def test_a_push_from_a_folder_keeps_the_number_of_all_parameters(hub: Hub, tmp_path: Path) -> None:
+    model = prompted(timm_vit())
+    total = f" of {sum(p.numel() for p in model.parameters()):,} ("
+    push(model)
+    save_task_adapter(model, tmp_path / "same")
+    push(tmp_path / "same", metrics={"accuracy": 0.75})
+    assert total in card_of(hub).text
+    assert "0.75" in card_of(hub).text
+    # As many are not known of another backbone, or with other prompts.
+    other = save_task_adapter(inject_prompts(timm_vit(), 2, num_classes=3), tmp_path / "other")
+    push(other)
+    assert " of " not in re.findall(r"\| trained parameters \|.*", card_of(hub).text)[0]
+
+
+def block_of(hub: Hub) -> str:
+    found = re.search(r"```python\n(.*?)```", card_of(hub).text, re.DOTALL)
+    assert found is not None
+    return found.group(1)
+
+
+@pytest.mark.parametrize("make", [timm_vit, hf_vit])
+def test_code_for_a_backbone_without_a_name(make: Any, hub: Hub, tmp_path: Path) -> None:
+    model = make()
+    if make is timm_vit:
+        model.pretrained_cfg = {**model.pretrained_cfg, "hf_hub_id": None}
+        weights = tmp_path / "weights.pt"
+        torch.save(model.state_dict(), weights)
+    else:
+        weights = tmp_path / "weights"
+        model.save_pretrained(weights)
+    with pytest.warns(UserWarning, match="base_model"):
+        push(prompted(model))
+    names: dict[str, Any] = {}
+    exec(block_of(hub).replace('"..."', repr(str(weights)), 1), names)
+    pixels = image(1, torch.float32, 160 if make is timm_vit else 32)
+    assert torch.equal(logits(names["model"].eval()(pixels)), logits(model(pixels)))
+
+
+def segmenter(tmp_path: Path) -> Path:
+    """Save a decoder around a timm ViT that is on the Hub."""
+    model = Segmenter(timm_vit(), 3, "vpt-deep", channels=8, length=2).eval()
+    return save_segmenter(model, tmp_path / "a", labels=LABELS)
+
+
+def segformer(tmp_path: Path) -> Any:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.SegformerConfig(
+        id2label=dict(enumerate(LABELS)), hidden_sizes=[8, 8, 16, 16], depths=[1, 1, 1, 1],
+        num_attention_heads=[1, 1, 2, 2], decoder_hidden_size=16, image_size=32,
+    )  # fmt: skip
+    return transformers.SegformerForSemanticSegmentation(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["segmenter", "segformer"])
+def test_a_decoders_card_labels_pixels(
+    kind: str, hub: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if kind == "segmenter":
+        upload(timm_vit(), TIMM_BASE, tmp_path / "base")
+        push(segmenter(tmp_path))
+    else:
+        model = segformer(tmp_path)
+        upload(model, HF_BASE, tmp_path / "base")
+        push(apply_to_encoder(model, "vpt-deep", length=2))
+    card = card_of(hub)
+    assert card.data.pipeline_tag == "image-segmentation"
+    assert (
+        card.data.to_dict()["model-index"][0]["results"][0]["task"]["type"] == "image-segmentation"
+    )
+    assert "and a decoder for" in card.text
+    capsys.readouterr()
+    exec(block_of(hub), {})
+    shares = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert {label for label, _ in shares} <= set(LABELS)
+    # Shares of the pixels of one image, each a float32 mean.
+    assert sum(float(share) for _, share in shares) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_decoder_that_a_backbone_has_no_place_for(hub: Hub, tmp_path: Path) -> None:
+    upload(timm_vit(), TIMM_BASE, tmp_path / "base")
+    path = segmenter(tmp_path)
+    with pytest.raises(AdapterMismatchError, match=r"segmentation\.load_segmenter"):
+        load_backbone_with_adapter(path)
+    # Its prompts alone are another matter.
+    load_backbone_with_adapter(path, strict="prompts")

@@ -15,8 +15,14 @@ from hub_server import Hub, client
 from torch import nn
 from zoo import image, logits, perturb
 
-from peft_vpt import inject_prompts, load_task_adapter, push_task_adapter, save_task_adapter
-from peft_vpt.adapter_file import read_adapter
+from peft_vpt import (
+    inject_prompts,
+    load_task_adapter,
+    push_task_adapter,
+    save_task_adapter,
+    trainable_parameters,
+)
+from peft_vpt.adapter_file import read_adapter, write_adapter
 from peft_vpt.errors import AdapterError, AdapterMismatchError, NotPromptedError
 from peft_vpt.hub import build_backbone, load_backbone_with_adapter
 
@@ -327,3 +333,62 @@ def test_a_border_for_images_of_another_size_than_the_backbones(hub: Hub, tmp_pa
     pixels = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(loaded(pixels), model.eval()(pixels))
+
+
+def averaged(model: nn.Module) -> nn.Module:
+    """Let a timm ViT's head read the mean of the image tokens, as no checkpoint of it does."""
+    reset: Any = model.reset_classifier
+    reset(3, global_pool="avg")
+    return model
+
+
+def levit() -> nn.Module:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(0)
+    sizes = {"embed_dim": (16, 32, 48), "key_dim": 8, "num_heads": (2, 2, 2), "depth": (1, 1, 1)}
+    return perturb(timm.create_model("levit_128s", **sizes)).eval()
+
+
+@pytest.mark.parametrize("kind", ["avg", "levit"])
+def test_a_head_that_the_named_model_has_not_got(kind: str, hub: Hub, tmp_path: Path) -> None:
+    model, name, size = timm_vit(), TIMM_BASE, 160
+    if kind == "levit":
+        model, name, size = levit(), "timm/levit_128s.tiny", 224
+        model.pretrained_cfg = {**model.pretrained_cfg, "hf_hub_id": name}
+    upload_backbone(model, name, tmp_path / "base")
+    if kind == "levit":
+        reset: Any = model.reset_classifier
+        reset(3)
+    inject_prompts(averaged(model) if kind == "avg" else model, 4)
+    with torch.no_grad():
+        for parameter in trainable_parameters(model).values():
+            parameter.add_(0.1)
+    push_task_adapter(model.eval(), REPO, base_model=name)
+    again, _ = load_backbone_with_adapter(REPO)
+    pixels = image(2, torch.float32, size)
+    assert torch.equal(again(pixels), model(pixels))
+    # Prompts alone go with the head that the model is published with.
+    bare, _ = load_backbone_with_adapter(REPO, strict="prompts")
+    assert bare(pixels).shape[1] != 3
+
+
+def test_a_head_of_no_model_by_that_name_is_told_on_a_push(hub: Hub, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    # A norm behind the pooling, in front of which the published weights have theirs.
+    model = perturb(timm.create_model("test_vit", global_pool="avg", num_classes=3)).eval()
+    assert isinstance(model.norm, nn.Identity)
+    with pytest.warns(UserWarning, match="load_backbone_with_adapter, and the card's code, will"):
+        push_task_adapter(inject_prompts(model, 2), REPO)
+
+
+def test_a_file_that_tells_of_a_giant_head_takes_no_memory(hub: Hub, tmp_path: Path) -> None:
+    model = levit()
+    upload_backbone(model, "timm/levit_128s.tiny", tmp_path / "base")
+    reset: Any = model.reset_classifier
+    reset(3)
+    adapter = read_adapter(save_task_adapter(inject_prompts(model, 2), tmp_path / "a"))
+    rest = {k: v for k, v in adapter.metadata.items() if k not in ("checksum", "format_version")}
+    head = adapter.metadata["head"] | {"classes": 2**31}
+    path = write_adapter(tmp_path / "b.safetensors", adapter.tensors, rest | {"head": head})
+    with pytest.raises(AdapterMismatchError, match="has 2147483648 classes"):
+        load_backbone_with_adapter(path, backbone="timm/levit_128s.tiny")

@@ -24,6 +24,10 @@ from peft_vpt.errors import AdapterError
 from peft_vpt.hub import load_backbone_with_adapter
 from peft_vpt.preprocessing import describe_preprocessing, image_processor, timm_transform
 
+IMAGES = {
+    "size": [32, 32], "mean": [0.5], "std": [0.5], "interpolation": "bicubic", "crop": None,
+}  # fmt: skip
+
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
@@ -53,6 +57,63 @@ def test_a_pickle_in_a_timm_repository_is_not_opened(hub: Hub, tmp_path: Path) -
         load_backbone_with_adapter(REPO, backbone="evil/weights")
     assert not (tmp_path / "opened").exists()
     assert not any("pytorch_model.bin" in str(request) for request in hub.requests)
+
+
+@pytest.mark.parametrize("named", ["", "part", "attribute"])
+def test_a_pickle_in_a_transformers_repository_is_not_opened(
+    named: str, hub: Hub, tmp_path: Path
+) -> None:
+    model = hf_vit()
+    upload(model, HF_BASE, tmp_path / "base")
+    push_task_adapter(prompted(model), REPO)
+    payload = pickle.dumps(Bomb(tmp_path / "opened"))
+    files = {"config.json": hub.files(HF_BASE)["config.json"], "pytorch_model.bin": payload}
+    if named == "part":
+        # An index of safetensors that names a pickle.
+        index = {"metadata": {}, "weight_map": {"classifier.bias": "pytorch_model.bin"}}
+        files["model.safetensors.index.json"] = json.dumps(index).encode()
+    elif named == "attribute":
+        config = json.loads(files["config.json"]) | {"transformers_weights": "pytorch_model.bin"}
+        files["config.json"] = json.dumps(config).encode()
+        files["model.safetensors"] = hub.files(HF_BASE)["model.safetensors"]
+    hub.create("evil/weights", files)
+    with pytest.raises(AdapterError, match=r"never opened; build the model yourself") as caught:
+        load_backbone_with_adapter(REPO, backbone="evil/weights")
+    assert "pytorch_model.bin" in str(caught.value)
+    assert not (tmp_path / "opened").exists()
+    assert not any("pytorch_model.bin" in str(request) for request in hub.requests)
+
+
+def test_a_folder_of_transformers_is_a_backbone_too(tmp_path: Path) -> None:
+    model = hf_vit()
+    model.save_pretrained(tmp_path / "base")
+    path = save_task_adapter(prompted(model), tmp_path / "a", preprocessing=IMAGES)
+    again, _ = load_backbone_with_adapter(path, backbone=str(tmp_path / "base"))
+    pixels = image(2, torch.float32, 32)
+    assert torch.equal(logits(again(pixels)), logits(model(pixels)))
+    weights = tmp_path / "base" / "model.safetensors"
+    weights.rename(weights.with_name("pytorch_model.bin"))
+    with pytest.raises(AdapterError, match="no weights as safetensors"):
+        load_backbone_with_adapter(path, backbone=str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_means_that_no_rgb_image_has(count: int, tmp_path: Path) -> None:
+    images = IMAGES | {"mean": [0.5] * count, "std": [0.5] * count}
+    path = save_task_adapter(prompted(timm_vit()), tmp_path, preprocessing=images)
+    # Before anything is asked of any Hub: none is there.
+    with pytest.raises(AdapterError, match=f"{count} means and {count} stds, and an image is read"):
+        load_backbone_with_adapter(path)
+    for make in (timm_transform, image_processor):
+        with pytest.raises(AdapterError, match="one for each of 3 channels"):
+            make(images)
+
+
+def test_one_mean_is_that_of_every_channel() -> None:
+    one = {"size": [8, 8], "mean": [0.25], "std": [0.5], "crop": None}
+    three = one | {"mean": [0.25] * 3, "std": [0.5] * 3}
+    assert torch.equal(timm_transform(one)(photo()), timm_transform(three)(photo()))
+    assert list(image_processor(one).image_mean) == [0.25] * 3
 
 
 @pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])

@@ -24,7 +24,7 @@ LAYERS = (
     ("training",),
     ("matrix",),
     ("data", "segmentation"),
-    ("hub", "card", "pretrained"),
+    ("hub", "card", "card_code", "push_content", "match_head", "pretrained"),
     (
         "adapters",
         "adapter_install",
