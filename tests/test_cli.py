@@ -20,6 +20,7 @@ from test_hub import (
     REPO,
     TIMM_BASE,
     TOKEN,
+    averaged,
     hf_vit,
     prompted,
     timm_vit,
@@ -159,6 +160,20 @@ def test_a_reader_that_goes_away_is_no_traceback(world: World, words: list[str])
     assert process.wait() == 1
 
 
+def test_a_stream_that_is_closed_or_full_is_no_traceback(world: World) -> None:
+    words = f"{sys.executable} -m peft_vpt info {world.adapter}"
+    for where, code, says in (
+        (">&-", 0, ""),
+        (">&- 2>&-", 0, ""),
+        ("> /dev/full", 1, "error: OSError: [Errno 28] No space left"),
+    ):
+        done = subprocess.run(
+            f"{words} {where}", shell=True, capture_output=True, text=True, cwd=ROOT, check=False
+        )
+        assert done.returncode == code, done.stderr
+        assert done.stderr.startswith(says) if says else not done.stderr
+
+
 @pytest.mark.parametrize(
     ("raised", "code", "says"),
     [
@@ -280,6 +295,28 @@ def test_info_errors(world: World, tmp_path: Path, capsys: Capture) -> None:
         assert says in err
 
 
+@pytest.mark.filterwarnings("default::UserWarning")
+def test_messages_are_in_the_words_of_the_shell(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    world.hub.create(REPO, {"adapter.safetensors": world.adapter.read_bytes()})
+    err = call(capsys, "info", REPO, "--revision", "nowhere", code=1)[1]
+    assert "check --revision" in err
+    err = call(capsys, "info", world.adapter, "--revision", "main")[1]
+    assert err.startswith("warning: peft-vpt info: --revision main is of no use: ")
+    image = png(tmp_path / "a.png")
+    upload_backbone(timm_vit(seed=1), OTHER_WEIGHTS, tmp_path / "other")
+    words = ("predict", "--adapter", REPO, image, "--model", OTHER_WEIGHTS)
+    err = call(capsys, *words, code=1)[1]
+    assert err.startswith("error: peft-vpt predict: ")
+    assert "strict" not in err
+    monkeypatch.delenv("HF_TOKEN")
+    err = call(capsys, "push", world.adapter, REPO, code=1)[1]
+    assert err.startswith(f"error: peft-vpt push: {REPO}: ")
+    assert "or set HF_TOKEN" in err
+    assert "token=" not in err
+
+
 def test_offline_takes_the_cache_only(world: World, capsys: Capture) -> None:
     world.hub.create(REPO, {"adapter.safetensors": world.adapter.read_bytes()})
     world.hub.requests.clear()
@@ -345,6 +382,44 @@ def test_check_of_a_model_that_cannot_be_had(world: World, capsys: Capture) -> N
         out, err = call(capsys, "check", world.adapter, "--model", name, code=1)
         assert out == ""
         assert name in err
+
+
+def test_check_gives_the_backbone_the_pooling_of_the_adapter(
+    world: World, tmp_path: Path, capsys: Capture
+) -> None:
+    path = save_task_adapter(inject_prompts(averaged(timm_vit()), 2), tmp_path / "mean")
+    assert call(capsys, "check", path, "--model", TIMM_BASE)[0] == f"fits  {TIMM_BASE}\n"
+
+
+def test_check_speaks_of_options(world: World, tmp_path: Path, capsys: Capture) -> None:
+    upload_backbone(timm_vit(seed=1), OTHER_WEIGHTS, tmp_path / "other")
+    out = call(capsys, "check", world.adapter, "--model", OTHER_WEIGHTS, code=1)[0]
+    assert out.startswith(f"does not fit  {world.adapter}: it was made for")
+    assert "strict" not in out
+    upload_backbone(hf_vit(), HF_BASE, tmp_path / "tiny")
+    err = call(capsys, "check", world.adapter, "--model", HF_BASE, code=1)[1]
+    assert err.startswith(f"error: peft-vpt check: {HF_BASE}: ")
+    assert "give --library transformers" in err
+    path = save_task_adapter(prompted(hf_vit()), tmp_path / "hf")
+    err = call(capsys, "check", path, "--model", OTHER_WEIGHTS, code=1)[1]
+    assert "is a model of timm, not of transformers; give --library timm." in err
+    err = call(capsys, "check", world.adapter, "--model", "test_vti", code=1)[1]
+    assert "Did you mean test_vit" in err
+
+
+def test_a_decoder_is_no_classifier(world: World, tmp_path: Path, capsys: Capture) -> None:
+    from peft_vpt.segmentation import Segmenter, save_segmenter
+
+    model = Segmenter(timm_vit(), 3, "vpt-deep", channels=8, length=2).eval()
+    path = save_segmenter(model, tmp_path / "decoder")
+    err = call(capsys, "check", path, "--model", TIMM_BASE, code=1)[1]
+    assert err.startswith("error: peft-vpt check: ")
+    assert "load_segmenter(backbone, source)" in err
+    err = call(capsys, "predict", "--adapter", path, png(tmp_path / "a.png"), code=1)[1]
+    assert "labels pixels and not images" in err
+    err = call(capsys, "eval", path, "--data", tmp_path, code=1)[1]
+    assert err.startswith("error: peft-vpt eval: ")
+    assert "labels pixels and not images" in err
 
 
 # push and pull
@@ -413,14 +488,16 @@ def test_push_warnings_and_errors(world: World, tmp_path: Path, capsys: Capture)
     nameless = save_task_adapter(prompted(hf_vit()), tmp_path / "nameless")
     out, err = call(capsys, "push", nameless, "user/nameless")
     assert out.startswith(world.hub.url)
-    assert err.startswith("warning: push_task_adapter: ")
+    assert err.startswith("warning: peft-vpt push: ")
+    assert "give --base-model owner/name" in err
     out, err = call(capsys, "push", nameless, "user/nameless", "--base-model", HF_BASE)
     assert "warning" not in err
     assert f"base_model: {HF_BASE}" in world.hub.files("user/nameless")["README.md"].decode()
     for source, name in ((tmp_path / "nothing", REPO), (world.adapter, "user/a b")):
         out, err = call(capsys, "push", source, name, code=1)
         assert out == ""
-        assert err.startswith("error: push_task_adapter")
+        assert err.startswith("error: peft-vpt push: ")
+        assert "repo_id=" not in err
 
 
 # predict

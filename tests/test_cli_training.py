@@ -504,6 +504,15 @@ def test_eval_prepares_images_as_the_adapter_says(world: Path, capsys: Capture) 
     assert abs(losses[0] - losses[1]) > 1e-4
 
 
+def test_eval_gives_a_file_of_weights_the_pooling_of_the_adapter(
+    world: Path, capsys: Capture
+) -> None:
+    model: Any = backbone()
+    model.reset_classifier(2, global_pool="avg")
+    save_task_adapter(inject_prompts(model, 2), "one", preprocessing=IMAGES)
+    assert answer(capsys, "eval", "one", *EVAL)["images"] == 14
+
+
 def test_eval_refuses_other_classes(world: Path, capsys: Capture) -> None:
     an_adapter("three", ("dark", "grey", "light"), 3)
     err = call(capsys, "eval", "three", *EVAL, code=1)[1]

@@ -94,7 +94,6 @@ def test_swapped_arguments(saved: Path) -> None:
         ({"preprocessing": {"sise": 3}}, "the file has no field for sise"),
         ({"preprocessing": {"mean": [0.5], "std": [0.5, 0.5]}}, "unlike numbers of means"),
     ],
-    ids=str,
 )
 def test_a_push_names_its_argument_and_reaches_no_hub(
     options: dict[str, Any], words: str, saved: Path, hub: Hub
@@ -119,7 +118,6 @@ def test_a_push_names_its_argument_and_reaches_no_hub(
         ({"backbone": "vit_tniy_patch16_224"}, "Did you mean vit_tiny_patch16_224"),
         ({"backbone": "vit_tiny_patch16_224.augrge_in21k"}, "vit_tiny_patch16_224.augreg_in21k"),
     ],
-    ids=str,
 )
 def test_options_of_a_load_by_name(options: dict[str, Any], words: str, saved: Path) -> None:
     text = said(load_backbone_with_adapter, saved, **options)
@@ -184,7 +182,6 @@ class ConnectError(ConnectionError):
         (ConnectError("refused"), True, "the Hub was not reached: check the network"),
         (ValueError("Invalid metadata in README.md.\nlicense"), True, "mend what it names"),
     ],
-    ids=str,
 )
 def test_advice(error: Exception, pushing: bool, advice: str) -> None:
     with (

@@ -11,6 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 _DEBUG = "PEFT_VPT_DEBUG"
@@ -25,21 +26,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    _prepare_streams()
+    words = sys.argv[1:] if arguments is None else arguments
+    call = f"peft-vpt {words[0]}" if words and not words[0].startswith("-") else "peft-vpt"
     with warnings.catch_warnings():
-        warnings.showwarning = _show_warning
+        warnings.showwarning = partial(_show_warning, call)
         try:
-            code = _run(arguments)
-            sys.stdout.flush()
+            return _flushed(_run(arguments, call), call)
         except BrokenPipeError:
             _forget_stdout()
             return 1
+
+
+def _flushed(code: int, call: str) -> int:
+    """Write out what is left to write, a full disk being a failure as any other."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _forget_stdout()
+        if not code:
+            _report(error, call)
+        return 1
     return code
 
 
-def _run(arguments: Sequence[str] | None) -> int:
+def _prepare_streams() -> None:
+    """Let every character be written, and give what is written to a closed stream to nobody."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # Python's own answer to a stream that was closed before it started.
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        stream = getattr(sys, name)
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _run(arguments: Sequence[str] | None, call: str) -> int:
     try:
         from .app import run
 
@@ -51,27 +75,27 @@ def _run(arguments: Sequence[str] | None) -> int:
     except BrokenPipeError:
         raise
     except Exception as error:
-        _report(error)
+        _report(error, call)
         return 1
     return 0
 
 
-def _report(error: Exception) -> None:
+def _report(error: Exception, call: str) -> None:
     from ..errors import VPTError
-    from .output import complain
+    from .output import complain, in_the_shell
 
     if os.environ.get(_DEBUG, "") not in ("", "0"):
         traceback.print_exception(error)
     elif isinstance(error, VPTError):
-        complain(f"error: {error}")
+        complain(f"error: {in_the_shell(str(error), call)}")
     else:
         complain(f"error: {type(error).__name__}: {error} ({_DEBUG}=1 shows where)")
 
 
-def _show_warning(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-    from .output import complain
+def _show_warning(call: str, message: Warning | str, *args: Any, **kwargs: Any) -> None:
+    from .output import complain, in_the_shell
 
-    complain(f"warning: {message}")
+    complain(f"warning: {in_the_shell(str(message), call)}")
 
 
 def _forget_stdout() -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .files import find
+from .files import find, need_classes
 from .images import find_broken, open_images, parts_of, split_of, without_broken
 from .output import (
     Json,
@@ -71,6 +71,7 @@ def evaluate(
 
     place = find_device(device)
     adapter = find(source, _CALL, revision, offline)
+    need_classes(adapter, _CALL)
     with quiet_stdout():
         task = open_images(data, split.value)
         numbers = _numbers(adapter, task)
@@ -93,14 +94,12 @@ def _numbers(adapter: Adapter, task: Task) -> list[int]:
     """Return the output of the adapter that stands for each class of a task.
 
     Raises:
-        AdapterError: It has no head, or other classes.
+        AdapterError: It has other classes.
     """
     from ..data.splits import listing
     from ..errors import AdapterError
 
     head, where = adapter.metadata["head"], f"{_CALL}: {adapter.path}"
-    if head is None:
-        raise AdapterError(f"{where}: holds prompts without a head, so no classes.")
     labels, classes = head["labels"], task.classes
     if labels is None:
         if head["classes"] != len(classes):
@@ -174,6 +173,7 @@ def _from_weights(adapter: Adapter, name: str | None, weights: Path) -> nn.Modul
     from ..adapters import load_task_adapter
     from ..backbones.image_model import says_its_size
     from ..errors import AdapterError
+    from ..match_head import match_head
 
     made_for, images = adapter.metadata["backbone"], adapter.metadata["preprocessing"] or {}
     if made_for["library"] != "timm":
@@ -188,4 +188,5 @@ def _from_weights(adapter: Adapter, name: str | None, weights: Path) -> nn.Modul
     padded = adapter.spec.location == "pad"
     edges = None if size is None or padded else (size[0], size[1])
     network = build(name or known, weights, edges, True)
+    match_head(network, adapter)
     return load_task_adapter(says_its_size(network, size) if size else network, adapter.path)

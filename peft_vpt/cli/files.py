@@ -9,14 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .output import Json, Offline, Revision, Source, quiet_stdout, write_facts, write_json
+from .output import (
+    Json,
+    Offline,
+    Revision,
+    Source,
+    in_the_shell,
+    quiet_stdout,
+    write_facts,
+    write_json,
+)
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from ..adapter_file import Adapter
 
 _LABELS_SHOWN = 5
+_OTHER = {"timm": "transformers", "transformers": "timm"}
 
 
 class Library(str, Enum):
@@ -58,14 +66,29 @@ def check(
     Without weights, a Hub id still needs its configuration file.
     """
     from ..adapters import load_task_adapter
-    from ..errors import AdapterMismatchError, UnsupportedArchitectureError
+    from ..card_code import is_segmenter
+    from ..errors import AdapterError, AdapterMismatchError, UnsupportedArchitectureError
+    from ..hub import backbone_for
 
-    adapter = find(source, "peft-vpt check", revision, offline)
+    call = "peft-vpt check"
+    adapter = find(source, call, revision, offline)
+    if is_segmenter(adapter.metadata["head"]):
+        raise AdapterError(
+            f"{call}: {adapter.path}: it holds the decoder of a Segmenter, which is made around a "
+            "backbone; peft_vpt.segmentation.load_segmenter(backbone, source) makes all checks."
+        )
     kind = adapter.metadata["backbone"]["library"] if library is None else library.value
     if library is None and (model.startswith(("timm/", "hf-hub:")) or "/" not in model):
         kind = "timm"
     with quiet_stdout(), warnings.catch_warnings():
-        backbone = _build(adapter, kind, model, not no_weights, offline)
+        backbone = backbone_for(
+            adapter,
+            model,
+            library=kind,
+            pretrained=not no_weights,
+            otherwise=f"give --library {_OTHER[kind]}",
+            local_files_only=offline,
+        )
         if no_weights:
             # All that it has to say is that weights differ.
             warnings.simplefilter("ignore", UserWarning)
@@ -75,7 +98,7 @@ def check(
         except (AdapterMismatchError, UnsupportedArchitectureError) as error:
             reason = str(error)
     if reason is not None:
-        write_facts({"does not fit": reason})
+        write_facts({"does not fit": in_the_shell(reason)})
         raise typer.Exit(1)
     write_facts({"fits": f"{model} (weights not compared)" if no_weights else model})
 
@@ -90,20 +113,24 @@ def find(source: str, call: str, revision: str | None, offline: bool) -> Adapter
     return read_adapter(path, call)
 
 
-def _build(adapter: Adapter, library: str, name: str, weights: bool, offline: bool) -> nn.Module:
-    from ..pretrained import build_backbone
+def need_classes(adapter: Adapter, call: str) -> None:
+    """Refuse an adapter that does not classify images.
 
-    made_for, images = adapter.metadata["backbone"], adapter.metadata["preprocessing"]
-    own = library == made_for["library"] == "transformers"
-    sized = images is not None and "size" in images and adapter.spec.location != "pad"
-    return build_backbone(
-        library,
-        name,
-        architecture=made_for["architecture"] if own else None,
-        pretrained=weights,
-        image_size=tuple(images["size"]) if sized else None,
-        local_files_only=offline,
-    )
+    Raises:
+        AdapterError: It has no head, or a decoder.
+    """
+    from ..adapter_metadata import SEGMENTER
+    from ..decoder import READS
+    from ..errors import AdapterError
+
+    head = adapter.metadata["head"]
+    if head is None:
+        raise AdapterError(f"{call}: {adapter.path}: holds prompts without a head, so no classes.")
+    if head["reads"] in (READS, SEGMENTER):
+        raise AdapterError(
+            f"{call}: {adapter.path}: holds a decoder, which labels pixels and not images; "
+            "peft_vpt.segmentation runs it, as the card of a pushed adapter shows."
+        )
 
 
 def _sizes(adapter: Adapter) -> dict[str, Any]:

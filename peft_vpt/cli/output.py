@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
@@ -18,6 +19,38 @@ Revision = Annotated[
 Source = Annotated[
     str, typer.Argument(metavar="FILE|FOLDER|HUB_ID", help="A task adapter.", show_default=False)
 ]
+
+_CALLS = r"^(?:load_backbone_with_adapter|load_task_adapter|push_task_adapter)(?:\((.*?)\))?: "
+# What the functions behind the commands say to who calls them, and what a shell has in its place.
+_IN_THE_SHELL = (
+    (r"\bpass token=", "set HF_TOKEN"),
+    (r"\bcheck revision=", "check --revision"),
+    (r"\brevision='([^']*)'", r"--revision \1"),
+    (r"\bpass base_model='owner/name'", "give --base-model owner/name"),
+    (r"\bbase_model=", "--base-model "),
+    (r"\brepo_id=", "HUB_ID "),
+    (r"\bpass backbone=", "give --model"),
+    (r"\bbackbone='([^']*)'", r"--model \1"),
+    (r"\blicense=, datasets=, metrics=,", "--license, --dataset,"),
+    (r" strict=False loads it all the same\.", ""),
+    (r"[;,]( or)? strict='prompts' loads the prompts alone\.", "."),
+)
+
+
+def in_the_shell(message: str, call: str = "") -> str:
+    """Return a message in the words of the command line: options and variables, no arguments.
+
+    Args:
+        message: Of a function behind a command, or of the command itself.
+        call: The command, in the place of the function that the message begins with.
+    """
+    for words, ours in _IN_THE_SHELL:
+        message = re.sub(words, ours, message)
+    found = re.match(_CALLS, message)
+    if found is None:
+        return message
+    parts = (call, found[1], message[found.end() :])
+    return ": ".join(part for part in parts if part)
 
 
 def plain(text: str, keep: str = "") -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .files import find
+from .files import find, need_classes
 from .output import Json, Offline, Revision, complain, plain, quiet_stdout, write_json
 
 if TYPE_CHECKING:
@@ -169,8 +169,7 @@ def _load(
 
     adapter = find(source, _CALL, revision, offline)
     head, made_for = adapter.metadata["head"], adapter.metadata["backbone"]
-    if head is None:
-        raise AdapterError(f"{_CALL}: {adapter.path}: holds prompts without a head, so no classes.")
+    need_classes(adapter, _CALL)
     if backbone is None and made_for["hub_id"] is None:
         raise AdapterError(
             f"{_CALL}: {adapter.path}: does not say where its backbone ({made_for['library']} "
