@@ -257,6 +257,17 @@ def test_the_last_blocks_are_those_that_run_last() -> None:
     }  # fmt: skip
 
 
+def test_what_is_registered_behind_the_blocks_and_never_runs_does_not_train() -> None:
+    model = build("transformers/vit")
+    model.vit.predictor = nn.Linear(32, 32).double()
+    model.vit.scales = nn.ParameterList([torch.ones(32).double()])
+    names = trainable_parameters(apply_protocol(model, "partial-1"))
+    assert "vit.layernorm.weight" in names
+    assert not any("predictor" in name for name in names)
+    # Never called, but who knows whether it is used.
+    assert "vit.scales.0" in names
+
+
 def test_a_stage_of_which_only_the_last_part_is_shown_trains_whole() -> None:
     model = apply_protocol(small_timm("densenet121")[0], "partial-1")
     assert {".".join(n.split(".")[:2]) for n in trainable_parameters(model)} == {

@@ -116,8 +116,13 @@ def _last(
     order = _order(host, encoder, protocol, parts, calls)
     parts = sorted(parts, key=lambda path: order.get(path, -1))
     behind = _Behind(parts, protocol.number, order, stages=not encoder.blocks)
+    idle = _idle(host, order)
     first = next((i for i, name in enumerate(names) if _below(name, behind.first)), len(names))
-    names = [name for i, name in enumerate(names) if behind(name, registered=i >= first)]
+    names = [
+        name
+        for i, name in enumerate(names)
+        if behind(name, registered=i >= first and name.rpartition(".")[0] not in idle)
+    ]
     beside = {name.rpartition(".")[0] for name in names}
     apart = sorted(p for p in beside if not any(_below(p, b) for b in behind.last))
     return names, (*behind.last, *apart)
@@ -138,6 +143,16 @@ def _order(
         f"{type(host).__name__} runs its {'blocks' if encoder.blocks else 'stages'}, since no "
         "image that was tried passes all of them; use 'bias', 'full' or prompts."
     )
+
+
+def _idle(host: nn.Module, order: dict[str, int]) -> set[str]:
+    """Return the modules that the whole model never called: a pooling that its head leaves out.
+
+    Nothing where the encoder alone could be run. Lists of parameters are never called.
+    """
+    lists = (nn.ParameterList, nn.ParameterDict)
+    paths = {path for path, module in host.named_modules() if not isinstance(module, lists)}
+    return paths - set(order) if "" in order else set()
 
 
 class _Behind:
