@@ -102,6 +102,8 @@ def loads_by_name(adapter: Adapter) -> bool:
         owner, _, name = (made_for["hub_id"] or "").partition("/")
         with torch.device("meta"):
             model = timm.create_model(name if owner == "timm" else made_for["architecture"])
+        # Here, one that is not known tells nothing.
+        encoder_for(model, "pad")
         return match_head(model, adapter)
     except Exception:
         # Whatever it is (timm is not there or does not know the name, or the model cannot be built

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from hub_server import Hub, client
-from test_hub import REPO, TOKEN, hf_vit, prompted, timm_vit
+from test_hub import HF_BASE, REPO, TOKEN, hf_vit, prompted, timm_vit, upload_backbone
 from torch import nn
 
 from peft_vpt import inject_prompts, load_task_adapter, push_task_adapter, save_task_adapter
@@ -215,6 +215,16 @@ def test_somebody_committed_in_between(
 
     monkeypatch.setattr(module, "_former_card", slow)
     assert "push again" in said(push_task_adapter, saved, REPO, task="other")
+
+
+def test_a_backbone_of_the_other_library(saved: Path, hub: Hub, tmp_path: Path) -> None:
+    upload_backbone(hf_vit(), HF_BASE, tmp_path / "hf")
+    text = said(load_backbone_with_adapter, saved, backbone=HF_BASE)
+    assert "it is one of transformers; build the model yourself and call load_task_adapter" in text
+    upload_backbone(timm_vit(), "lab/timm", tmp_path / "timm")
+    path = save_task_adapter(prompted(hf_vit()), tmp_path / "a")
+    text = said(load_backbone_with_adapter, path, backbone="lab/timm")
+    assert "is a model of timm, not of transformers; build the model yourself" in text
 
 
 def test_a_folder_of_a_whole_model_is_told(tmp_path: Path) -> None:
