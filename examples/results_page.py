@@ -53,13 +53,13 @@ def write(folder: Path) -> str:
         searched = [r for r in compared if (r["protocol"], r["split"]) == ("vpt-deep", "val")]
         notes += ["## Default and paper preset", SPREAD, spread_table([*searched, *rates])]
     if segmented:
-        notes += ["## Segmentation", SEGMENTED.format(**settings(segmented)),
-                  segmentation_table(segmented)]  # fmt: skip
+        told = SEGMENTED.format(chosen=chosen(segmented), **settings(segmented))
+        notes += ["## Segmentation", told, segmentation_table(segmented)]
     notes += ["## Run it", RUN, command(compared)]
     about = folder / "about.md"
-    told = f"\n\n{about.read_text(encoding='utf-8').strip()}" if about.is_file() else ""
+    hand = f"\n\n{about.read_text(encoding='utf-8').strip()}" if about.is_file() else ""
     return report_page(
-        compared, title="Results", intro=intro(final) + told, notes=notes,
+        compared, title="Results", intro=intro(final) + hand, notes=notes,
         figures={"Accuracy": "results/accuracy.svg"},
     )  # fmt: skip
 
@@ -75,8 +75,7 @@ SPREAD = (
 )
 SEGMENTED = (
     "A small SETR-PUP decoder over {backbone} on {tasks}, at {size} px, {epochs} epochs, in "
-    "percent: mean and standard deviation over seeds; learning rates chosen on val. Head: the "
-    "decoder alone trains."
+    "percent: mean and standard deviation over seeds; {chosen}. Head: the decoder alone trains."
 )
 RUN = (
     "One command per task; a comparison that was stopped goes on, and a run that has a record is "
@@ -179,6 +178,16 @@ def mark(records: Iterable[Record]) -> str:
     """Return what stands behind a value that something is wrong with."""
     risen = any(r.get("risen") for r in records)
     return " !" if risen else ""
+
+
+def chosen(records: Iterable[Record]) -> str:
+    """Say whether val had a choice of learning rates."""
+    tried: dict[str, set[float]] = {}
+    for record in records:
+        if record["split"] == "val":
+            tried.setdefault(record["protocol"], set()).add(rate(record))
+    several = any(len(rates) > 1 for rates in tried.values())
+    return "learning rates chosen on val" if several else "learning rates are the preset's"
 
 
 def segmentation_table(records: Sequence[Record]) -> str:

@@ -119,16 +119,16 @@ def find_adapter(
         if isinstance(error, VPTError):
             raise
         raise AdapterError(
-            f"{call}: {shown(str(source))}: cannot be looked up: {_cut(str(error), _SHOWN)}"
+            f"{call}: {_whole(source)}: cannot be looked up: {_cut(str(error), _SHOWN)}"
         ) from error
     if not found:
         raise AdapterError(
-            f"{call}: {shown(str(source))}: no such adapter; give a folder that holds {FILE_NAME}, "
+            f"{call}: {_whole(source)}: no such adapter; give a folder that holds {FILE_NAME}, "
             f"the file itself, or a Hub id 'owner/name'.{_held(path)}"
         )
     if revision is not None:
         warnings.warn(
-            f"{call}: revision={revision!r} is of no use: {shown(str(source))} is a local file, "
+            f"{call}: revision={revision!r} is of no use: {_whole(source)} is a local file, "
             "and only a repository of the Hub has revisions.",
             stacklevel=3,
         )
@@ -162,6 +162,11 @@ def shown(value: Any) -> str:
     if not isinstance(value, str | bytes | int | float | Path | None):
         return f"<{type(value).__name__}>"
     return _cut(repr(value), _SHOWN)
+
+
+def _whole(source: str | Path) -> str:
+    """Return a path for a message: without its end it would be of no use."""
+    return _cut(repr(str(source)))
 
 
 def _cut(text: str, most: int = _LONGEST) -> str:
