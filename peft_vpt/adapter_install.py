@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from .adapter_file import Adapter
-from .adapter_match import HEAD_NAMES, head_tensors, new_classes, trains_decoder
-from .backbones.anatomy import Encoder, module_at
+from .adapter_head import HEAD_NAMES, head_tensors, new_classes, trains_decoder
+from .backbones.anatomy import Encoder
 from .backbones.heads import FormerHead, class_count, head_owner, set_labels
 from .backbones.identity import label_names
+from .backbones.paths import module_at
 from .decoder import claim_decoder, decoder_names, decoder_tensors, has_decoder
 from .errors import AdapterMismatchError, SpecError, UnsupportedArchitectureError
 from .hosts import carries, host_and_prompts

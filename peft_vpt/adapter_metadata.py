@@ -8,10 +8,20 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
+from .adapter_fields import (
+    Field,
+    check_fields,
+    check_plain,
+    integer,
+    list_of,
+    number,
+    optional,
+    or_null,
+    short,
+)
 from .backbones.identity import is_hub_name
 from .errors import AdapterError, SpecError
 from .protocols.options import PROMPTED, Protocol
@@ -23,18 +33,11 @@ INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
 SEGMENTER = "tokens"
 _BLOCK_NUMBERS, _NORM_NUMBERS = 9, 3
 # Bounds that no adapter reaches: they keep a small file from asking for gigabytes.
-_MOST_NESTING = 32
 _MOST_DEPTH = 10_000
 _MOST_PIXELS = 2**12
-_MOST_PROMPTS = 2**20
+# More than any image has tokens: what a file repeats costs it nothing, but the forward.
+_MOST_PROMPTS = 65_536
 _MOST_WIDTH = 2**31
-
-
-@dataclass(frozen=True)
-class _Field:
-    what: str
-    fits: Callable[[Any], bool]
-    required: bool = True
 
 
 def check_metadata(metadata: Any, where: str) -> PromptSpec:
@@ -57,14 +60,14 @@ def check_metadata(metadata: Any, where: str) -> PromptSpec:
             "It was written by a newer release. Update peft_vpt." if newer else "It is damaged."
         )
         raise AdapterError(
-            f"{where}: has format version {_short(version)}; this release reads version "
+            f"{where}: has format version {short(version)}; this release reads version "
             f"{FORMAT_VERSION}. {advice}"
         )
-    _check_plain(metadata, where)
-    _check_fields(metadata, _FIELDS, where)
-    _check_fields(metadata["backbone"], _BACKBONE, f"{where}: backbone")
+    check_plain(metadata, where)
+    check_fields(metadata, _FIELDS, where)
+    check_fields(metadata["backbone"], _BACKBONE, f"{where}: backbone")
     if metadata["head"] is not None:
-        _check_fields(metadata["head"], _HEAD, f"{where}: head")
+        check_fields(metadata["head"], _HEAD, f"{where}: head")
         _check_labels(metadata["head"], where)
     if metadata["preprocessing"] is not None:
         _check_images(metadata["preprocessing"], f"{where}: preprocessing")
@@ -75,30 +78,15 @@ def check_metadata(metadata: Any, where: str) -> PromptSpec:
     return _spec(metadata["spec"], metadata["backbone"]["depth"], where)
 
 
-def _integer(low: int, high: int) -> Callable[[Any], bool]:
-    return lambda value: type(value) is int and low <= value <= high
+def is_segmenter(head: Mapping[str, Any] | None) -> bool:
+    """Tell whether a head is the decoder of a `Segmenter`."""
+    return head is not None and head["reads"] == SEGMENTER
 
 
-def _number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _list_of(fits: Callable[[Any], bool], least: int = 1) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, list) and len(value) >= least and all(map(fits, value))
-
-
-def _or_null(field: _Field) -> _Field:
-    return _Field(f"{field.what} or null", lambda value: value is None or field.fits(value))
-
-
-def _optional(field: _Field) -> _Field:
-    return _Field(field.what, field.fits, required=False)
-
-
-_TEXT = _Field("a string", lambda value: isinstance(value, str))
-_NAME = _Field("a string that is not empty", lambda value: isinstance(value, str) and value != "")
+_TEXT = Field("a string", lambda value: isinstance(value, str))
+_NAME = Field("a string that is not empty", lambda value: isinstance(value, str) and value != "")
 # Values that end up in names of classes, in addresses, and in a card's text.
-_WORD = _Field(
+_WORD = Field(
     "a word", lambda v: isinstance(v, str) and re.fullmatch(r"[\w.+!/-]{1,200}", v) is not None
 )
 # A path below the Hub's cache, so that it must not lead out of there.
@@ -110,20 +98,20 @@ def is_revision(value: Any) -> bool:
     return isinstance(value, str) and _PATH.fullmatch(value) is not None
 
 
-_REVISION = _Field("a branch, tag or commit, no path that leads elsewhere", is_revision)
-_OBJECT = _Field("an object", lambda value: isinstance(value, dict))
-_COUNT = _Field("an integer of at least 1", _integer(1, _MOST_WIDTH))
+_REVISION = Field("a branch, tag or commit, no path that leads elsewhere", is_revision)
+_OBJECT = Field("an object", lambda value: isinstance(value, dict))
+_COUNT = Field("an integer of at least 1", integer(1, _MOST_WIDTH))
 _FIELDS = {
     "format_version": _COUNT,
-    "spec": _or_null(_OBJECT),
-    "protocol": _optional(_OBJECT),
+    "spec": or_null(_OBJECT),
+    "protocol": optional(_OBJECT),
     "backbone": _OBJECT,
-    "head": _or_null(_OBJECT),
-    "preprocessing": _or_null(_OBJECT),
-    "task": _or_null(_TEXT),
-    "metrics": _or_null(_OBJECT),
+    "head": or_null(_OBJECT),
+    "preprocessing": or_null(_OBJECT),
+    "task": or_null(_TEXT),
+    "metrics": or_null(_OBJECT),
     "library_version": _WORD,
-    "checksum": _Field(
+    "checksum": Field(
         "64 hexadecimal digits",
         lambda value: isinstance(value, str) and re.fullmatch("[0-9a-f]{64}", value) is not None,
     ),
@@ -131,109 +119,62 @@ _FIELDS = {
 _BACKBONE = {
     "library": _NAME,
     "architecture": _WORD,
-    "hub_id": _or_null(
-        _Field(
+    "hub_id": or_null(
+        Field(
             "the name of a Hub repository",
             lambda value: isinstance(value, str) and is_hub_name(value),
         )
     ),
-    "revision": _or_null(_REVISION),
-    "dims": _Field("a list of widths", _list_of(_COUNT.fits, least=0)),
-    "depth": _Field(f"an integer from 0 to {_MOST_DEPTH}", _integer(0, _MOST_DEPTH)),
-    "fingerprint": _or_null(_OBJECT),
+    "revision": or_null(_REVISION),
+    "dims": Field("a list of widths", list_of(_COUNT.fits, least=0)),
+    "depth": Field(f"an integer from 0 to {_MOST_DEPTH}", integer(0, _MOST_DEPTH)),
+    "fingerprint": or_null(_OBJECT),
 }
 _HEAD = {
     "classes": _COUNT,
-    "labels": _or_null(_Field("a list of strings", _list_of(_TEXT.fits))),
+    "labels": or_null(Field("a list of strings", list_of(_TEXT.fits))),
     "in_features": _COUNT,
     "reads": _NAME,
-    "class": _optional(_WORD),
-    "bias": _optional(_Field("true or false", lambda value: isinstance(value, bool))),
+    "class": optional(_WORD),
+    "bias": optional(Field("true or false", lambda value: isinstance(value, bool))),
 }
 _PREPROCESSING = {
-    "size": _optional(
-        _Field(
+    "size": optional(
+        Field(
             f"[height, width], each from 1 to {_MOST_PIXELS}",
-            lambda value: _list_of(_integer(1, _MOST_PIXELS), least=2)(value) and len(value) == 2,
+            lambda value: list_of(integer(1, _MOST_PIXELS), least=2)(value) and len(value) == 2,
         )
     ),
-    "mean": _optional(_Field("a list of numbers", _list_of(_number))),
-    "std": _optional(
-        _Field("a list of numbers above 0", _list_of(lambda value: _number(value) and value > 0))
+    "mean": optional(Field("a list of numbers", list_of(number))),
+    "std": optional(
+        Field("a list of numbers above 0", list_of(lambda value: number(value) and value > 0))
     ),
-    "interpolation": _optional(
-        _Field(
+    "interpolation": optional(
+        Field(
             f"one of {', '.join(INTERPOLATIONS)}",
             lambda value: isinstance(value, str) and value in INTERPOLATIONS,
         )
     ),
-    "crop": _optional(
-        _or_null(
-            _Field("a number from 0.1 to 10", lambda value: _number(value) and 0.1 <= value <= 10)
+    "crop": optional(
+        or_null(
+            Field("a number from 0.1 to 10", lambda value: number(value) and 0.1 <= value <= 10)
         )
     ),
 }
 IMAGE_FIELDS = tuple(_PREPROCESSING)
 _FINGERPRINT = {
     "dtype": _NAME,
-    "blocks": _Field("a list", lambda value: isinstance(value, list)),
-    "norm": _Field("a list", lambda value: isinstance(value, list)),
-    "rest": _optional(
-        _Field("six numbers", lambda value: _list_of(_sum, least=6)(value) and len(value) == 6)
+    "blocks": Field("a list", lambda value: isinstance(value, list)),
+    "norm": Field("a list", lambda value: isinstance(value, list)),
+    "rest": optional(
+        Field("six numbers", lambda value: list_of(_sum, least=6)(value) and len(value) == 6)
     ),
-    "quantized": _optional(_Field("true", lambda value: value is True)),
+    "quantized": optional(Field("true", lambda value: value is True)),
 }
 
 
-def _check_plain(metadata: Mapping[str, Any], where: str) -> None:
-    """Refuse nesting and integers that other JSON readers stumble over."""
-    level: list[Any] = [metadata]
-    for _ in range(_MOST_NESTING):
-        inner: list[Any] = []
-        for value in level:
-            if isinstance(value, dict | list):
-                inner.extend([*value.keys(), *value.values()] if isinstance(value, dict) else value)
-            elif isinstance(value, str) and not _is_text(value):
-                raise AdapterError(
-                    f"{where}: its metadata holds {value!r:.80}, which no text file can: half of a "
-                    "surrogate pair."
-                )
-            elif type(value) is int and not -(2**63) <= value < 2**63:
-                raise AdapterError(
-                    f"{where}: its metadata holds an integer of more than 64 bits; a JSON reader "
-                    "may round it, so store it as a string."
-                )
-        level = inner
-        if not level:
-            return
-    raise AdapterError(f"{where}: its metadata is nested more than {_MOST_NESTING} deep.")
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _check_fields(values: Mapping[str, Any], fields: Mapping[str, _Field], where: str) -> None:
-    for name, field in fields.items():
-        if not (field.fits(values[name]) if name in values else not field.required):
-            raise AdapterError(
-                f"{where}: metadata field {name!r} is missing or of the wrong type; it must be "
-                f"{field.what}."
-            )
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise AdapterError(
-            f"{where}: metadata fields {_short(unknown)} are not known to this release; if a newer "
-            "one wrote the file, update peft_vpt."
-        )
-
-
 def _check_images(images: Mapping[str, Any], where: str) -> None:
-    _check_fields(images, _PREPROCESSING, where)
+    check_fields(images, _PREPROCESSING, where)
     if len(images.get("mean", [])) != len(images.get("std", [])):
         raise AdapterError(f"{where}: it has unlike numbers of means and stds.")
     # What an image is resized to before the middle is cut out of it.
@@ -266,7 +207,7 @@ def _check_backbone(backbone: Mapping[str, Any], where: str) -> None:
             f"{where}: its backbone fingerprint is not a table of numbers, {_BLOCK_NUMBERS} for "
             f"each of {max(depth, 1)} blocks and {_NORM_NUMBERS} for the final norm."
         )
-    _check_fields(table, _FINGERPRINT, f"{where}: fingerprint")
+    check_fields(table, _FINGERPRINT, f"{where}: fingerprint")
 
 
 def _sum(value: Any) -> bool:
@@ -281,11 +222,13 @@ def _spec(values: Mapping[str, Any], depth: int, where: str) -> PromptSpec:
         settled = isinstance(values["layers"], list) and spec.dropout is not None
         resolved = settled and spec.resolve(depth) == spec
     except SpecError as error:
-        raise AdapterError(f"{wrong}: {_short(error)}") from error
+        raise AdapterError(f"{wrong}: {short(error)}") from error
     if not resolved:
         raise AdapterError(f"{wrong}: they are not resolved, as a saved file's are.")
     if spec.length > _MOST_PROMPTS:
-        raise AdapterError(f"{wrong}: length {spec.length} is beyond {_MOST_PROMPTS}.")
+        raise AdapterError(
+            f"{where}: prompts of length {spec.length}; at most {_MOST_PROMPTS} make sense."
+        )
     return spec
 
 
@@ -298,7 +241,7 @@ def _check_protocol(metadata: Mapping[str, Any], where: str) -> None:
         protocol = Protocol.from_dict(metadata["protocol"])
     except SpecError as error:
         raise AdapterError(
-            f"{where}: its protocol is wrong: {_short(error)} If a newer release wrote the file, "
+            f"{where}: its protocol is wrong: {short(error)} If a newer release wrote the file, "
             "update peft_vpt."
         ) from error
     prompted = protocol.kind in PROMPTED
@@ -320,7 +263,7 @@ def plain_metrics(metrics: Mapping[str, Any], call: str = "save_task_adapter") -
     except (TypeError, ValueError, RecursionError) as error:
         raise AdapterError(
             f"{call}(metrics=...): must be a dict of plain, finite JSON values, such as "
-            f"{{'accuracy': 0.93}}: {_short(error)}; float(...) makes a number of what is none."
+            f"{{'accuracy': 0.93}}: {short(error)}; float(...) makes a number of what is none."
         ) from error
 
 
@@ -328,8 +271,3 @@ def _as_number(value: Any) -> Any:
     if getattr(value, "ndim", None) == 0 and callable(getattr(value, "item", None)):
         return value.item()
     raise TypeError(f"a {type(value).__name__} is no JSON value")
-
-
-def _short(value: Any) -> str:
-    text = str(value) if isinstance(value, Exception) else repr(value)
-    return text if len(text) <= 400 else f"{text[:400]}..."

@@ -13,13 +13,15 @@ from torch import nn
 
 from . import __version__
 from .adapter_file import Adapter, read_adapter, write_adapter
+from .adapter_head import head_tensors
 from .adapter_install import install, stored_tensors
-from .adapter_match import check_fit, head_tensors
+from .adapter_match import check_fit
 from .adapter_metadata import plain_metrics
-from .backbones.anatomy import Encoder, module_at
+from .backbones.anatomy import Encoder
 from .backbones.heads import class_count
 from .backbones.identity import default_preprocessing, describe_backbone, label_names
 from .backbones.image_model import encoder_for
+from .backbones.paths import module_at
 from .decoder import describe_decoder, has_decoder
 from .errors import AdapterError, UnsupportedArchitectureError
 from .fingerprint import fingerprint

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .adapter_file import FILE_NAME, Adapter
-from .card_code import code_block, is_segmenter
+from .adapter_metadata import is_segmenter
+from .card_code import code_block
 from .decoder import READS
 from .errors import AdapterError
 

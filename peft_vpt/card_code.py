@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .adapter_file import Adapter
-from .adapter_metadata import SEGMENTER
+from .adapter_metadata import is_segmenter
 from .decoder import READS
 
 _IMPORTS = ["import torch", "from PIL import Image"]
@@ -33,11 +33,6 @@ def code_block(adapter: Adapter, repo_id: str) -> str:
     else:
         lines = [*_named(repo_id), *_image(meta), "    output = model(pixels)"]
     return "\n".join(["```python", *lines, "```"])
-
-
-def is_segmenter(head: Mapping[str, Any] | None) -> bool:
-    """Tell whether a head is the decoder of a `Segmenter`."""
-    return head is not None and head["reads"] == SEGMENTER
 
 
 def _unnamed(made_for: Mapping[str, Any], repo_id: str) -> list[str]:

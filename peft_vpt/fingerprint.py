@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbones.anatomy import Encoder, join, module_at
+from .backbones.anatomy import Encoder
+from .backbones.paths import join, module_at
 from .backbones.weights import UnreadableWeightsError, Weight, layer_weight, weights_below
 
 Fingerprint = dict[str, Any]

@@ -7,7 +7,8 @@ from numbers import Integral
 import torch
 from torch import nn
 
-from .backbones.anatomy import Encoder, Head, module_at
+from .backbones.anatomy import Encoder, Head
+from .backbones.paths import module_at
 from .errors import (
     AlreadyPromptedError,
     NotPromptedError,

@@ -14,10 +14,10 @@ from torch import nn
 
 from . import __version__
 from .adapter_file import FILE_NAME, Adapter, read_adapter
+from .adapter_metadata import is_segmenter
 from .adapters import check_strict, load_task_adapter
 from .backbones.image_model import says_its_size
 from .card import LIBRARY, write_card
-from .card_code import is_segmenter
 from .errors import AdapterError, AdapterMismatchError
 from .hosts import host_and_prompts
 from .inject import count_parameters

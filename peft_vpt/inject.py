@@ -9,10 +9,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .backbones.anatomy import Encoder, first_conv_kernel, module_at
+from .backbones.anatomy import Encoder, first_conv_kernel
 from .backbones.checkpointing import outermost_checkpoint
 from .backbones.heads import host_dtype, replace_head
 from .backbones.image_model import encoder_for
+from .backbones.paths import module_at
 from .errors import SpecError, VPTError
 from .forms.attach import Form, ForwardPatch
 from .forms.carrycheck import check_carried

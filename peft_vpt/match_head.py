@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from .adapter_file import Adapter
-from .adapter_match import new_classes
-from .backbones.anatomy import Encoder, module_at
+from .adapter_head import new_classes
+from .backbones.anatomy import Encoder
 from .backbones.heads import class_count
 from .backbones.image_model import encoder_for
+from .backbones.paths import module_at
 from .errors import UnsupportedArchitectureError
 
 # What the format calls the tokens that timm's pooling of another name takes.

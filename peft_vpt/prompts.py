@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
-from .backbones.anatomy import Encoder, first_argument, is_kind, module_at
+from .backbones.anatomy import Encoder, first_argument, is_kind
 from .backbones.checkpointing import (
     is_checkpointing,
     is_reentrant,
     keeps_training_flag,
     refuse_cut_off,
 )
+from .backbones.paths import module_at
 from .errors import VPTError
 from .pixels import PixelPlace, PixelPrompts, pixel_shapes
 from .spec import NOWHERE, PromptSpec

@@ -11,7 +11,8 @@ from typing import Any
 
 from torch import nn
 
-from .adapter_file import FILE_NAME, STATE_DICT
+from .adapter_file import FILE_NAME
+from .container import STATE_DICT
 from .errors import AdapterError, VPTError
 
 _LONGEST = 600

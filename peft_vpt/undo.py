@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbones.anatomy import is_kind, module_at
+from .backbones.anatomy import is_kind
 from .backbones.heads import FormerHead, restore_head
+from .backbones.paths import module_at
 from .decoder import kept, restore_decoder
 from .prompts import Prompts
 

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from zoo import build, image, logits
 
 from peft_vpt import inject_prompts, is_prompted, load_task_adapter, save_task_adapter
-from peft_vpt.backbones.anatomy import Encoder, join, module_at
+from peft_vpt.backbones.anatomy import Encoder
 from peft_vpt.backbones.image_model import encoder_for
+from peft_vpt.backbones.paths import join, module_at
 from peft_vpt.errors import AdapterMismatchError
 from peft_vpt.fingerprint import compare, fingerprint
 

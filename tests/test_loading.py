@@ -28,7 +28,7 @@ from peft_vpt import (
     trainable_parameters,
 )
 from peft_vpt.adapter_file import read_adapter
-from peft_vpt.adapter_match import head_tensors
+from peft_vpt.adapter_head import head_tensors
 from peft_vpt.errors import AdapterError, AdapterMismatchError
 
 NAMES = ("timm/cls", "transformers/vit", "transformers/dinov2")

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
-from zoo import build, image, logits, perturb
+from torch import nn
+from zoo import TinyFeatures, build, image, logits, perturb
 
 from peft_vpt import (
     apply_protocol,
@@ -195,21 +195,10 @@ def test_a_token_that_only_a_path_names_stays_in_its_library(tmp_path: Path) -> 
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
 
 
-class Tiny(nn.Module):
-    """Features of a side network that are quick: `(batch, 256, h, w)`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 256, 8, stride=8)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return torch.relu(self.conv(pixels))
-
-
 def applied(protocol: str, name: str = "timm/cls", **options: Any) -> nn.Module:
     torch.manual_seed(0)
     if protocol == "sidetune":
-        options["features"] = Tiny()
+        options["features"] = TinyFeatures()
     generator = torch.Generator().manual_seed(0)
     model = build(name, torch.float32)
     return apply_protocol(model, protocol, num_classes=4, generator=generator, **options)

@@ -18,7 +18,7 @@ from test_fingerprint import swin
 from test_segmentation import whole
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from zoo import build, image, logits, perturb
+from zoo import TinyFeatures, build, image, logits, perturb
 
 from peft_vpt import (
     apply_protocol,
@@ -57,17 +57,6 @@ PROTOCOLS: dict[str, Options] = {
     "cls": {},
     "prompt-fixed": {"length": 3},
 }
-
-
-class Tiny(nn.Module):
-    """A side network's features that are quick: `(batch, 256, h, w)`."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 256, 8, stride=8)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return torch.relu(self.conv(pixels))
 
 
 def resnet() -> nn.Module:
@@ -117,7 +106,7 @@ def pixels(name: str, seed: int = 0, protocol: str = "") -> Tensor:
 def options_for(name: str, protocol: str) -> Options:
     options = PROTOCOLS[protocol]
     if protocol == "sidetune":
-        options = {"features": Tiny().double()}
+        options = {"features": TinyFeatures().double()}
     if name in CONVNETS and (protocol.startswith("vpt") or protocol == "prompt-fixed"):
         return {"length": 4}
     return options
@@ -442,7 +431,7 @@ def test_sidetune_blends_by_alpha() -> None:
     torch.testing.assert_close(seen[0], share * seen[1] + (1 - share) * side(x))
 
 
-class Normed(Tiny):
+class Normed(TinyFeatures):
     """Features with statistics of their own."""
 
     def __init__(self) -> None:

@@ -29,8 +29,11 @@ LAYERS = (
         "adapters",
         "adapter_install",
         "adapter_match",
+        "adapter_fields",
         "adapter_file",
+        "adapter_head",
         "adapter_metadata",
+        "container",
         "preprocessing",
         "source",
     ),
@@ -44,7 +47,7 @@ LAYERS = (
     ("pixels",),
     ("backbones",),
     ("spec",),
-    ("errors", "randomness"),
+    ("errors", "randomness", "whole_file"),
 )
 
 

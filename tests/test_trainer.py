@@ -77,6 +77,15 @@ MOVING: dict[str, Callable[[], nn.Module]] = {
 }
 
 
+BEST_AT_END: dict[str, Any] = {
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "eval_loss",
+    "greater_is_better": True,  # the worst epoch, so that it is not simply the last one
+}
+
+
 def trainer(model: nn.Module, folder: Path, epochs: int = 2, **options: Any) -> Any:
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
@@ -145,11 +154,7 @@ def test_under_every_protocol_the_best_weights_come_back(name: str, tmp_path: Pa
         model,
         tmp_path,
         learning_rate=0.01,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=True,  # the worst epoch, so that it is not simply the last one
+        **BEST_AT_END,
     )
     seen: dict[int, dict[str, torch.Tensor]] = {}
     keep = run._save_checkpoint
@@ -172,11 +177,7 @@ def test_load_best_model_at_end(tmp_path: Path) -> None:
         model,
         tmp_path,
         epochs=3,
-        eval_strategy="epoch",
-        save_strategy="epoch",
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=True,  # the worst epoch, so that it is not simply the last one
+        **BEST_AT_END,
         save_total_limit=3,
     )
     run.train()

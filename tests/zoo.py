@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 SIZE = 32
 CLASSES = 5
@@ -146,3 +146,14 @@ def _transformers(kind: str, changes: dict[str, Any]) -> nn.Module:
         config = getattr(transformers, whole)(vision_config=config.to_dict())
         config.num_labels = values["num_labels"]
     return getattr(transformers, class_name)(config)
+
+
+class TinyFeatures(nn.Module):
+    """A side network's features that are quick: `(batch, 256, h, w)`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 256, 8, stride=8)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        return torch.relu(self.conv(pixels))

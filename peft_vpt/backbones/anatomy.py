@@ -15,19 +15,6 @@ from torch import nn
 from .projection import Projection
 
 
-def module_at(root: nn.Module, path: str) -> nn.Module:
-    """Return the module at a dotted path below `root`; the empty path is `root` itself."""
-    module = root
-    for name in path.split(".") if path else ():
-        module = getattr(module, name)
-    return module
-
-
-def join(*parts: str) -> str:
-    """Join path parts with dots, leaving out the empty ones."""
-    return ".".join(part for part in parts if part)
-
-
 def is_kind(module: nn.Module, name: str, package: str = "") -> bool:
     """Tell whether a class called `name` from `package` is in the module's class hierarchy."""
     kind: Any = type(module)

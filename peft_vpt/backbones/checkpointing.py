@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from ..errors import VPTError
-from .anatomy import Encoder, is_kind, module_at
+from .anatomy import Encoder, is_kind
+from .paths import module_at
 
 
 def keeps_training_flag(module: nn.Module) -> bool:

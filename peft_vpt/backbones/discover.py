@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from .anatomy import Attention, Block, join, module_at
+from .anatomy import Attention, Block
+from .paths import join, module_at
 from .projection import Fused, Projection, Separate, in_width
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from .anatomy import Head, module_at
+from .anatomy import Head
+from .paths import module_at
 from .weights import is_packed
 
 _COUNTS = ("num_classes", "num_labels")

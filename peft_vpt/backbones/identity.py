@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from .anatomy import Encoder, is_kind, module_at
+from .anatomy import Encoder, is_kind
 from .heads import head_owner
+from .paths import module_at
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 

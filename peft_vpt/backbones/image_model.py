@@ -15,7 +15,8 @@ from torch import nn
 
 from ..errors import UnsupportedArchitectureError
 from . import find_encoder, timm_table, transformers_table
-from .anatomy import Encoder, Head, is_kind, join, module_at
+from .anatomy import Encoder, Head, is_kind
+from .paths import join, module_at
 from .timm_vit import classifier_paths, is_simple
 
 _DEFAULT_SIZE = (224, 224)

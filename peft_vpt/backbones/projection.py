@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .paths import module_at, reach
 from .weights import layer_weight, weights_below
 
 _HEAD_DIMS = ("head_dim", "attention_head_size", "dim_head", "key_dim", "key_value_proj_dim")
@@ -68,22 +69,22 @@ class Separate:
 
     def keys_values(self, attention: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Call the two layers and split the heads."""
-        keys, values = (per_token(get(attention, n), hidden) for n in (self.key, self.value))
+        keys, values = (per_token(module_at(attention, n), hidden) for n in (self.key, self.value))
         if self.key_half:
             keys = keys.chunk(2, dim=-1)[1]
         if self.value_gate:
-            values = get(attention, self.value_gate)(values).chunk(2, dim=-1)[0]
+            values = module_at(attention, self.value_gate)(values).chunk(2, dim=-1)[0]
         return _finish(self, attention, keys, values)
 
     def queries(self, attention: nn.Module, hidden: Tensor) -> Tensor:
         """Call the query layer and split the heads."""
         assert self.query is not None
-        return _as_queries(self, attention, per_token(get(attention, self.query), hidden))
+        return _as_queries(self, attention, per_token(module_at(attention, self.query), hidden))
 
     def rows(self, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         """Return the three weights."""
         query, key, value = (
-            weight_of(get(attention, name))
+            weight_of(module_at(attention, name))
             for name in (self.query or self.key, self.key, self.value)
         )
         return query if self.query else query[:0], key, value
@@ -123,7 +124,7 @@ class Fused:
 
     def keys_values(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Project with the rows of keys and values only, where the layer is a plain one."""
-        layer = get(attention, self.layer)
+        layer: Any = module_at(attention, self.layer)
         width = self._inner_width(attention, layer)
         if width and self.order == "qkv" and is_plain_linear(layer):
             bias = None if layer.bias is None else layer.bias[-2 * width :]
@@ -139,14 +140,14 @@ class Fused:
 
     def queries(self, attention: Any, hidden: Tensor) -> Tensor:
         """Call the fused layer and keep the queries."""
-        query = self._split(attention, per_token(get(attention, self.layer), hidden))[0]
+        query = self._split(attention, per_token(module_at(attention, self.layer), hidden))[0]
         if getattr(attention, "q_bias", None) is not None:
             query = query + attention.q_bias
         return _as_queries(self, attention, query)
 
     def rows(self, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         """Return the parts of the fused weight that queries, keys and values come from."""
-        return self._split(attention, weight_of(get(attention, self.layer)).t())
+        return self._split(attention, weight_of(module_at(attention, self.layer)).t())
 
     def modules(self, attention: nn.Module) -> list[nn.Module]:
         """Return the fused layer, norms, and what stands before."""
@@ -172,7 +173,9 @@ class Fused:
             query, key, value = torch.split(out, [width, width, last], dim=-1)
             return query, key, value
         if self.order == "qkv":
-            width = self._inner_width(attention, get(attention, self.layer)) or out.shape[-1] // 3
+            width = (
+                self._inner_width(attention, module_at(attention, self.layer)) or out.shape[-1] // 3
+            )
             queries = width * _heads(attention) // _heads(attention, _KEY_HEADS)
             keys, values = out[..., -2 * width :].chunk(2, dim=-1)
             return out[..., -2 * width - queries : -2 * width], keys, values
@@ -180,13 +183,6 @@ class Fused:
         size = int(getattr(attention, "key_dim", heads.shape[-1] // 3))
         query, keys, values = torch.split(heads, [size, size, heads.shape[-1] - 2 * size], dim=-1)
         return query.flatten(-2), keys.flatten(-2), values.flatten(-2)
-
-
-def get(module: nn.Module, name: str) -> Any:
-    """Return the child at a dotted path."""
-    for part in name.split("."):
-        module = getattr(module, part)
-    return module
 
 
 def per_token(module: nn.Module, hidden: Tensor) -> Tensor:
@@ -270,21 +266,15 @@ def is_plain_linear(module: nn.Module) -> bool:
 
 
 def _present(attention: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
-    found = [_reach(attention, name) for name in names]
+    found = [reach(attention, name) for name in names]
     return [m for m in found if m is not None and not isinstance(m, nn.Identity)]
 
 
 def _through(attention: nn.Module, names: tuple[str, ...], hidden: Tensor) -> Tensor:
     for name in names:
-        module = _reach(attention, name)
+        module = reach(attention, name)
         hidden = hidden if module is None else per_token(module, hidden)
     return hidden
-
-
-def _reach(module: Any, path: str) -> nn.Module | None:
-    for part in path.split("."):
-        module = getattr(module, part, None)
-    return module if isinstance(module, nn.Module) else None
 
 
 def _heads(attention: Any, names: tuple[str, ...] = _HEADS) -> int:

@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedArchitectureError
-from .anatomy import Encoder, Head, is_kind, join, module_at
+from .anatomy import Encoder, Head, is_kind
 from .discover import Found, find_blocks
+from .paths import join, module_at, reach
 from .transformers_table import ALSO, MODELS, rule
 
 PACKAGE = "transformers.models."
@@ -151,17 +152,11 @@ def _row(module: nn.Module) -> tuple[str, Family] | None:
 
 def _find_path(model: nn.Module, path: str, names: tuple[str | None, ...]) -> str | None:
     for name in filter(None, names):
-        module = _reach(model, name)
+        module = reach(model, name)
         # Where the norm stands behind the pooling, some models have an identity in front of it.
-        if isinstance(module, nn.Module) and any(True for _ in module.parameters()):
+        if module is not None and any(True for _ in module.parameters()):
             return join(path, name)
     return None
-
-
-def _reach(module: Any, path: str) -> Any:
-    for name in path.split("."):
-        module = getattr(module, name, None)
-    return module
 
 
 def _norm_outside(host: nn.Module, path: str) -> str | None:

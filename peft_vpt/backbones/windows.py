@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .anatomy import module_at
+from .paths import module_at
 
 
 @dataclass(frozen=True)

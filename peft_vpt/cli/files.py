@@ -65,8 +65,8 @@ def check(
 
     Without weights, a Hub id still needs its configuration file.
     """
+    from ..adapter_metadata import is_segmenter
     from ..adapters import load_task_adapter
-    from ..card_code import is_segmenter
     from ..errors import AdapterError, AdapterMismatchError, UnsupportedArchitectureError
     from ..hub import backbone_for
 
@@ -119,14 +119,14 @@ def need_classes(adapter: Adapter, call: str) -> None:
     Raises:
         AdapterError: It has no head, or a decoder.
     """
-    from ..adapter_metadata import SEGMENTER
+    from ..adapter_metadata import is_segmenter
     from ..decoder import READS
     from ..errors import AdapterError
 
     head = adapter.metadata["head"]
     if head is None:
         raise AdapterError(f"{call}: {adapter.path}: holds prompts without a head, so no classes.")
-    if head["reads"] in (READS, SEGMENTER):
+    if head["reads"] == READS or is_segmenter(head):
         raise AdapterError(
             f"{call}: {adapter.path}: holds a decoder, which labels pixels and not images; "
             "peft_vpt.segmentation runs it, as the card of a pushed adapter shows."

@@ -70,9 +70,10 @@ def pull(
     offline: Offline = False,
 ) -> None:
     """Copy an adapter from the Hub into a folder, whole or not at all, and print its path."""
-    from ..adapter_file import FILE_NAME, read_adapter, replace_file
+    from ..adapter_file import FILE_NAME, read_adapter
     from ..errors import AdapterError
     from ..source import download
+    from ..whole_file import replace_file
 
     call = "peft-vpt pull"
     target = (Path(hub_id.rpartition("/")[2]) if to is None else to).expanduser()

@@ -182,7 +182,7 @@ def write_report(
     search: Search, task: Task, result: SweepResult, records: Sequence[Record]
 ) -> Path:
     """Write what was tried and what came of it; return the page's path."""
-    from ..adapter_file import replace_file
+    from ..whole_file import replace_file
 
     page = search.folder / f"{search.protocol}.md"
     parts = [

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..adapter_metadata import INTERPOLATIONS
 from ..errors import SpecError
 from ..preprocessing import describe_preprocessing, timm_transform
 
@@ -15,7 +16,6 @@ KINDS = ("vtab", "fgvc", "timm")
 # 224 of 256: floor(size / 0.875) is 256 for 224, 438 for 384 and 512 for 448 pixels.
 _FGVC_CROP = 0.875
 _NEEDED = ("size", "mean", "std", "interpolation")
-_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
 
 @dataclass(frozen=True)
@@ -111,10 +111,10 @@ def preprocessing_for(
             f"train_transform(preprocessing=...): lacks {', '.join(missing)}; it must have size, "
             "mean, std, interpolation and crop, as in an adapter file."
         )
-    if values["interpolation"] not in _INTERPOLATIONS:
+    if values["interpolation"] not in INTERPOLATIONS:
         raise SpecError(
             f"train_transform(preprocessing=...): interpolation {values['interpolation']!r} must "
-            f"be one of {', '.join(_INTERPOLATIONS)}."
+            f"be one of {', '.join(INTERPOLATIONS)}."
         )
     crop = {"vtab": None, "fgvc": _FGVC_CROP, "timm": values.get("crop")}[kind]
     edges = values["size"] if size is None else size

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..adapters import load_task_adapter
-from ..backbones.anatomy import module_at
+from ..backbones.paths import module_at
 from ..errors import SpecError
 from ..forms.kv import KeyValueForm
 from ..hosts import host_and_prompts

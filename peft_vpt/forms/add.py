@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..backbones.anatomy import Block, module_at
+from ..backbones.anatomy import Block
+from ..backbones.paths import module_at
 from ..errors import SpecError, UnsupportedArchitectureError
 from .attach import ForwardPatch
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbones.anatomy import Encoder, module_at
+from ..backbones.anatomy import Encoder
 from ..backbones.inputs import call, dummy_inputs
+from ..backbones.paths import module_at
 from ..errors import UnsupportedArchitectureError
 from ..prompts import Prompts
 from .kv import KeyValueForm

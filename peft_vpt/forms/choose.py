@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..backbones.anatomy import module_at
+from ..backbones.paths import module_at
 from ..backbones.windows import mergings, window_parts
 from ..errors import UnsupportedArchitectureError
 from ..prompts import Prompts

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from ..backbones.anatomy import Attention, Block, first_argument, module_at
+from ..backbones.anatomy import Attention, Block, first_argument
+from ..backbones.paths import module_at
 from ..backbones.projection import is_plain, per_token
 from ..errors import UnsupportedArchitectureError
 from .attach import ForwardPatch

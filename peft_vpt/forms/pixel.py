@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backbones.anatomy import module_at
 from ..backbones.image_model import takes_images
+from ..backbones.paths import module_at
 from ..errors import UnsupportedArchitectureError, VPTError
 from .attach import ForwardPatch
 from .selfcheck import undisturbed

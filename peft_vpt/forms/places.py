@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbones.anatomy import Encoder, join, module_at
+from ..backbones.anatomy import Encoder
+from ..backbones.paths import join, module_at
 from ..errors import SpecError, UnsupportedArchitectureError
 from ..pixels import PixelPlace
 from ..spec import NOWHERE, PromptSpec

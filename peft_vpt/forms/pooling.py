@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from ..backbones.anatomy import Encoder, module_at
+from ..backbones.anatomy import Encoder
+from ..backbones.paths import module_at
 from ..errors import VPTError
 from .attach import ForwardPatch
 from .slot import Slot

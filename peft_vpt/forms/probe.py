@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbones.anatomy import Encoder, first_argument, module_at
+from ..backbones.anatomy import Encoder, first_argument
 from ..backbones.image_model import ImageFacts, image_facts, image_path
+from ..backbones.paths import module_at
 from .selfcheck import undisturbed
 
 ENTRANCES = ("forward_features", "forward_intermediates")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..backbones.anatomy import Encoder, join, module_at
+from ..backbones.anatomy import Encoder
 from ..backbones.inputs import call, dummy_inputs
+from ..backbones.paths import join, module_at
 from ..backbones.projection import in_width
 from ..errors import UnsupportedArchitectureError
 from .compare import Rows, as_tokens, equal_rows, same_keys

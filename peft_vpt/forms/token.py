@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from ..backbones.anatomy import Block, Encoder, is_kind, module_at
+from ..backbones.anatomy import Block, Encoder, is_kind
+from ..backbones.paths import module_at
 from ..errors import VPTError
 from .attach import Form, ForwardPatch
 from .slot import Slot

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..backbones.anatomy import Block, first_argument, module_at
+from ..backbones.anatomy import Block, first_argument
 from ..backbones.checkpointing import is_checkpointing, is_reentrant
+from ..backbones.paths import module_at
 from ..backbones.windows import WindowParts, finish, merge, scores
 from ..errors import VPTError
 from .attach import ForwardPatch

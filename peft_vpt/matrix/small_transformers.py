@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import importlib
 import inspect
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from .skipped import SKIPPED
+from .small_inputs import inputs, is_config, parameters_of
 
 # A vision class takes one of these first and no text; a grid marks the packed towers.
 _FIRST = ("pixel_values", "pixel_values_videos", "flattened_patches", "image", "inputs")
@@ -116,46 +116,6 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "VitMatteConfig": dict(fusion_hidden_sizes=[32, 16, 8, 8], convstream_hidden_sizes=[8, 16, 32]),
 }
 
-# Shapes of random tensors as tuples, integers as lists; `first` is the first argument of `forward`.
-_GRID = [[1, 8, 8], [1, 4, 8]]
-_STRIP = dict(first=(1, 3, 16, 16 * 96), target_sizes=[[8, 8], [4, 8]])
-_PAIRS = dict(first=(2, 2, 3, 64, 64))
-_MASK = [[1] * 16, [1] * 8 + [0] * 8]
-_FULL = [[column, row] for row in range(6) for column in range(6)]
-_PLACES = [_FULL, _FULL[:18] + [[-1, -1]] * 18]
-_INPUTS: dict[str, dict[str, Any]] = {
-    "DepthProModel": dict(first=(2, 3, 256, 256)),
-    "EfficientLoFTRModel": dict(first=(2, 2, 3, 128, 128)),
-    "Gemma4VisionModel": dict(first=(2, 36, 768), pixel_position_ids=_PLACES),
-    "Inkling2VisionModel": dict(first=(24, 40, 40, 3), image_grid_thw=[[1, 4, 4], [1, 2, 4]]),
-    "InklingVisionModel": dict(first=(4, 2, 40, 40, 3)),
-    "Kimi_K25VisionModel": dict(first=(96, 3, 14, 14), grid_thw=_GRID),
-    "LightGlueForKeypointMatching": _PAIRS,
-    "MiniCPMOcrVisionModel": _STRIP,
-    "MiniCPMV4_6VisionModel": _STRIP,
-    "MiniCPMV4_7VisionModel": _STRIP,
-    "MllamaVisionModel": dict(
-        first=(2, 1, 4, 3, 56, 56),
-        aspect_ratio_ids=[[6], [2]],
-        aspect_ratio_mask=[[[1, 1, 1, 1]], [[1, 1, 0, 0]]],
-    ),
-    "Molmo2VisionModel": dict(first=(2, 16, 588)),
-    "OneFormerModel": dict(first=(2, 3, 128, 128), task_inputs=(2, 77)),
-    "PPOCRV5MobileRecModel": dict(first=(2, 3, 96, 96)),
-    "PaddleOCRVisionModel": dict(first=(1, 96, 3, 14, 14), grid_thw=_GRID),
-    "PeVideoEncoder": dict(first=(2, 2, 3, 64, 64)),
-    "PerceiverForImageClassificationLearned": dict(first=(2, 3, 64, 64)),
-    "SegGptModel": dict.fromkeys(("first", "prompt_pixel_values", "prompt_masks"), (2, 3, 64, 64)),
-    "Siglip2ForImageClassification": dict(
-        first=(2, 16, 768), spatial_shapes=[[4, 4], [2, 4]], pixel_attention_mask=_MASK
-    ),
-    "SuperGlueForKeypointMatching": _PAIRS,
-    "ViTMAEModel": dict(first=(2, 3, 64, 64), noise=(2, 16)),
-    "VideoLlama3VisionModel": dict(first=(96, 768), grid_thw=_GRID, merge_sizes=[1, 2]),
-    "VideomtForUniversalSegmentation": dict(first=(2, 2, 3, 64, 64)),
-    "XCLIPVisionModel": dict(first=(8, 3, 128, 128)),
-}
-
 
 def names() -> list[str]:
     """List one vision class per modeling file of the installed transformers."""
@@ -181,7 +141,7 @@ def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
         torch.manual_seed(0)
         config = _shrunk(cls.config_class(), {})
         model: nn.Module = cls(config)
-        return model.eval(), _inputs(cls, config)
+        return model.eval(), inputs(cls, config)
 
 
 @functools.lru_cache(maxsize=1)
@@ -213,13 +173,9 @@ def _chosen(file: str, module: Any) -> Any:
 
 
 def _takes_images_only(cls: Any) -> bool:
-    parameters = _parameters(cls)
+    parameters = parameters_of(cls)
     packed = parameters[:1] == ["hidden_states"] and "grid_thw" in parameters
     return (packed or parameters[0] in _FIRST) and not set(_TEXT) & set(parameters)
-
-
-def _parameters(cls: Any) -> list[str]:
-    return list(inspect.signature(cls.forward).parameters)[1:]
 
 
 def _rank(name: str) -> tuple[int, int]:
@@ -234,7 +190,7 @@ def _shrunk(config: Any, changes: dict[str, Any]) -> Any:
     declared = _declared(config)
     values: dict[str, Any] = {}
     for name, value in vars(config).items():
-        if _is_config(value):
+        if is_config(value):
             values[name] = _shrunk(value, changes.pop(name, {}))
         elif not name.startswith("_") and name not in _DERIVED:
             small = _smaller(name, value, config)
@@ -281,61 +237,6 @@ def _features(config: Any) -> dict[str, Any]:
     layers = max(len(indices), _CAPS["num_hidden_layers"])
     taken = list(range(layers - len(indices) + 1, layers + 1))
     return {"num_hidden_layers": layers, "out_indices": taken}
-
-
-def _is_config(value: Any) -> bool:
-    return isinstance(value, _base_config())
-
-
-def _inputs(cls: Any, config: Any) -> dict[str, Any]:
-    parameters = _parameters(cls)
-    wanted = _INPUTS.get(cls.__name__)
-    if wanted is None and parameters[0] == "flattened_patches":
-        wanted = _flattened()
-    if wanted is None and "grid_thw" in parameters:
-        wanted = _packed(config)
-    if wanted is None:
-        size = _first(config, "image_size") or 64
-        frames = _first(config, "num_frames", "frames_per_clip")
-        channels = _first(config, "num_channels", "in_channels") or 3
-        sides = (size, size) if isinstance(size, int) else tuple(size)
-        wanted = {"first": (2, *((frames,) if frames else ()), channels, *sides)}
-    return {
-        parameters[0] if name == "first" else name: _tensor(value) for name, value in wanted.items()
-    }
-
-
-def _packed(config: Any) -> dict[str, Any]:
-    patch = _first(config, "patch_size")
-    frames = _first(config, "temporal_patch_size", "patch_temporal") or 1
-    channels = _first(config, "in_channels", "num_channels") or 3
-    return {"first": (sum(map(math.prod, _GRID)), channels * frames * patch**2), "grid_thw": _GRID}
-
-
-def _flattened() -> dict[str, Any]:
-    """Flatten 4x4 and 2x4 patches as Pix2Struct does: row, column, pixels; padding is zero."""
-    places = torch.cartesian_prod(torch.arange(1.0, 5), torch.arange(1.0, 5))
-    patches = torch.cat([places.expand(2, -1, -1), torch.randn(2, 16, 768)], dim=-1)
-    patches[1, 8:] = 0
-    return {"first": patches}
-
-
-def _tensor(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return torch.randn(value)
-    return torch.tensor(value) if isinstance(value, list) else value
-
-
-def _first(config: Any, *wanted: str) -> Any:
-    """Find a value in a config or in the configs inside it."""
-    values = [getattr(config, name, None) for name in wanted]
-    values += [_first(part, *wanted) for part in vars(config).values() if _is_config(part)]
-    return next((value for value in values if value is not None), None)
-
-
-def _base_config() -> Any:
-    t = importlib.import_module("transformers")
-    return getattr(t, "PreTrainedConfig", None) or t.PretrainedConfig
 
 
 def _declared(config: Any) -> set[str]:

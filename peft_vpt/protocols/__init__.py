@@ -8,9 +8,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..backbones.anatomy import Encoder, module_at
+from ..backbones.anatomy import Encoder
 from ..backbones.heads import class_count, host_dtype, swap_head
 from ..backbones.image_model import encoder_for, is_convnet
+from ..backbones.paths import module_at
 from ..errors import SpecError
 from ..hosts import device_of, host_and_prompts, refuse_unfit
 from ..inject import freeze, inject_prompts, inject_spec, watch_input

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..backbones.anatomy import Encoder, module_at
+from ..backbones.anatomy import Encoder
+from ..backbones.paths import module_at
 from ..errors import UnsupportedArchitectureError, VPTError
 from ..fingerprint import Fingerprint, fingerprint
 from .feed_forward import FeedForward, feed_forwards

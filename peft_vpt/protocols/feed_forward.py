@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..backbones.anatomy import Block, Encoder, join, module_at
+from ..backbones.anatomy import Block, Encoder
+from ..backbones.paths import join, module_at
 from ..errors import UnsupportedArchitectureError
 from .trial import Calls, Shape, dummy_calls
 

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..backbones.anatomy import Encoder, module_at
+from ..backbones.anatomy import Encoder
+from ..backbones.paths import module_at
 from ..backbones.weights import is_packed
 from ..errors import SpecError, UnsupportedArchitectureError
 from .options import Protocol

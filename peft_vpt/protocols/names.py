@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..backbones.anatomy import Block, Encoder, join
+from ..backbones.anatomy import Block, Encoder
+from ..backbones.paths import join
 from ..backbones.projection import Fused, Separate
 
 # What a module inside a block is for, by the names that timm and transformers give it.

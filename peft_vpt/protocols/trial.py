@@ -9,8 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..backbones.anatomy import Encoder, first_argument, module_at
+from ..backbones.anatomy import Encoder, first_argument
 from ..backbones.inputs import call, dummy_inputs
+from ..backbones.paths import module_at
 from ..errors import UnsupportedArchitectureError
 from ..forms.selfcheck import undisturbed
 from ..hosts import carries, host_and_prompts

@@ -10,8 +10,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backbones.anatomy import Encoder, first_argument, join, module_at
+from ..backbones.anatomy import Encoder, first_argument
 from ..backbones.inputs import dummy_inputs
+from ..backbones.paths import join, module_at
 from ..errors import SpecError, UnsupportedArchitectureError
 from ..forms.selfcheck import undisturbed
 from ..hosts import carries, host_and_prompts

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backbones.anatomy import Encoder, module_at
+from ..backbones.anatomy import Encoder
 from ..backbones.image_model import encoder_for
+from ..backbones.paths import module_at
 from ..data.warps import IGNORE
 from ..decoder import claim_decoder
 from ..errors import SpecError, UnsupportedArchitectureError

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..adapter_file import replace_file
 from ..errors import VPTError
 from ..hosts import unwrap
+from ..whole_file import replace_file
 from .describe import refuse_other
 from .files import write_json, write_lines
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..adapter_file import replace_file
+from ..whole_file import replace_file
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
