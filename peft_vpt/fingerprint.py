@@ -266,7 +266,9 @@ def _sum(values: Tensor) -> float:
 def _compare(saved: Fingerprint, own: Fingerprint, candidates: Sequence[Fingerprint]) -> Comparison:
     """Return the worst number; each counts by the candidate that is nearest to it."""
     if _shape(saved) != _shape(candidates[0]):
-        return Comparison(float("inf"), _TOLERANCE, "the number of blocks")
+        one_sided = ("rest" in saved) != ("rest" in candidates[0])
+        place = "layers around the blocks, which one side lacks" if one_sided else "their lengths"
+        return Comparison(float("inf"), _TOLERANCE, place)
     half = "float16" in (saved["dtype"], own["dtype"])
     tight = _TOLERANCE_FP16 if half else _TOLERANCE
     quantized = bool(saved.get("quantized") or own.get("quantized"))
