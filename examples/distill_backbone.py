@@ -3,8 +3,8 @@
 A student learns to give, for crops of unlabelled images, the features of a teacher: those that the
 teacher's classifier would read. Labels, val and test images are not touched, and the heads and
 prompts that are compared later are trained anew. Students are a DINOv2-type ViT (patch 14,
-registers, layer scale) and a Swin, both small enough for a CPU; the weights are what
-``examples/recipe_spread.py`` needs to show that a recipe is not one for a single backbone.
+registers, layer scale) and a Swin, both small enough for a CPU, and faster on a GPU; the weights
+are what ``examples/recipe_spread.py`` needs to show that a recipe is not one for a single backbone.
 
 Usage: ``python examples/distill_backbone.py --student swin --data FOLDER --data FOLDER --teacher
 NAME --weights FILE --out swin.safetensors``. It prints the ``--model`` and ``--model-args`` that
@@ -27,6 +27,8 @@ from torchvision.transforms import v2
 
 from peft_vpt.data import open_task
 from peft_vpt.experiments.local import build_from_file
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Student(NamedTuple):
@@ -60,7 +62,7 @@ def read_images(folders: Sequence[Path]) -> Tensor:
         for index in range(len(split)):
             image = split.image(index)
             found[image.tobytes()] = squeeze(image)
-    return torch.stack(list(found.values()))
+    return torch.stack(list(found.values())).to(DEVICE)
 
 
 def augment(size: int) -> v2.Transform:
@@ -105,7 +107,7 @@ def distill(
     """Train the student in place; return the share of the variance that it explains at the end."""
     looks, start = augment(args.size), time.perf_counter()
     mean, deviation = (part.detach().clone() for part in scale_of(teacher, images, looks))
-    to_teacher = nn.Linear(student.num_features, teacher.num_features)  # type: ignore[arg-type]
+    to_teacher = nn.Linear(student.num_features, teacher.num_features).to(DEVICE)  # type: ignore[arg-type]
     moved = nn.ModuleList([student, to_teacher])
     optimizer = torch.optim.AdamW(moved.parameters(), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.steps, pct_start=0.1)
@@ -147,15 +149,15 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     torch.manual_seed(args.seed)
     chosen = STUDENTS[args.student]
     model_args = {**chosen.args, "num_classes": 0}
-    student = timm.create_model(chosen.name, img_size=args.size, **model_args).train()
-    teacher = build_from_file(args.teacher, args.weights, args.size)
+    student = timm.create_model(chosen.name, img_size=args.size, **model_args).to(DEVICE).train()
+    teacher = build_from_file(args.teacher, args.weights, args.size).to(DEVICE)
     images = read_images(args.data)
     count = sum(p.numel() for p in student.parameters())
     print(f"{len(images)} images; {chosen.name} with {count:,} parameters", flush=True)
     explained = distill(student, teacher, images, args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     save_file(
-        {name: tensor.contiguous() for name, tensor in student.state_dict().items()},
+        {name: tensor.cpu().contiguous() for name, tensor in student.state_dict().items()},
         args.out,
         metadata={"model": chosen.name, "model_args": json.dumps(model_args)},
     )

@@ -53,6 +53,7 @@ from peft_vpt.training import DivergedError, Recipe, lr_factor, preset
 from peft_vpt.training.describe import library_versions
 from peft_vpt.training.groups import set_rate
 
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ASSET = Path(__file__).parent / "assets" / "vit_tiny_glyphs.safetensors"
 LOOK = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear", "crop_pct": 1.0}
 PROTOCOLS = "head,bias,vpt-deep,vpt+bias,full"
@@ -100,7 +101,7 @@ def fit(model: Segmenter, batches: Any, *, recipe: Recipe) -> tuple[float, float
         losses = []
         for pixels, masks in batches:
             set_rate(optimizer, lr_factor(step, len(batches), recipe))
-            found = model.loss(pixels, masks)
+            found = model.loss(pixels.to(DEVICE), masks.to(DEVICE))
             if not found.isfinite():
                 raise DivergedError(f"step {step + 1}: the loss is {found.item()}")
             optimizer.zero_grad()
@@ -235,7 +236,7 @@ class Runs:
         model = Segmenter(
             self.backbone(), len(self.task.classes), "linear" if protocol == "head" else protocol,
             channels=self.args.channels, generator=torch.Generator().manual_seed(seed), **options,
-        )  # fmt: skip
+        ).to(DEVICE)  # fmt: skip
         batches = segmentation_loader(
             self.task.splits["train"], self.augment, batch_size=self.args.batch, shuffle=True,
             seed=seed,
@@ -262,7 +263,7 @@ class Runs:
         kept, began = self.run(protocol, factor, seed, "val"), time.process_time()
         if "failure" in kept:
             raise DivergedError(kept["failure"])
-        model = load_segmenter(self.backbone(), folder)
+        model = load_segmenter(self.backbone(), folder).to(DEVICE)
         saved = model.backbone.prompts.info["metrics"]["val miou"]
         if saved != kept["metrics"]["miou"]:
             raise SystemExit(
@@ -283,9 +284,8 @@ class Runs:
         """Score a segmenter on images of their own size."""
         batches = segmentation_loader(self.task.splits[split], self.whole, batch_size=1)
         options: dict[str, Any] = {"window": self.window(), "overlap": self.args.overlap}
-        device = next(model.parameters()).device
         scored = (
-            (predict(model, pixels.to(device), scales=scales, flip=flip, **options).cpu(), masks)
+            (predict(model, pixels.to(DEVICE), scales=scales, flip=flip, **options).cpu(), masks)
             for pixels, masks in batches
         )
         pairs = ((scores.argmax(1), masks) for scores, masks in scored)

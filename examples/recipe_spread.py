@@ -37,6 +37,7 @@ from peft_vpt.experiments.records import (
 from peft_vpt.experiments.run import Pixels, config_of, fitted, run_once
 from peft_vpt.experiments.sums import file_sum
 from peft_vpt.experiments.tables import markdown_table
+from peft_vpt.protocols.options import Protocol
 from peft_vpt.training import DivergedError, Recipe, preset
 
 RISEN = "fit: the mean loss"
@@ -64,7 +65,6 @@ class Measurement:
         )
         self.task = open_task(args.data)
         self.train = "train" if args.split == "val" else "trainval"
-        self.options = {"length": args.length} if args.protocol.startswith("vpt") else {}
 
     @cached_property
     def pixels(self) -> Pixels:
@@ -78,6 +78,15 @@ class Measurement:
         """All runs, in the order of the table."""
         factors = sorted({*self.args.factors, *self.args.beyond})
         return [Point(kind, factor) for kind in self.args.presets for factor in factors]
+
+    def options(self, point: Point) -> dict[str, Any]:
+        """Return the options of the protocol; prompts begin as the commands let them."""
+        if not Protocol(self.args.protocol).trains_prompts:
+            return {}
+        usual = "tokens" if point.kind == "default" else "random"
+        init = self.args.init or usual
+        # A record without the field is one of random first values.
+        return {"length": self.args.length} | ({} if init == "random" else {"init": init})
 
     def recipe(self, point: Point) -> Recipe:
         """Return the recipe of a run."""
@@ -108,7 +117,7 @@ class Measurement:
             factor=point.factor,
             config=config_of(
                 self.recipe(point),
-                self.options,
+                self.options(point),
                 self.pixels,
                 self.train,
                 self.args.split,
@@ -140,7 +149,7 @@ class Measurement:
                     train=self.train,
                     test=args.split,
                     group=args.group,
-                    options=self.options,
+                    options=self.options(point),
                     weights=file_sum(args.weights),
                 )
             except DivergedError:
@@ -205,6 +214,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--size", type=int, help="edge of the images; default: the backbone's")
     add("--protocol", default="vpt-deep")
     add("--length", type=int, default=20, help="prompts per block")
+    add("--init", choices=("random", "tokens"), help="how prompts begin; default: by preset")
     add("--epochs", type=int, default=12)
     add("--batch", type=int, default=64)
     add("--presets", default="default,paper", type=lambda text: text.split(","))
@@ -215,6 +225,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--group", help="of the task, for tables")
     args = parser.parse_args(arguments)
+    if args.init and not Protocol(args.protocol).trains_prompts:
+        parser.error(f"--init: {args.protocol} trains no prompts")
     if not args.factors:
         parser.error("--factors: needs one number at least")
     if not args.weights.is_file():

@@ -22,7 +22,7 @@ from peft_vpt.experiments.tables import CONTROLS, markdown_table, report_page
 
 COMMAND = """```bash
 peft-vpt compare --data FOLDER/{task} --model {model} --weights FILE.safetensors \\
-    --size {size} --epochs {epochs} --length {length} --seeds {seeds} --factors {factors}
+    --size {size} --epochs {epochs} --length {length} --seeds {seeds} --factors {factors}{init}
 ```"""
 
 
@@ -50,8 +50,8 @@ def write(folder: Path) -> str:
     ]  # fmt: skip
     rates, segmented = (read_records(folder / f"{n}.jsonl") for n in ("rates", "segmentation"))
     if rates:
-        searched = [r for r in compared if (r["protocol"], r["split"]) == ("vpt-deep", "val")]
-        notes += ["## Default and paper preset", SPREAD, spread_table([*searched, *rates])]
+        told = SPREAD.format(**settings(rates))
+        notes += ["## Default and paper preset", told, spread_table(rates)]
     if segmented:
         told = SEGMENTED.format(chosen=chosen(segmented), **settings(segmented))
         notes += ["## Segmentation", told, segmentation_table(segmented)]
@@ -69,8 +69,9 @@ RATES = (
     "smallest) is that of the final runs on train and val together."
 )
 SPREAD = (
-    "VPT-deep on val, in percent, one seed, the same batch for both presets, at multiples of each "
-    "preset's own learning rate, which stands beside its optimizer. The spread is the best minus "
+    "VPT-deep on val, in percent, one seed, {size} px, {epochs} epochs, batch {batch} for both "
+    "presets, at multiples of each preset's own learning rate, which stands beside its optimizer. "
+    "Prompts begin at random but where a row says tokens. The spread is the best minus "
     'the worst over the factor of ten around 1; "!": `fit` warned that the loss had risen.'
 )
 SEGMENTED = (
@@ -168,10 +169,13 @@ def spread_table(records: Sequence[Record]) -> str:
 
 
 def of_preset(record: Record) -> str:
-    """Return a record's preset with its optimizer and the rate that factors multiply."""
-    recipe = record["config"]["recipe"]
+    """Return a record's preset with its optimizer and the rate that factors multiply.
+
+    First values of prompts are named where they are not random.
+    """
+    recipe, init = record["config"]["recipe"], record["config"]["options"].get("init")
     base = recipe["base_lr"] / record["factor"]
-    return f"{record['preset']} ({recipe['optimizer']}, {base:.3g})"
+    return f"{record['preset']}{f', {init}' if init else ''} ({recipe['optimizer']}, {base:.3g})"
 
 
 def mark(records: Iterable[Record]) -> str:
@@ -218,6 +222,8 @@ def command(records: Sequence[Record]) -> str:
         length=first["config"]["options"]["length"],
         seeds=len({r["seed"] for r in trained}),
         factors=",".join(f"{factor:g}" for factor in tried),
+        # What the command does by itself needs no word.
+        init="" if "init" in first["config"]["options"] else " --init random",
     )
 
 

@@ -143,7 +143,7 @@ def test_rows_hold_the_numbers_of_the_paper() -> None:
     # Figure 13: as many prompts as classes, 200 at most.
     many = dataclasses.replace(VIT_B, classes=397)
     lengths = [[r.variant.options["length"] for r in rows_of("init", f)] for f in (VIT_B, many)]
-    assert lengths == [[47] * 4, [200] * 4]
+    assert lengths == [[47] * 6, [200] * 6]
     assert [r.variant.fraction for r in rows_of("fraction", VIT_B)][::6] == [0.1, 0.2, 0.4, 0.8]
     with pytest.raises(SpecError, match="must be one of methods"):
         rows_of("colour", VIT_B)

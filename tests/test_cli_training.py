@@ -35,7 +35,15 @@ from peft_vpt.cli.backbone import Backbone
 from peft_vpt.data import Transform, loader, open_task
 from peft_vpt.experiments.records import read_records
 from peft_vpt.protocols import apply_protocol
-from peft_vpt.training import DivergedError, classification_metrics, fit, loop, paper_grid, preset
+from peft_vpt.training import (
+    DivergedError,
+    classification_metrics,
+    fit,
+    loop,
+    paper_grid,
+    preset,
+    prompts_from_tokens,
+)
 
 ROOT = Path(__file__).parent.parent
 NAME = "test_vit.r160_in1k"
@@ -137,7 +145,12 @@ def test_train_is_fit_in_python_and_says_what_it_did(world: Path, capsys: Captur
     model = backbone()
     generator = torch.Generator().manual_seed(0)
     apply_protocol(model, "vpt-deep", num_classes=2, length=3, generator=generator)
-    batches = loader(task.split("train"), images_of, batch_size=8, shuffle=True)
+    draw, train = torch.Generator().manual_seed(0), task.split("train")
+    chosen = torch.randperm(len(train), generator=draw)
+    pixels = torch.stack([images_of(train.image(index)) for index in chosen.tolist()])
+    prompts_from_tokens(model, pixels, generator=draw)
+    assert adapter.spec.init == "tensor"
+    batches = loader(train, images_of, batch_size=8, shuffle=True)
     fit(model, batches, recipe=recipe, progress=False)
     own = load_file(save_task_adapter(model, "own"))
     assert own.keys() == load_file(path).keys()
@@ -243,11 +256,30 @@ def test_options_reach_the_run(world: Path, capsys: Capture) -> None:
 def test_the_seed_is_that_of_prompts_too(world: Path, capsys: Capture) -> None:
     tensors = []
     for seed in (0, 0, 1):
-        call(capsys, *TRAIN, "--lr", "1e-12", "--seed", seed, "--restart", "--output", "out")
+        call(
+            capsys, *TRAIN, "--lr", "1e-12", "--seed", seed, "--restart", "--init", "random",
+            "--output", "out",
+        )  # fmt: skip
         tensors.append(load_file("out/adapter.safetensors")["prompts.0"])
     assert torch.equal(tensors[0], tensors[1])
     # Xavier's values of one seed and another, which 6 steps at no rate leave where they are.
     assert (tensors[0] - tensors[2]).abs().max() > 1e-3
+
+
+def test_prompts_begin_as_asked(world: Path, capsys: Capture) -> None:
+    call(capsys, *TRAIN, "--lr", "1e-12", "--init", "random", "--output", "random")
+    assert read_adapter(Path("random/adapter.safetensors")).spec.init == "xavier"
+    model = backbone()
+    draw = torch.Generator().manual_seed(0)
+    inject_prompts(model, length=3, deep=True, generator=draw)
+    found = load_file("random/adapter.safetensors")["prompts.0"]
+    torch.testing.assert_close(found, model.prompts.stored(0).detach(), rtol=0, atol=1e-9)
+    # Of another beginning, and so another run.
+    _, err = call(capsys, *TRAIN, "--lr", "1e-12", "--output", "random", code=1)
+    assert "another run" in err
+    words = ("train", "--data", "task", *SHORT, "--protocol", "linear", "--output", "x")
+    _, err = call(capsys, *words, "--init", "tokens", code=2)
+    assert "linear: no prompts train there" in err
 
 
 def test_the_paper_preset(world: Path, capsys: Capture) -> None:
@@ -594,6 +626,8 @@ def test_sweep_chooses_on_val_and_judges_on_test(
         expected = measured(path, "test")
         assert {k: record["metrics"][k] for k in expected} == pytest.approx(expected, abs=1e-5)
     assert out == Path("out/vpt-deep.md").read_text()
+    assert "Prompts begin as tokens of training images." in out
+    assert {record["config"]["options"]["init"] for record in final} == {"tokens"}
     mean = np.mean([100 * record["metrics"]["top1"] for record in final])
     assert f"test top1 {mean:.1f} ±" in out
     assert out.count("| best |") == 1

@@ -183,7 +183,80 @@ def test_fixed_prompts_have_the_length_that_is_asked_for(folder: Path, tmp_path:
     assert main([*words, "--protocols", "prompt-fixed,vpt-deep", "--length", "2"]) == 0
     records = read_records(tmp_path / "out" / "records.jsonl")
     found = {r["protocol"]: r["config"].get("options") for r in records if r["trainable"]}
-    assert found == {"prompt-fixed": {"length": 2}, "vpt-deep": {"length": 2}}
+    assert found == {"prompt-fixed": {"length": 2}, "vpt-deep": {"length": 2, "init": "tokens"}}
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert "Prompts begin as tokens of training images." in page
+
+
+@pytest.mark.parametrize("words", [("--init", "random"), ("--preset", "paper")])
+def test_prompts_begin_at_random_where_that_is_asked_for(
+    words: tuple[str, ...], folder: Path, tmp_path: Path
+) -> None:
+    given = words_for("test_vit", folder, tmp_path / "out", "--protocols", "vpt-deep", *words)
+    assert main(given) == 0
+    records = read_records(tmp_path / "out" / "records.jsonl")
+    found = [r["config"]["options"] for r in records if r["trainable"]]
+    assert found == [{"length": 20}]
+    assert "Prompts begin at random." in (tmp_path / "out" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "match"),
+    [
+        (("--protocols", "linear,prompt-fixed", "--init", "tokens"), "no prompts train there"),
+        (("--ablation", "location", "--init", "random"), "has its own first values"),
+    ],
+)
+def test_first_values_are_refused_where_nothing_begins(
+    words: tuple[str, ...], match: str, folder: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    assert main([*words_for("test_vit", folder, tmp_path / "out"), *words]) == 2
+    assert match in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not (tmp_path / "out" / "records.jsonl").exists()
+
+
+def test_lengths_are_tried_against_the_tokens_of_all_training_images() -> None:
+    from peft_vpt.experiments.variants import Variant, refusal
+
+    def reason(images: int, *lengths: int) -> str:
+        choices = tuple({"length": length} for length in lengths)
+        row = Variant("deep", "vpt-deep", {"init": "tokens"}, choices=choices)
+        return refusal(row, build("timm/cls", torch.float32), 2, (32, 32), images)
+
+    # An image has 16 tokens.
+    assert reason(2, 20, 32) == ""
+    assert "32 tokens, fewer than 33 prompts" in reason(2, 20, 33)
+    assert reason(3, 20, 33) == ""
+
+
+def test_prompts_of_a_comparison_begin_as_tokens_of_its_training_images(folder: Path) -> None:
+    task, transform = open_task(folder), eval_transform(IMAGES)
+    pixels = runs.Pixels(task, transform)
+    make = partial(build, "timm/cls", torch.float32)
+    model = runs.prepared(pixels, "vpt-deep", make, 3, {"length": 2, "init": "tokens"}, "train")
+    kept: list[torch.Tensor] = []
+    bare = make()
+    bare.blocks[1].register_forward_pre_hook(lambda _, args: kept.append(args[0][:, 1:]))
+    with torch.no_grad():
+        bare(pixels.split("train").images)
+    tokens = kept[0].reshape(-1, kept[0].shape[-1])
+    near = torch.nn.functional.cosine_similarity(
+        model.prompts.stored(1).detach()[:, None], tokens[None], dim=-1
+    )
+    assert (near.max(dim=1).values > 1 - 1e-6).all()
+
+
+def test_a_backbone_without_tokens_begins_at_random_or_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = words_for("test_resnet", folder, tmp_path / "out", "--protocols", "vpt-shallow")
+    words += ["--length", "2"]
+    assert main([*words, "--init", "tokens"]) == 1
+    assert "--init tokens: vpt-shallow: prompts_from_tokens" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(words) == 0
+    assert "vpt-shallow: prompts begin at random" in capsys.readouterr().err
 
 
 def test_rows_that_fail_in_a_forward_are_left_out_before_anything(

@@ -123,12 +123,14 @@ def test_a_run_with_a_record_is_not_repeated(
     assert called == ["adamw", "sgd"]
 
 
-def test_records_of_compare_count(folder: Path, arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("init", ["random", "tokens"])
+def test_records_of_compare_count(init: str, arguments: list[str], tmp_path: Path) -> None:
     args = SCRIPT["parse"](arguments)
     work = SCRIPT["Measurement"](args)
+    begin = {} if init == "random" else {"init": init}
     plan = Plan(
-        protocols=("vpt-deep",), options={"vpt-deep": {"length": 2}}, epochs=2, factors=(0.3, 1.0),
-        seeds=(0,), changes={"batch_size": 8},
+        protocols=("vpt-deep",), options={"vpt-deep": {"length": 2, **begin}}, epochs=2,
+        factors=(0.3, 1.0), seeds=(0,), changes={"batch_size": 8},
     )  # fmt: skip
     other = compare(
         work.task, work.pixels.transform, work.build, backbone=MODEL, folder=tmp_path / "compare",
@@ -136,7 +138,9 @@ def test_records_of_compare_count(folder: Path, arguments: list[str], tmp_path: 
     )  # fmt: skip
     for record in other:
         append_record(work.file, record)
-    main(arguments, "--presets", "default", "--factors", "0.3,1", "--beyond", "")
+    # Tokens are what the default preset begins with.
+    words = ("--init", "random") if init == "random" else ()
+    main(arguments, "--presets", "default", "--factors", "0.3,1", "--beyond", "", *words)
     assert len(read_records(work.file)) == len(other)
 
 

@@ -45,7 +45,7 @@ def test_numbers_come_from_the_records(tmp_path: Path) -> None:
     assert "91.0** ± 1.4" in first
     assert "- land: vpt-deep beats linear (+10.5 points)." in first
     assert "| land, vpt-deep | 77.0 |" in first
-    assert "--size 112 --epochs 12 --length 7 --seeds 2 --factors 1\n" in first
+    assert "--size 112 --epochs 12 --length 7 --seeds 2 --factors 1 --init random\n" in first
     assert "`vit` on land (Specialized): 50 training images, 112 px, 12 epochs" in first
     assert "preset default with" in first
     assert "Segmentation" not in first

@@ -38,7 +38,7 @@ LAYERS = (
         "source",
     ),
     ("protocols",),
-    ("inject", "fingerprint"),
+    ("inject", "fingerprint", "from_tokens"),
     ("undo",),
     ("decoder",),
     ("forms",),

@@ -10,7 +10,9 @@ from .output import complain
 from .sources import build, preprocessing_of
 
 if TYPE_CHECKING:
+    from ..data import Task
     from ..experiments.ablations import Row
+    from ..experiments.variants import Variant
 
 
 class Backbone:
@@ -78,16 +80,10 @@ def taken(
     Raises:
         VPTError: It refuses all of them, or one that was asked for.
     """
-    from ..backbones.image_model import says_its_size
     from ..errors import VPTError
     from ..experiments.ablations import variants_of
-    from ..experiments.variants import refusal
 
-    reasons = {}
-    for variant in variants_of(rows):
-        size = backbone.transform(variant.size or backbone.size).preprocessing["size"]
-        model = says_its_size(backbone.make(variant.size), size)
-        reasons[variant.label] = refusal(variant, model, classes, size)
+    reasons = {v.label: _reason(v, backbone, classes) for v in variants_of(rows)}
     told = [f"{label}: {reason}" for label, reason in reasons.items() if reason]
     if told and asked:
         raise VPTError(f"{call}: {asked}: {'; '.join(told)}")
@@ -96,3 +92,46 @@ def taken(
     if len(told) == len(reasons):
         raise VPTError(f"{call}: this backbone takes none of the rows.")
     return [row for row in rows if not reasons[row.variant.label]]
+
+
+def as_tokens(
+    call: str, rows: list[Row], backbone: Backbone, task: Task, *, asked: bool
+) -> list[Row]:
+    """Let prompts begin as tokens of training images in the rows that can, and say which cannot.
+
+    Args:
+        call: The command.
+        rows: Of the comparison.
+        backbone: Built anew for every row.
+        task: Whose training images give the tokens.
+        asked: Whether the user asked for it.
+
+    Raises:
+        VPTError: It was asked for, and a row cannot.
+    """
+    from ..errors import VPTError
+    from ..experiments.variants import with_tokens
+
+    changed = []
+    for row in rows:
+        variant = with_tokens(row.variant)
+        images = int(len(task.split("train")) * variant.fraction)
+        same = variant is row.variant
+        reason = "" if same else _reason(variant, backbone, len(task.classes), images)
+        if reason and asked:
+            raise VPTError(f"{call}: --init tokens: {variant.label}: {reason}")
+        if reason:
+            complain(f"{variant.label}: prompts begin at random: {reason}")
+            variant = row.variant
+        changed.append(row._replace(variant=variant))
+    return changed
+
+
+def _reason(variant: Variant, backbone: Backbone, classes: int, *images: int) -> str:
+    """Return why a backbone refuses a variant, "" where it takes it."""
+    from ..backbones.image_model import says_its_size
+    from ..experiments.variants import refusal
+
+    size = backbone.transform(variant.size or backbone.size).preprocessing["size"]
+    model = says_its_size(backbone.make(variant.size), size)
+    return refusal(variant, model, classes, size, *images)

@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .backbone import Backbone, taken
+from .backbone import Backbone, as_tokens, taken
 from .images import find_broken, open_images, tell_copies, without_broken
 from .output import Offline, complain, write_facts
 from .sources import (
     Data,
+    First,
+    FirstValues,
     Model,
     Preset,
     Size,
     SkipBroken,
     Weights,
+    begins_as_tokens,
     counts,
     need_folder,
     need_packages,
@@ -87,6 +90,7 @@ def compare(
         str | None, typer.Option(help="What the head of a timm ViT reads: token or avg.")
     ] = None,
     preset: Annotated[Preset, typer.Option(help="Recipes to begin with.")] = Preset.default,
+    init: FirstValues = None,
     group: Annotated[str | None, typer.Option(help="Of the task, for tables.")] = None,
     skip_broken: SkipBroken = False,
     offline: Offline = False,
@@ -100,7 +104,7 @@ def compare(
     from ..experiments.compare import compare as work
 
     need_packages(CALL, "accelerate", "matplotlib", "scipy", "sklearn", "timm")
-    _check_words(protocols, ablation, fraction)
+    _check_words(protocols, ablation, fraction, init)
     output, tried = need_folder(CALL, output), counts(lengths, "--lengths") if lengths else [length]
     chosen = tuple(numbers(factors, "--factors"))
     reopen = partial(_open, data, skip_broken)
@@ -110,12 +114,14 @@ def compare(
     need_size(CALL, bare, transform.preprocessing["size"])
     complain(f"{transform.describe()}\n{backbone.describe()}")
     edge, classes = transform.preprocessing["size"][0], len(task.classes)
-    named = _named(protocols, ablation, bare, edge, classes)
-    asked = "--protocols" if protocols else None
-    rows = taken(CALL, _rows(named, tried, fraction), backbone, classes, asked)
+    named = _rows(_named(protocols, ablation, bare, edge, classes), tried, fraction)
+    rows = taken(CALL, named, backbone, classes, "--protocols" if protocols else None)
+    usual, names = preset is Preset.default, [row.variant.protocol for row in rows]
+    if not ablation and begins_as_tokens(init, usual, names):
+        rows = as_tokens(CALL, rows, backbone, task, asked=init is not None)
     own = bool(ablation or lengths or fraction < 1)
     plan = Plan(
-        **_rows_of_plan(rows, own, length),
+        **_rows_of_plan(rows, own),
         epochs=epochs,
         factors=chosen,
         seeds=tuple(range(seeds)),
@@ -133,7 +139,7 @@ def compare(
             complain(f"diverged: {record['protocol']}, {record['split']}: {record['failure']}")
     intro = (
         f"{backbone.name} on {task.name}: {epochs} epochs, preset {preset.value}, "
-        f"rates x {factors} chosen on val, {seeds} seeds."
+        f"rates x {factors} chosen on val, {seeds} seeds.{_beginnings(rows)}"
     )
     suffix = "" if fraction == 1 else f"-{100 * fraction:g}"
     for page in _pages(records, rows, ablation, output, intro, suffix, bool(lengths)):
@@ -166,7 +172,9 @@ def _named(
     return [Row(variant) for variant in plain(names, {})]
 
 
-def _check_words(protocols: str | None, ablation: str | None, fraction: float) -> None:
+def _check_words(
+    protocols: str | None, ablation: str | None, fraction: float, init: First | None
+) -> None:
     """Refuse options that exclude one another."""
     from ..experiments.ablations import ABLATIONS
 
@@ -177,6 +185,10 @@ def _check_words(protocols: str | None, ablation: str | None, fraction: float) -
     if ablation is not None and protocols is not None:
         raise typer.BadParameter(
             "an ablation has its own protocols; leave it out", param_hint="--protocols"
+        )
+    if ablation is not None and init is not None:
+        raise typer.BadParameter(
+            "an ablation has its own first values (see init); leave it out", param_hint="--init"
         )
     if ablation == "fraction" and fraction != 1:
         raise typer.BadParameter(
@@ -193,16 +205,29 @@ def _rows(rows: Iterable[Row], lengths: list[int], fraction: float) -> list[Row]
     return [row._replace(variant=v) for row, v in zip(rows, variants, strict=True)]
 
 
-def _rows_of_plan(rows: list[Row], own: bool, length: int) -> dict[str, Any]:
+def _rows_of_plan(rows: list[Row], own: bool) -> dict[str, Any]:
     """Return rows in the words of a plan; protocols as they are keep the records they have had."""
     from ..experiments.ablations import variants_of
 
     if own:
         return {"variants": variants_of(rows)}
     names = tuple(row.variant.protocol for row in rows)
-    prompted = [row.variant.protocol for row in rows if row.variant.prompted]
-    options = {name: {"length": length} for name in prompted}
+    options = {row.variant.protocol: row.variant.options for row in rows if row.variant.prompted}
     return {"protocols": names, "options": options}
+
+
+def _beginnings(rows: list[Row]) -> str:
+    """Say how the prompts of rows begin, "" where there are none that train."""
+    from ..protocols.options import Protocol
+
+    labels: dict[str, list[str]] = {}
+    for variant in (row.variant for row in rows if Protocol(row.variant.protocol).trains_prompts):
+        first = {"tokens": "as tokens of training images"}.get(str(variant.options.get("init")))
+        labels.setdefault(first or "at random", []).append(variant.label)
+    if len(labels) == 1:
+        return f" Prompts begin {next(iter(labels))}."
+    told = (f"{how} in {', '.join(names)}" for how, names in labels.items())
+    return f" Prompts begin {'; '.join(told)}." if labels else ""
 
 
 def _shows_test(ablation: str | None) -> bool:

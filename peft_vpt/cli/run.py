@@ -34,7 +34,10 @@ _READERS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `train` was asked for, in the words of its options; `measured` is `--evaluate`."""
+    """What `train` was asked for, in the words of its options.
+
+    `measured` is `--evaluate`, `tokens` and `asked` are of `--init`.
+    """
 
     data: str
     model: str
@@ -43,6 +46,8 @@ class Plan:
     offline: bool
     protocol: str
     options: dict[str, Any]
+    tokens: bool
+    asked: bool
     output: Path
     split: str
     measured: str
@@ -107,8 +112,9 @@ def work(plan: Plan, recipe: Recipe) -> dict[str, Any] | None:
     task = _images(plan, state, tell)
     model, preprocessing = _model(plan, task, recipe.seed)
     tell(_transform(plan, preprocessing, train=True).describe())
+    begin = _begin(plan, task, model.to(state.device), preprocessing, recipe.seed, tell)
     recipe = fitted(recipe, len(split_of(task, plan.split)), state.num_processes)
-    metrics = _train(plan, recipe, task, model, preprocessing, tell)
+    metrics = _train(plan, recipe, task, model, preprocessing, begin, tell)
     found = _save(plan, task, model, preprocessing, metrics) if state.is_main_process else None
     if state.num_processes > 1:
         state.wait_for_everyone()
@@ -150,6 +156,40 @@ def _model(plan: Plan, task: Task, seed: int) -> tuple[nn.Module, dict[str, Any]
     return model, preprocessing
 
 
+def _begin(
+    plan: Plan,
+    task: Task,
+    model: nn.Module,
+    preprocessing: dict[str, Any],
+    seed: int,
+    tell: Tell,
+) -> dict[str, str]:
+    """Let prompts begin as tokens of training images, if they can; return what tells the run so.
+
+    Raises:
+        VPTError: It was asked for, and they cannot.
+    """
+    import torch
+
+    from ..errors import VPTError
+    from ..from_tokens import prompts_from_tokens, some_images
+
+    if not plan.tokens:
+        return {}
+    split, still = split_of(task, plan.split), _transform(plan, preprocessing, train=False)
+    generator = torch.Generator().manual_seed(seed)
+    chosen = some_images(len(split), generator)
+    try:
+        images = torch.stack([still(split.image(index)) for index in chosen])
+        prompts_from_tokens(model, images, generator=generator)
+    except VPTError as error:
+        if plan.asked:
+            raise VPTError(f"{CALL}: --init tokens: {error}") from error
+        tell(f"prompts begin at random: {error}")
+        return {}
+    return {"init": "tokens"}
+
+
 def _transform(plan: Plan, preprocessing: dict[str, Any], *, train: bool) -> Any:
     from ..data import Transform
 
@@ -162,6 +202,7 @@ def _train(
     task: Task,
     model: nn.Module,
     preprocessing: dict[str, Any],
+    begin: dict[str, str],
     tell: Tell,
 ) -> dict[str, float]:
     """Fit the model, and return its metrics; none if none were asked for."""
@@ -190,7 +231,8 @@ def _train(
             checkpoint_every=plan.checkpoint_every,
             mixed_precision=plan.mixed_precision,
             data=describe_images(task, parts_of(task, plan.split))
-            | {"preprocessing": preprocessing, "transform": plan.transform},
+            | {"preprocessing": preprocessing, "transform": plan.transform}
+            | begin,
         )
     # Anew: a run that was done before knows the images of that time; in the precision of `eval`.
     return {} if measured is None else evaluate(model, measured, new_accelerator("no"))

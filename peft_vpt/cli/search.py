@@ -9,7 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .backbone import Backbone, taken
+from .backbone import Backbone, as_tokens, taken
 from .images import describe_images
 from .output import complain
 from .sources import protocol_options
@@ -41,6 +41,7 @@ class Search:
         changes: Fields of the recipe to set in every run.
         folder: For everything that is written.
         group: Of the task, for tables.
+        tokens: Whether prompts begin as tokens of training images.
     """
 
     backbone: Backbone
@@ -50,6 +51,7 @@ class Search:
     changes: Mapping[str, Any]
     folder: Path
     group: str | None
+    tokens: bool = False
 
     def points(self) -> dict[str, list[Any]]:
         """Return the values to try, by setting.
@@ -96,6 +98,22 @@ class Search:
             options = dict(zip(names, values, strict=True))
             row = Row(Variant(describe(options) or self.protocol, self.protocol, options))
             taken(CALL, [row], self.backbone, classes, f"--protocol {self.protocol}")
+
+    def begun(self, points: Mapping[str, Sequence[Any]], task: Task, *, asked: bool) -> Search:
+        """Return the search with prompts that begin as tokens, where the backbone has them.
+
+        Raises:
+            VPTError: It was asked for, and the backbone has none.
+        """
+        from ..experiments.ablations import Row
+        from ..experiments.variants import Variant
+
+        options = {name: max(points[name]) for name in _OPTIONS if name in points}
+        row = Row(Variant(self.protocol, self.protocol, options))
+        (found,) = as_tokens(CALL, [row], self.backbone, task, asked=asked)
+        return dataclasses.replace(
+            self, tokens=found is not row and "init" in found.variant.options
+        )
 
     def on_val(self, pixels: Pixels, points: Mapping[str, Sequence[Any]]) -> SweepResult:
         """Run every point of the grid on train, judged on val, once among all workers."""
@@ -148,7 +166,8 @@ class Search:
             self.folder / RECORDS, pixels, self.protocol, partial(self._sized, pixels),
             self.recipe(settings, seed), backbone=self.backbone.name, train=train, test=test,
             group=self.group, weights=self.backbone.checksum, facts={"preset": self._preset},
-            options={name: settings[name] for name in _OPTIONS if name in settings},
+            options={name: settings[name] for name in _OPTIONS if name in settings}
+            | ({"init": "tokens"} if self.tokens else {}),
             folder=self.folder if test == "test" else None,
         )  # fmt: skip
 
@@ -169,6 +188,7 @@ class Search:
             "grid": self.grid,
             "changes": dict(self.changes),
             "preprocessing": pixels.transform.preprocessing,
+            **({"init": "tokens"} if self.tokens else {}),
             **describe_images(pixels.task, splits, pixels.sums(*splits)),
         }
 
@@ -188,6 +208,7 @@ def write_report(
     parts = [
         f"# {search.protocol} on {task.name}",
         f"{search.backbone.name}; {task.describe()}".replace("\n", "  \n"),
+        *(["Prompts begin as tokens of training images."] if search.tokens else []),
         f"## Grid {search.grid}: trained on train, judged on val",
         _trials(result),
         f"## Final: {describe(result.best.params)}, trained on train and val, judged on test",

@@ -53,6 +53,44 @@ class Preset(str, Enum):
     paper = "paper"
 
 
+class First(str, Enum):
+    """First values of prompts."""
+
+    random = "random"
+    tokens = "tokens"
+
+
+FirstValues = Annotated[
+    First | None,
+    typer.Option(
+        help="Prompts begin at random, as in the paper, or as tokens of training images; default: "
+        "tokens with the default preset, where the backbone has them."
+    ),
+]
+
+
+def begins_as_tokens(init: First | None, usual: bool, protocols: Sequence[str]) -> bool:
+    """Tell whether prompts are to begin as tokens, if the backbone has them.
+
+    Args:
+        init: What the user has chosen.
+        usual: Whether they do where nothing is chosen.
+        protocols: What trains.
+
+    Raises:
+        BadParameter: Something was chosen, and none of them trains prompts.
+    """
+    from ..protocols.options import Protocol
+
+    if any(Protocol(name).trains_prompts for name in protocols):
+        return usual if init is None else init is First.tokens
+    if init is not None:
+        raise typer.BadParameter(
+            f"{', '.join(protocols)}: no prompts train there; leave it out", param_hint="--init"
+        )
+    return False
+
+
 def build(
     name: str, weights: Path | None, size: int | tuple[int, int] | None, offline: bool
 ) -> nn.Module:

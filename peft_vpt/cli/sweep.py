@@ -17,11 +17,13 @@ from .sources import (
     BatchSize,
     Data,
     Epochs,
+    FirstValues,
     Model,
     ProtocolName,
     Size,
     SkipBroken,
     Weights,
+    begins_as_tokens,
     counts,
     need_folder,
     need_packages,
@@ -60,6 +62,7 @@ def sweep(
     reductions: Annotated[
         str | None, typer.Option(help="Of the protocol adapter, 8,64,256 say; default: 8.")
     ] = None,
+    init: FirstValues = None,
     size: Size = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
@@ -88,10 +91,13 @@ def sweep(
         group=group,
     )
     points = search.points()
+    tokens = begins_as_tokens(init, grid is Grid.default, [protocol])
     complain(f"{prod(map(len, points.values()))} settings to try, then {seeds} final runs")
     with quiet_stdout():
         pixels = _pixels(data, search.backbone, skip_broken)
         search.need_taken(points, len(pixels.task.classes))
+        if tokens:
+            search = search.begun(points, pixels.task, asked=init is not None)
         result = search.on_val(pixels, points)
         records = search.on_test(pixels, result.best.params, seeds)
         page = write_report(search, pixels.task, result, records)

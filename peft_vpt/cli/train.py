@@ -14,6 +14,7 @@ from .sources import (
     BatchSize,
     Data,
     Epochs,
+    FirstValues,
     Length,
     Model,
     Preset,
@@ -23,6 +24,7 @@ from .sources import (
     SkipBroken,
     Weights,
     Workers,
+    begins_as_tokens,
     metric_lines,
     need_folder,
     need_packages,
@@ -72,6 +74,7 @@ def train(
     size: Size = None,
     epochs: Epochs = None,
     preset: Annotated[Preset, typer.Option(help="Recipe to begin with.")] = Preset.default,
+    init: FirstValues = None,
     lr: Annotated[
         float | None, typer.Option(help="Rate for a batch of 256; default: the preset's.")
     ] = None,
@@ -118,6 +121,8 @@ def train(
         offline=offline,
         protocol=protocol,
         options=protocol_options(CALL, protocol, length, reduction),
+        tokens=begins_as_tokens(init, preset is Preset.default, [protocol]),
+        asked=init is not None,
         output=need_folder(CALL, output),
         split=split.value,
         measured=_measured(split, evaluate),

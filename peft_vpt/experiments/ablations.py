@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from ..errors import SpecError
 from .embeddings import MOST_PROTOTYPES
-from .variants import Facts, Variant, percent, with_fraction
+from .variants import FROM_IMAGES, Facts, Variant, percent, with_fraction
 
 # Jia et al. 2022, Table 6: prompt lengths by kind of backbone.
 LENGTHS = {
@@ -178,8 +178,8 @@ def _sharing(facts: Facts) -> Iterator[Row]:
 
 def _init(facts: Facts) -> Iterator[Row]:
     length = {"length": min(facts.classes, MOST_PROTOTYPES)}
-    prototypes = {**length, "init": "prototypes"}
-    for name, options in (("random", length), ("prototypes", prototypes)):
+    for name in ("random", *FROM_IMAGES):
+        options = length if name == "random" else {**length, "init": name}
         yield Row(Variant(f"vpt-deep {name}", "vpt-deep", options))
         yield Row(Variant(f"prompt-fixed {name}", "prompt-fixed", options))
 
@@ -256,7 +256,8 @@ ABLATIONS = {
     "control": Ablation("Figure 11", "fixed prompts, the CLS token learned, one prompt", _control,
                         _BLOCKS),
     "sharing": Ablation("Figure 12", "prompts shared in and across blocks", _sharing, _BLOCKS),
-    "init": Ablation("Figure 13", "first values: random, or class prototypes", _init, ("tokens",)),
+    "init": Ablation("Figure 13", "first values: random, class prototypes, tokens of images", _init,
+                     ("tokens",)),
     "bias": Ablation("Table 9", "prompts and biases together", _bias, _BLOCKS),
     "fraction": Ablation("Figures 3 and 20", f"training images, {percent(FRACTIONS[0])} to "
                          f"{percent(FRACTIONS[-1])}", _fraction, axis="training images (%)"),

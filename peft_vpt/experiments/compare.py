@@ -139,16 +139,29 @@ def compare(
     mine = [r for r in read_records(file) if (r["task"], r["backbone"]) == (task.name, backbone)]
     used = [record_key(r) in work.used for r in mine]
     shared = [_shared(r) for r, own in zip(mine, used, strict=True) if own and r["trainable"] != 0]
-    labels = {row.label for row in rows}
+    own_rows = [r for r, own in zip(mine, used, strict=True) if own]
+    labels, begin = {row.label for row in rows}, {_init(r) for r in own_rows} - {None}
     return [
         r
         for r, own in zip(mine, used, strict=True)
-        if own or (not plan.variants and _shared(r) in shared and _is_further(r, labels))
+        if own
+        or (
+            not plan.variants
+            and _shared(r) in shared
+            and _is_further(r, labels)
+            and (not begin or _init(r) in {*begin, None})
+        )
     ]
 
 
 def _shared(record: Record) -> list[Any]:
     return [field(record, name) for name in _SHARED]
+
+
+def _init(record: Record) -> str | None:
+    """Return how the prompts of a record began, None where there are none."""
+    options = field(record, "config.options") or {}
+    return options.get("init", "random") if "length" in options else None
 
 
 def _is_further(record: Record, labels: set[str]) -> bool:

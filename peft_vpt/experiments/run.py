@@ -14,6 +14,7 @@ from torch import nn
 from ..adapters import save_task_adapter
 from ..backbones.image_model import says_its_size
 from ..data import Split, Task, decode, loader
+from ..from_tokens import prompts_from_tokens, some_images
 from ..inject import count_parameters
 from ..protocols import apply_protocol
 from ..training import DivergedError, Recipe, evaluate, fit
@@ -168,7 +169,7 @@ def run_once(
         train: Split to train on.
         test: Split to evaluate on, once, at the end.
         group: Of the task.
-        options: Of the protocol; `init` may be "prototypes".
+        options: Of the protocol; `init` may be "prototypes", or "tokens" (`prompts_from_tokens`).
         label: Name of the protocol with these options. None: the protocol.
         fraction: Share of the training images that `pixels` hold.
         weights: As in `config_of`.
@@ -271,8 +272,16 @@ def prepared(
         options["init"] = _prototypes(model.to(device()), pixels, options, train)
     generator = torch.Generator().manual_seed(seed)
     classes = len(pixels.task.classes)
+    from_tokens = options.get("init") == "tokens"
+    if from_tokens:
+        del options["init"]
     apply_protocol(model, protocol, num_classes=classes, generator=generator, **options)
-    return model.to(device())
+    model.to(device())
+    if from_tokens:
+        images = pixels.split(train).images
+        chosen = some_images(len(images), generator)
+        prompts_from_tokens(model, images[chosen], generator=generator)
+    return model
 
 
 def _memory(model: nn.Module, split: Split, batch: int) -> int:

@@ -17,12 +17,15 @@ from ..data import Task
 from ..data.drawing import stratified
 from ..errors import SpecError, VPTError
 from ..forms.probe import Probe
+from ..from_tokens import MOST_IMAGES, fewest_tokens
 from ..protocols import apply_protocol
 from ..protocols.options import PROMPTED, Protocol
 from .records import config_hash
 
 Options = Mapping[str, Any]
 FINAL = ("trainval", "train")
+# First values of prompts that take images to make.
+FROM_IMAGES = ("prototypes", "tokens")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Variant:
         label: Its name, the `protocol` of its records.
         protocol: As in `apply_protocol`.
         options: Of the protocol, plain values. `init` of prompts may be "prototypes": the mean
-            features of each class (paper, Figure 13).
+            features of each class (paper, Figure 13), or "tokens": `prompts_from_tokens`.
         changes: Fields of the recipe to set.
         choices: Further options, one mapping each, among which val chooses.
         fraction: Share of the training images.
@@ -144,7 +147,13 @@ def facts_of(model: nn.Module, size: int, classes: int) -> Facts:
     )
 
 
-def refusal(variant: Variant, model: nn.Module, classes: int, size: Sequence[int]) -> str:
+def refusal(
+    variant: Variant,
+    model: nn.Module,
+    classes: int,
+    size: Sequence[int],
+    images: int = MOST_IMAGES,
+) -> str:
     """Return why a backbone refuses a variant, "" where it takes it; the model is used up.
 
     Args:
@@ -152,14 +161,18 @@ def refusal(variant: Variant, model: nn.Module, classes: int, size: Sequence[int
         model: The backbone, bare.
         classes: Of the task.
         size: Height and width of the images, one of which goes through the model.
+        images: Number of training images.
     """
-    options = {name: x for name, x in variant.options.items() if x != "prototypes"}
+    chosen = {**variant.options, **variant.choices[0]}
+    options = {name: x for name, x in chosen.items() if x not in FROM_IMAGES}
     try:
         with warnings.catch_warnings():
             # What is only warned of is warned of again when the variant is trained.
             warnings.simplefilter("ignore")
-            options |= variant.choices[0]
             apply_protocol(model, variant.protocol, num_classes=classes, **options)
+            if chosen.get("init") == "tokens":
+                found = fewest_tokens(model, torch.rand(1, 3, *size))
+                _need_tokens(variant, int(found * min(images, MOST_IMAGES)))
     except VPTError as error:
         return str(error)
     try:
@@ -169,6 +182,19 @@ def refusal(variant: Variant, model: nn.Module, classes: int, size: Sequence[int
     except Exception as error:
         return f"no forward of an image of {size[0]}x{size[1]} pixels: {error}"
     return ""
+
+
+def _need_tokens(variant: Variant, tokens: int) -> None:
+    """Raise where images give fewer tokens than the longest choice has prompts.
+
+    Raises:
+        SpecError: They do.
+    """
+    lengths = [{**variant.options, **choice}.get("length", 1) for choice in variant.choices]
+    if tokens < max(lengths):
+        raise SpecError(
+            f"the training images give a block {tokens} tokens, fewer than {max(lengths)} prompts"
+        )
 
 
 def plain(protocols: Iterable[str], options: Mapping[str, Options]) -> tuple[Variant, ...]:
@@ -182,6 +208,13 @@ def is_name(label: str) -> bool:
         return bool(Protocol(label))
     except SpecError:
         return False
+
+
+def with_tokens(variant: Variant) -> Variant:
+    """Let prompts that train, and have no first values of their own, begin as tokens."""
+    if not Protocol(variant.protocol).trains_prompts or "init" in variant.options:
+        return variant
+    return dataclasses.replace(variant, options={**variant.options, "init": "tokens"})
 
 
 def with_lengths(variants: Iterable[Variant], lengths: Sequence[int]) -> tuple[Variant, ...]:

@@ -83,6 +83,11 @@ class Protocol:
         return int(digits) if self.kind in _NUMBERED else 0
 
     @property
+    def trains_prompts(self) -> bool:
+        """Whether there are prompts that train."""
+        return bool(PROMPTED.get(self.kind, {"train_prompts": False}).get("train_prompts", True))
+
+    @property
     def moves(self) -> bool:
         """Whether weights of the backbone itself train."""
         return self.kind in _MOVING

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..from_tokens import prompts_from_tokens
 from .batches import loader_batch_size
 from .groups import lr_factor, make_optimizer, parameter_groups
 from .health import DivergedError
@@ -28,5 +29,6 @@ __all__ = [
     "paper_grid",
     "parameter_groups",
     "preset",
+    "prompts_from_tokens",
     "sweep",
 ]
