@@ -117,7 +117,7 @@ def as_tokens(
         variant = with_tokens(row.variant)
         images = int(len(task.split("train")) * variant.fraction)
         same = variant is row.variant
-        reason = "" if same else _reason(variant, backbone, len(task.classes), images)
+        reason = "" if same else _reason(variant, backbone, len(task.classes), images=images)
         if reason and asked:
             raise VPTError(f"{call}: --init tokens: {variant.label}: {reason}")
         if reason:
@@ -127,11 +127,11 @@ def as_tokens(
     return changed
 
 
-def _reason(variant: Variant, backbone: Backbone, classes: int, *images: int) -> str:
+def _reason(variant: Variant, backbone: Backbone, classes: int, **about: int) -> str:
     """Return why a backbone refuses a variant, "" where it takes it."""
     from ..backbones.image_model import says_its_size
     from ..experiments.variants import refusal
 
     size = backbone.transform(variant.size or backbone.size).preprocessing["size"]
     model = says_its_size(backbone.make(variant.size), size)
-    return refusal(variant, model, classes, size, *images)
+    return refusal(variant, model, classes, size, **about)

@@ -111,9 +111,7 @@ class Search:
         options = {name: max(points[name]) for name in _OPTIONS if name in points}
         row = Row(Variant(self.protocol, self.protocol, options))
         (found,) = as_tokens(CALL, [row], self.backbone, task, asked=asked)
-        return dataclasses.replace(
-            self, tokens=found is not row and "init" in found.variant.options
-        )
+        return dataclasses.replace(self, tokens="init" in found.variant.options)
 
     def on_val(self, pixels: Pixels, points: Mapping[str, Sequence[Any]]) -> SweepResult:
         """Run every point of the grid on train, judged on val, once among all workers."""
