@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from peft_vpt.data import open_task
+from peft_vpt.experiments.backbones import device
 from peft_vpt.experiments.local import build_from_file
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = device()
 
 
 class Student(NamedTuple):

@@ -44,6 +44,7 @@ from peft_vpt.data import (
     segmentation_transform,
 )
 from peft_vpt.experiments import append_record, make_record, read_records, record_key
+from peft_vpt.experiments.backbones import device
 from peft_vpt.experiments.compare import FACTORS
 from peft_vpt.experiments.records import config_hash
 from peft_vpt.experiments.sums import file_sum, model_sum, text_sum
@@ -53,7 +54,7 @@ from peft_vpt.training import DivergedError, Recipe, lr_factor, preset
 from peft_vpt.training.describe import library_versions
 from peft_vpt.training.groups import set_rate
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = device()
 ASSET = Path(__file__).parent / "assets" / "vit_tiny_glyphs.safetensors"
 LOOK = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bilinear", "crop_pct": 1.0}
 PROTOCOLS = "head,bias,vpt-deep,vpt+bias,full"

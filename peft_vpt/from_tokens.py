@@ -102,10 +102,23 @@ def fewest_tokens(model: nn.Module, pixels: Tensor) -> float:
     return min(counts.values()) / len(pixels)
 
 
-def some_images(number: int, generator: torch.Generator) -> list[int]:
-    """Draw indices of as many images as `prompts_from_tokens` needs, of a number of them."""
-    chosen: list[int] = torch.randperm(number, generator=generator)[:MOST_IMAGES].tolist()
-    return chosen
+def begin_as_tokens(
+    model: nn.Module, image: Callable[[int], Tensor], number: int, generator: torch.Generator
+) -> None:
+    """Call `prompts_from_tokens` with as many of a number of images as it needs, drawn.
+
+    Args:
+        model: Freshly prompted.
+        image: Returns the pixels of an index, `(channels, height, width)`.
+        number: Of images.
+        generator: Of both draws.
+
+    Raises:
+        VPTError: As `prompts_from_tokens`.
+    """
+    chosen = torch.randperm(number, generator=generator)[:MOST_IMAGES].tolist()
+    pixels = torch.stack([image(index) for index in chosen])
+    prompts_from_tokens(model, pixels, generator=generator)
 
 
 def _entries(prompts: Prompts) -> list[int]:

@@ -39,6 +39,7 @@ from peft_vpt.experiments.ablations import (
     rows_of,
     variants_of,
 )
+from peft_vpt.experiments.backbones import Facts, facts_of, pooled, refusal, usual_pool
 from peft_vpt.experiments.compare import Plan, compare
 from peft_vpt.experiments.records import config_hash, make_record, read_records, select
 from peft_vpt.experiments.report import (
@@ -52,17 +53,7 @@ from peft_vpt.experiments.report import (
 from peft_vpt.experiments.run import Pixels, config_of
 from peft_vpt.experiments.saved import ensemble_record
 from peft_vpt.experiments.sums import image_sums, text_sum
-from peft_vpt.experiments.variants import (
-    Facts,
-    Variant,
-    facts_of,
-    pooled,
-    reduced,
-    refusal,
-    usual_pool,
-    with_fraction,
-    with_lengths,
-)
+from peft_vpt.experiments.variants import Variant, reduced, with_fraction, with_lengths
 from peft_vpt.training import classification_metrics, paper_grid, preset
 
 IMAGES = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear",
@@ -120,7 +111,7 @@ def test_every_row_of_every_ablation_is_taken_by_its_kind_of_backbone(kind: str)
             settings = (variant.protocol, json.dumps(options, sort_keys=True))
             if settings not in seen and variant.size is None:
                 model = says_its_size(MODELS[kind](), (32, 32))
-                reason = refusal(variant, model, 4, (32, 32))
+                reason = refusal(variant, model, 4, (32, 32), 64)
                 # The network beside the backbone pools three times, down from a quarter.
                 assert bool(reason) == (variant.protocol == "sidetune"), (variant, reason)
                 assert "no forward of an image of 32x32" in reason or not reason
@@ -202,9 +193,9 @@ def test_facts_and_refusals() -> None:
         "vpt-deep image pooling"
     )
     few = Variant("partial-4", "partial-4")
-    assert "partial-4" in refusal(few, build("timm/cls", torch.float32), 4, (32, 32))
+    assert "partial-4" in refusal(few, build("timm/cls", torch.float32), 4, (32, 32), 64)
     enough = Variant("partial-3", "partial-3")
-    assert not refusal(enough, build("timm/cls", torch.float32), 4, (32, 32))
+    assert not refusal(enough, build("timm/cls", torch.float32), 4, (32, 32), 64)
 
 
 def test_lengths_and_shares_are_given_to_rows_that_have_none() -> None:

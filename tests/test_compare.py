@@ -216,8 +216,22 @@ def test_first_values_are_refused_where_nothing_begins(
     assert not (tmp_path / "out" / "records.jsonl").exists()
 
 
+def test_prompts_that_began_otherwise_do_not_stand_beside(folder: Path, tmp_path: Path) -> None:
+    def rows(protocol: str, **begin: str) -> set[str]:
+        plan = dataclasses.replace(
+            PLAN, protocols=(protocol,), options={protocol: {"length": 2, **begin}}, epochs=1,
+            factors=(1.0,), seeds=(0,),
+        )  # fmt: skip
+        return {r["protocol"] for r in run(folder, tmp_path / "out", plan) if r["trainable"]}
+
+    assert rows("vpt-deep") == {"vpt-deep"}
+    assert rows("vpt-shallow", init="tokens") == {"vpt-shallow"}
+    assert rows("vpt+bias") == {"vpt-deep", "vpt+bias"}
+
+
 def test_lengths_are_tried_against_the_tokens_of_all_training_images() -> None:
-    from peft_vpt.experiments.variants import Variant, refusal
+    from peft_vpt.experiments.backbones import refusal
+    from peft_vpt.experiments.variants import Variant
 
     def reason(images: int, *lengths: int) -> str:
         choices = tuple({"length": length} for length in lengths)

@@ -21,7 +21,7 @@ class Backbone:
     def __init__(
         self, model: str, weights: Path | None, size: int | None, offline: bool, pool: str | None
     ) -> None:
-        from ..experiments.variants import usual_pool
+        from ..experiments.backbones import usual_pool
 
         self.model, self.weights, self.size, self.offline = model, weights, size, offline
         self.pool = pool or usual_pool(model)
@@ -41,7 +41,7 @@ class Backbone:
 
     def make(self, edge: int | None = None) -> Any:
         """Build it, bare."""
-        from ..experiments.variants import pooled
+        from ..experiments.backbones import pooled
 
         found = build(self.model, self.weights, edge or self.size, self.offline)
         if self.preprocessing is None:
@@ -66,7 +66,7 @@ class Backbone:
 
 
 def taken(
-    call: str, rows: list[Row], backbone: Backbone, classes: int, asked: str | None
+    call: str, rows: list[Row], backbone: Backbone, task: Task, asked: str | None
 ) -> list[Row]:
     """Leave out the rows that a backbone refuses, and say so.
 
@@ -74,7 +74,7 @@ def taken(
         call: The command.
         rows: Of the comparison.
         backbone: Built anew for every row.
-        classes: Of the task.
+        task: What the rows train on.
         asked: Option by which the user has named the rows, of which none is left out then.
 
     Raises:
@@ -83,7 +83,7 @@ def taken(
     from ..errors import VPTError
     from ..experiments.ablations import variants_of
 
-    reasons = {v.label: _reason(v, backbone, classes) for v in variants_of(rows)}
+    reasons = {v.label: _reason(v, backbone, task) for v in variants_of(rows)}
     told = [f"{label}: {reason}" for label, reason in reasons.items() if reason]
     if told and asked:
         raise VPTError(f"{call}: {asked}: {'; '.join(told)}")
@@ -115,9 +115,7 @@ def as_tokens(
     changed = []
     for row in rows:
         variant = with_tokens(row.variant)
-        images = int(len(task.split("train")) * variant.fraction)
-        same = variant is row.variant
-        reason = "" if same else _reason(variant, backbone, len(task.classes), images=images)
+        reason = "" if variant is row.variant else _reason(variant, backbone, task)
         if reason and asked:
             raise VPTError(f"{call}: --init tokens: {variant.label}: {reason}")
         if reason:
@@ -127,11 +125,12 @@ def as_tokens(
     return changed
 
 
-def _reason(variant: Variant, backbone: Backbone, classes: int, **about: int) -> str:
+def _reason(variant: Variant, backbone: Backbone, task: Task) -> str:
     """Return why a backbone refuses a variant, "" where it takes it."""
     from ..backbones.image_model import says_its_size
-    from ..experiments.variants import refusal
+    from ..experiments.backbones import refusal
 
+    images = int(len(task.split("train")) * variant.fraction)
     size = backbone.transform(variant.size or backbone.size).preprocessing["size"]
     model = says_its_size(backbone.make(variant.size), size)
-    return refusal(variant, model, classes, size, **about)
+    return refusal(variant, model, len(task.classes), size, images)

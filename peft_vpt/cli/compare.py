@@ -115,7 +115,7 @@ def compare(
     complain(f"{transform.describe()}\n{backbone.describe()}")
     edge, classes = transform.preprocessing["size"][0], len(task.classes)
     named = _rows(_named(protocols, ablation, bare, edge, classes), tried, fraction)
-    rows = taken(CALL, named, backbone, classes, "--protocols" if protocols else None)
+    rows = taken(CALL, named, backbone, task, "--protocols" if protocols else None)
     usual, names = preset is Preset.default, [row.variant.protocol for row in rows]
     if not ablation and begins_as_tokens(init, usual, names):
         rows = as_tokens(CALL, rows, backbone, task, asked=init is not None)
@@ -163,8 +163,9 @@ def _named(
 ) -> Iterable[Row]:
     """Return the rows of an ablation, or of protocols as they are."""
     from ..experiments.ablations import Row, rows_of
+    from ..experiments.backbones import facts_of
     from ..experiments.compare import PROTOCOLS
-    from ..experiments.variants import facts_of, plain
+    from ..experiments.variants import plain
 
     if ablation:
         return rows_of(ablation, facts_of(bare, edge, classes))

@@ -172,16 +172,14 @@ def _begin(
     import torch
 
     from ..errors import VPTError
-    from ..from_tokens import prompts_from_tokens, some_images
+    from ..from_tokens import begin_as_tokens
 
     if not plan.tokens:
         return {}
     split, still = split_of(task, plan.split), _transform(plan, preprocessing, train=False)
     generator = torch.Generator().manual_seed(seed)
-    chosen = some_images(len(split), generator)
     try:
-        images = torch.stack([still(split.image(index)) for index in chosen])
-        prompts_from_tokens(model, images, generator=generator)
+        begin_as_tokens(model, lambda index: still(split.image(index)), len(split), generator)
     except VPTError as error:
         if plan.asked:
             raise VPTError(f"{CALL}: --init tokens: {error}") from error

@@ -84,7 +84,7 @@ class Search:
             **{**self.changes, **fields, "seed": seed},
         )
 
-    def need_taken(self, points: Mapping[str, Sequence[Any]], classes: int) -> None:
+    def need_taken(self, points: Mapping[str, Sequence[Any]], task: Task) -> None:
         """Raise where the backbone refuses a point; nothing is written.
 
         Raises:
@@ -97,7 +97,7 @@ class Search:
         for values in product(*(points[name] for name in names)):
             options = dict(zip(names, values, strict=True))
             row = Row(Variant(describe(options) or self.protocol, self.protocol, options))
-            taken(CALL, [row], self.backbone, classes, f"--protocol {self.protocol}")
+            taken(CALL, [row], self.backbone, task, f"--protocol {self.protocol}")
 
     def begun(self, points: Mapping[str, Sequence[Any]], task: Task, *, asked: bool) -> Search:
         """Return the search with prompts that begin as tokens, where the backbone has them.

@@ -95,7 +95,7 @@ def sweep(
     complain(f"{prod(map(len, points.values()))} settings to try, then {seeds} final runs")
     with quiet_stdout():
         pixels = _pixels(data, search.backbone, skip_broken)
-        search.need_taken(points, len(pixels.task.classes))
+        search.need_taken(points, pixels.task)
         if tokens:
             search = search.begun(points, pixels.task, asked=init is not None)
         result = search.on_val(pixels, points)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..errors import SpecError
+from .backbones import Facts
 from .embeddings import MOST_PROTOTYPES
-from .variants import FROM_IMAGES, Facts, Variant, percent, with_fraction
+from .variants import FROM_IMAGES, Variant, percent, with_fraction
 
 # Jia et al. 2022, Table 6: prompt lengths by kind of backbone.
 LENGTHS = {

@@ -137,21 +137,11 @@ def compare(
     for row in rows:
         work.row(row)
     mine = [r for r in read_records(file) if (r["task"], r["backbone"]) == (task.name, backbone)]
-    used = [record_key(r) in work.used for r in mine]
-    shared = [_shared(r) for r, own in zip(mine, used, strict=True) if own and r["trainable"] != 0]
-    own_rows = [r for r, own in zip(mine, used, strict=True) if own]
-    labels, begin = {row.label for row in rows}, {_init(r) for r in own_rows} - {None}
-    return [
-        r
-        for r, own in zip(mine, used, strict=True)
-        if own
-        or (
-            not plan.variants
-            and _shared(r) in shared
-            and _is_further(r, labels)
-            and (not begin or _init(r) in {*begin, None})
-        )
-    ]
+    own = [r for r in mine if record_key(r) in work.used]
+    if plan.variants:
+        return own
+    labels = {row.label for row in rows}
+    return [r for r in mine if record_key(r) in work.used or _stands_beside(r, own, labels)]
 
 
 def _shared(record: Record) -> list[Any]:
@@ -164,10 +154,20 @@ def _init(record: Record) -> str | None:
     return options.get("init", "random") if "length" in options else None
 
 
-def _is_further(record: Record, labels: set[str]) -> bool:
-    """Tell whether a record is of a protocol as it is, and not of the rows of these labels."""
+def _stands_beside(record: Record, own: Sequence[Record], labels: set[str]) -> bool:
+    """Tell whether a record of an earlier plan belongs beside records.
+
+    It is of a protocol as it is, not of the rows of these labels, of the same preset, images and
+    backbone, and its prompts, if any, began as those of the records did.
+    """
     label = record["protocol"].removesuffix(" ensemble")
-    return label not in labels and is_name(label)
+    begin = {_init(r) for r in own} - {None}
+    return (
+        label not in labels
+        and is_name(label)
+        and any(_shared(record) == _shared(r) for r in own if r["trainable"] != 0)
+        and (not begin or _init(record) in {*begin, None})
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,17 +14,18 @@ from torch import nn
 from ..adapters import save_task_adapter
 from ..backbones.image_model import says_its_size
 from ..data import Split, Task, decode, loader
-from ..from_tokens import prompts_from_tokens, some_images
+from ..from_tokens import begin_as_tokens
 from ..inject import count_parameters
 from ..protocols import apply_protocol
 from ..training import DivergedError, Recipe, evaluate, fit
 from ..training.batches import leaves_one
 from ..training.describe import library_versions
+from .backbones import device
 from .cost import step, used_bytes
 from .embeddings import class_prototypes, prompt_values
 from .records import Record, append_record, make_record, read_records, record_key
 from .sums import parts, split_sum, text_sum
-from .variants import Variant, adapter_folder, device
+from .variants import Variant, adapter_folder
 
 Build = Callable[[], nn.Module]
 TEST_BATCH = 100
@@ -279,8 +280,7 @@ def prepared(
     model.to(device())
     if from_tokens:
         images = pixels.split(train).images
-        chosen = some_images(len(images), generator)
-        prompts_from_tokens(model, images[chosen], generator=generator)
+        begin_as_tokens(model, images.__getitem__, len(images), generator)
     return model
 
 

@@ -16,12 +16,13 @@ from ..data import loader
 from ..errors import VPTError
 from ..hosts import host_and_prompts
 from ..training.metrics import classification_metrics
+from .backbones import device
 from .embeddings import features, tsne
 from .ensemble import combine, ensemble_logits, member
 from .plots import Figure, scatter
 from .records import Record, make_record
 from .run import TEST_BATCH, Build, Pixels
-from .variants import device, file_name
+from .variants import file_name
 
 # Enough to see classes apart; t-SNE takes minutes from about ten thousand points on.
 _MOST_POINTS = 2000

@@ -1,0 +1,191 @@
+"""The backbone of a comparison: its facts, which rows it takes, what its head reads, its device."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones.image_model import encoder_for
+from ..errors import SpecError, VPTError
+from ..forms.probe import Probe
+from ..from_tokens import MOST_IMAGES, fewest_tokens
+from ..protocols import apply_protocol
+from .variants import FROM_IMAGES, Variant
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the variants of an ablation follow from.
+
+    Args:
+        kind: "tokens" (blocks on one sequence of one width), "windows" (other transformers) or
+            "convolutions" (no blocks).
+        depth: Number of blocks.
+        tokens: In front of the first block, prefix tokens included; None where they are a map.
+        prefix: Number of prefix tokens.
+        has_cls: Whether there is a CLS token.
+        size: Edge of the images.
+        classes: Of the task.
+    """
+
+    kind: str
+    depth: int
+    tokens: int | None
+    prefix: int
+    has_cls: bool
+    size: int
+    classes: int
+
+    def tokens_at(self, size: int) -> int:
+        """Return the number of tokens of images of another size.
+
+        Raises:
+            VPTError: Tokens are no square grid of the images.
+        """
+        patches = 0 if self.tokens is None else self.tokens - self.prefix
+        grid = math.isqrt(patches)
+        if not patches or grid**2 != patches or size * grid % self.size:
+            raise VPTError(
+                f"an image of {size} x {size} is no whole number of the patches into which this "
+                f"backbone cuts {self.size} x {self.size}; choose another size."
+            )
+        return self.prefix + (size * grid // self.size) ** 2
+
+
+def facts_of(model: nn.Module, size: int, classes: int) -> Facts:
+    """Return the facts of a bare backbone, by one forward of a random image.
+
+    Args:
+        model: The backbone.
+        size: Edge of the images.
+        classes: Of the task.
+
+    Raises:
+        VPTError: It takes no such images.
+    """
+    encoder = encoder_for(model, "pad")
+    hidden: Any = None
+    kind = "convolutions"
+    if encoder.blocks:
+        device = next(model.parameters()).device
+        trial = Probe(model, encoder, device).run((size, size), (0,))
+        if trial.error is not None:
+            raise VPTError(
+                f"{type(model).__name__} does not take images of {size} x {size}: {trial.error}"
+            ) from trial.error
+        hidden = trial.hidden.get(0)
+        sequence = isinstance(hidden, Tensor) and hidden.dim() == 3 and encoder.known
+        kind = "tokens" if sequence and encoder.plain and len(encoder.widths) == 1 else "windows"
+    return Facts(
+        kind=kind,
+        depth=encoder.depth,
+        tokens=int(hidden.shape[1]) if kind == "tokens" else None,
+        prefix=encoder.prefix_tokens,
+        has_cls=encoder.has_cls,
+        size=size,
+        classes=classes,
+    )
+
+
+def refusal(
+    variant: Variant,
+    model: nn.Module,
+    classes: int,
+    size: Sequence[int],
+    images: int,
+) -> str:
+    """Return why a backbone refuses a variant, "" where it takes it; the model is used up.
+
+    Args:
+        variant: The row.
+        model: The backbone, bare.
+        classes: Of the task.
+        size: Height and width of the images, one of which goes through the model.
+        images: Number of training images.
+    """
+    chosen = {**variant.options, **variant.choices[0]}
+    options = {name: x for name, x in chosen.items() if x not in FROM_IMAGES}
+    try:
+        with warnings.catch_warnings():
+            # What is only warned of is warned of again when the variant is trained.
+            warnings.simplefilter("ignore")
+            apply_protocol(model, variant.protocol, num_classes=classes, **options)
+            if chosen.get("init") == "tokens":
+                found = fewest_tokens(model, torch.rand(1, 3, *size))
+                _need_tokens(variant, int(found * min(images, MOST_IMAGES)))
+    except VPTError as error:
+        return str(error)
+    try:
+        with torch.no_grad():
+            model.eval()(torch.zeros(1, 3, *size))
+    # Layers refuse an image that is too small for them by whatever exception they like.
+    except Exception as error:
+        return f"no forward of an image of {size[0]}x{size[1]} pixels: {error}"
+    return ""
+
+
+def _need_tokens(variant: Variant, tokens: int) -> None:
+    """Raise where images give fewer tokens than the longest choice has prompts.
+
+    Raises:
+        SpecError: They do.
+    """
+    lengths = [{**variant.options, **choice}.get("length", 1) for choice in variant.choices]
+    if tokens < max(lengths):
+        raise SpecError(
+            f"the training images give a block {tokens} tokens, fewer than {max(lengths)} prompts"
+        )
+
+
+def pooled(model: nn.Module, pool: str | None) -> nn.Module:
+    """Let the head of a timm ViT read other tokens, for every protocol alike.
+
+    The final norm stays where the checkpoint has it, in front of the pooling.
+
+    Args:
+        model: Bare; it is changed and loses its classifier.
+        pool: "token" (CLS), "avg" (mean of the image tokens), or None: as the model is.
+
+    Raises:
+        VPTError: The model is no timm ViT with a CLS token and a norm in front of the pooling.
+    """
+    if pool is None:
+        return model
+    plain_vit = all(hasattr(model, n) for n in ("norm", "fc_norm", "global_pool", "cls_token"))
+    encoder = encoder_for(model, "pad")
+    if not (plain_vit and encoder.has_cls and encoder.library == "timm" and _has_norm(model)):
+        raise VPTError(
+            f"pool={pool!r}: {type(model).__name__} is no timm ViT with a CLS token and a norm in "
+            "front of its pooling; leave pool out, or build the model with the pooling you want."
+        )
+    if pool not in ("token", "avg"):
+        raise SpecError(f"pool={pool!r}: must be 'token' or 'avg'.")
+    model.reset_classifier(0, global_pool=pool)  # type: ignore[operator]
+    return model
+
+
+def usual_pool(name: str) -> str | None:
+    """Return how a pretraining means its tokens to be pooled, where timm's default is another.
+
+    Masked autoencoders are fine-tuned on the mean of the patch tokens; their CLS token has seen no
+    loss. Contrastive pretraining (MoCo-v3, DINO) has trained the CLS token, timm's default.
+
+    Source: Jia et al. 2022, Table 4; He et al. 2022 (MAE), section A.1.
+    """
+    return "avg" if re.search(r"vit_[a-z]+_patch\d+_\d+\.mae$", name) else None
+
+
+def _has_norm(model: Any) -> bool:
+    return isinstance(model.fc_norm, nn.Identity) and not isinstance(model.norm, nn.Identity)
+
+
+def device() -> torch.device:
+    """Return where comparisons run: the GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
