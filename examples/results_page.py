@@ -1,7 +1,8 @@
 """Write docs/results.md from the records beside it, and nothing else.
 
-``docs/results/*.jsonl`` are the records of ``peft-vpt compare`` (comparison), of
-``examples/recipe_spread.py`` (rates) and of ``examples/finetune_segmentation.py`` (segmentation).
+``docs/results/*.jsonl`` are the records of ``peft-vpt compare`` (comparison; beginnings: runs with
+both first values of prompts), of ``examples/recipe_spread.py`` (rates) and of
+``examples/finetune_segmentation.py`` (segmentation).
 Numbers on the page come from them alone: the same records give the same page. What records do not
 know, on which machine they were made and why no more, is in ``docs/results/about.md``.
 
@@ -18,7 +19,13 @@ from typing import Any
 from peft_vpt.experiments.plots import bar_chart
 from peft_vpt.experiments.records import Record, read_records
 from peft_vpt.experiments.stats import by_task, spread, task_means
-from peft_vpt.experiments.tables import CONTROLS, markdown_table, report_page
+from peft_vpt.experiments.tables import (
+    CONTROLS,
+    accuracy_table,
+    markdown_table,
+    report_page,
+    significance_table,
+)
 
 COMMAND = """```bash
 peft-vpt compare --data FOLDER/{task} --model {model} --weights FILE.safetensors \\
@@ -48,7 +55,11 @@ def write(folder: Path) -> str:
         "## VPT-deep and linear probing", *against(final, "vpt-deep", "linear"),
         "## Rates", RATES, rates_table([r for r in compared if r["split"] == "val"]),
     ]  # fmt: skip
-    rates, segmented = (read_records(folder / f"{n}.jsonl") for n in ("rates", "segmentation"))
+    begun, rates, segmented = (
+        read_records(folder / f"{name}.jsonl") for name in ("beginnings", "rates", "segmentation")
+    )
+    if begun:
+        notes += ["## Prompts that begin as tokens", *beginnings(begun)]
     if rates:
         told = SPREAD.format(**settings(rates))
         notes += ["## Default and paper preset", told, spread_table(rates)]
@@ -73,6 +84,11 @@ SPREAD = (
     "presets, at multiples of each preset's own learning rate, which stands beside its optimizer. "
     "Prompts begin at random but where a row says tokens. The spread is the best minus "
     'the worst over the factor of ten around 1; "!": `fit` warned that the loss had risen.'
+)
+BEGUN = (
+    "{backbone} at {size} px, {epochs} epochs, batch {batch}, {seeds} seeds, learning rates chosen "
+    "on val for each row: top1 on test in percent, mean ± standard deviation over seeds. Prompts "
+    "begin at random but where a row says tokens."
 )
 SEGMENTED = (
     "A small SETR-PUP decoder over {backbone} on {tasks}, at {size} px, {epochs} epochs, in "
@@ -122,7 +138,7 @@ def settings(records: Iterable[Record]) -> dict[str, str]:
     return {
         "backbone": join({f"`{r['backbone']}`" for r in records}),
         "tasks": join({f"{r['task']} ({r['group']})" for r in records}),
-        "size": join({c["preprocessing"]["size"][0] for c in configs}),
+        "size": join({image_size(r) for r in records}),
         "epochs": join({c["recipe"]["epochs"] for c in configs}),
         "batch": join({c["recipe"]["batch_size"] for c in configs}),
     }
@@ -149,6 +165,32 @@ def rates_table(records: Sequence[Record]) -> str:
         shown = [percent([mine[x]], "top1") if x in mine else "-" for x in rates]
         rows.append([f"{task}, {protocol}", *shown])
     return markdown_table(["task, protocol", *(f"{x:g}" for x in rates)], rows)
+
+
+def beginnings(records: Iterable[Record]) -> list[str]:
+    """Return paragraphs per size of the images: accuracy, tests, and each task against rivals."""
+    trained = [r for r in records if r["split"] == "test" and r["protocol"] not in CONTROLS]
+    final = [{**r, "protocol": begun_as(r)} for r in trained]
+    method, parts = "vpt-deep, tokens", []
+    for size in sorted({image_size(r) for r in final}):
+        runs = [r for r in final if image_size(r) == size]
+        seeds = len({r["seed"] for r in runs})
+        parts += [BEGUN.format(seeds=seeds, **settings(runs)), accuracy_table(runs)]
+        if len({r["task"] for r in runs}) > 1:
+            parts.append(significance_table(runs, method=method))
+        parts += against(runs, method, "linear")
+    return parts
+
+
+def begun_as(record: Record) -> str:
+    """Return a record's protocol with the first values of its prompts where not random."""
+    init = record["config"].get("options", {}).get("init")
+    return f"{record['protocol']}, {init}" if init else record["protocol"]
+
+
+def image_size(record: Record) -> int:
+    """Return the edge of a run's images."""
+    return int(record["config"]["preprocessing"]["size"][0])
 
 
 def spread_table(records: Sequence[Record]) -> str:
@@ -217,7 +259,7 @@ def command(records: Sequence[Record]) -> str:
     return COMMAND.format(
         task=first["task"],
         model=first["backbone"],
-        size=first["config"]["preprocessing"]["size"][0],
+        size=image_size(first),
         epochs=first["config"]["recipe"]["epochs"],
         length=first["config"]["options"]["length"],
         seeds=len({r["seed"] for r in trained}),

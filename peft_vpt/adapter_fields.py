@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import AdapterError
+from .wording import cut
 
 # A bound that no adapter reaches.
 _MOST_NESTING = 32
@@ -114,5 +115,4 @@ def check_fields(values: Mapping[str, Any], fields: Mapping[str, Field], where: 
 
 def short(value: Any) -> str:
     """Return a value or an error as text of a length that a message can bear."""
-    text = str(value) if isinstance(value, Exception) else repr(value)
-    return text if len(text) <= 400 else f"{text[:400]}..."
+    return cut(str(value) if isinstance(value, Exception) else repr(value), 400)

@@ -23,6 +23,7 @@ from .errors import AdapterError
 from .protocols.options import Protocol
 from .spec import NOWHERE, PromptSpec
 from .whole_file import replace_file
+from .wording import cut, listing
 
 FILE_NAME = "adapter.safetensors"
 _DTYPES = {
@@ -40,7 +41,6 @@ _NAME = re.compile(
     r"|delta\.(([0-9]+\.)?path|side)(\.[A-Za-z0-9_-]+)+"
     r"|head(_dist)?\.(weight|bias|module(\.[A-Za-z0-9_-]+)+)"
 )
-_SHOWN = 5
 
 
 @dataclass(frozen=True)
@@ -195,10 +195,7 @@ def _check_names(
 
 def _few(names: Iterable[str]) -> str:
     """Return some names in words, however many and long they are."""
-    listed = sorted(names)
-    shown = [name if len(name) <= 80 else f"{name[:80]}..." for name in listed[:_SHOWN]]
-    rest = f" and {len(listed) - _SHOWN} more" if len(listed) > _SHOWN else ""
-    return f"{', '.join(shown)}{rest}" if listed else "none"
+    return listing([cut(name, 80) for name in sorted(names)], most=5) or "none"
 
 
 def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:

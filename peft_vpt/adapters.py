@@ -28,8 +28,9 @@ from .fingerprint import fingerprint
 from .hosts import carries, host_and_prompts, parallel_wrapper, refuse_unfit, unwrap
 from .preprocessing import describe_preprocessing
 from .prompts import Prompts
-from .source import file_at, find_adapter, shown
+from .source import file_at, find_adapter
 from .spec import NOWHERE
+from .wording import shown
 
 Model = TypeVar("Model", bound=nn.Module)
 

@@ -13,6 +13,7 @@ from .adapter_metadata import is_segmenter
 from .card_code import code_block
 from .decoder import READS
 from .errors import AdapterError
+from .wording import listing
 
 LIBRARY = "peft-vpt"
 _CLASSIFIES, _SEGMENTS = "image-classification", "image-segmentation"
@@ -297,9 +298,7 @@ def _labels(adapter: Adapter) -> str:
     head = adapter.metadata["head"]
     if head is None or not head["labels"]:
         return ""
-    shown = ", ".join(_plain(label) for label in head["labels"][:50])
-    more = len(head["labels"]) - 50
-    return f"## Labels\n\n{shown}" + (f" and {more} more" if more > 0 else "")
+    return f"## Labels\n\n{listing([_plain(label) for label in head['labels']], most=50)}"
 
 
 def _plain(text: str) -> str:

@@ -12,7 +12,8 @@ from torch import nn
 
 from .errors import AdapterError, VPTError
 from .preprocessing import describe_preprocessing, timm_transform
-from .source import download, hub_errors, shown
+from .source import download, hub_errors
+from .wording import shown
 
 _CALL = "load_backbone_with_adapter"
 # In the order of preference. A pickle, which may run code, is not among them.

@@ -16,7 +16,8 @@ from .backbones.identity import is_hub_name
 from .errors import AdapterError
 from .hosts import host_and_prompts
 from .preprocessing import describe_preprocessing
-from .source import cached_revision, find_adapter, shown
+from .source import cached_revision, find_adapter
+from .wording import shown
 
 CALL = "push_task_adapter"
 

@@ -14,10 +14,8 @@ from torch import nn
 from .adapter_file import FILE_NAME
 from .container import STATE_DICT
 from .errors import AdapterError, VPTError
+from .wording import cut, listing, shown
 
-_LONGEST = 600
-_SHOWN = 80
-_FILES_SHOWN = 5
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # Visible ASCII: what an HTTP header takes.
 _TOKEN = re.compile("[!-~]+")
@@ -120,7 +118,7 @@ def find_adapter(
         if isinstance(error, VPTError):
             raise
         raise AdapterError(
-            f"{call}: {_whole(source)}: cannot be looked up: {_cut(str(error), _SHOWN)}"
+            f"{call}: {_whole(source)}: cannot be looked up: {cut(str(error), 80)}"
         ) from error
     if not found:
         raise AdapterError(
@@ -158,22 +156,9 @@ def check_hub_options(call: str, revision: Any = None, token: Any = None) -> Non
         )
 
 
-def shown(value: Any) -> str:
-    """Return a value for a message: plain ones, cut where they are long, of others the type."""
-    if not isinstance(value, str | bytes | int | float | Path | None):
-        return f"<{type(value).__name__}>"
-    return _cut(repr(value), _SHOWN)
-
-
 def _whole(source: str | Path) -> str:
     """Return a path for a message: without its end it would be of no use."""
-    return _cut(repr(str(source)))
-
-
-def _cut(text: str, most: int = _LONGEST) -> str:
-    """Return a text on one line and not longer than a message should be."""
-    text = " ".join(text.split())
-    return text if len(text) <= most else f"{text[:most]} ..."
+    return cut(repr(str(source)))
 
 
 def _no_source(source: Any) -> str:
@@ -197,9 +182,9 @@ def _held(path: Path) -> str:
         return ""
     # Those that tell most first.
     names.sort(key=lambda name: name not in _WHOLE)
-    listed = ", ".join(names[:_FILES_SHOWN]) + (", ..." if len(names) > _FILES_SHOWN else "")
+    listed = listing(names, most=5)
     hint = f" {names[0]} is a model's weights: {STATE_DICT}." if set(names) & set(_WHOLE) else ""
-    return f" This folder holds {_cut(listed) or 'nothing'}.{hint}"
+    return f" This folder holds {cut(listed) or 'nothing'}.{hint}"
 
 
 def download(
@@ -265,7 +250,7 @@ def hub_errors(
         raise
     except Exception as error:
         # The client's exceptions have no common base class below Exception.
-        reason = f"{type(error).__name__}: {_cut(_without(str(error), token))}"
+        reason = f"{type(error).__name__}: {cut(_without(str(error), token))}"
         advice = _advice(error, pushing=pushing)
         hint = f"{'' if reason.endswith('.') else '.'} What to do: {advice}." if advice else ""
         message = f"{call}: {what}: {reason}{hint}"

@@ -20,8 +20,10 @@ script: Any = importlib.import_module("examples.results_page")
 
 def add(file: Path, protocol: str, top1: float, *, split: str = "test", **other: Any) -> None:
     recipe = preset("vpt-deep", epochs=12, seed=other.get("seed", 0), **other.pop("changes", {}))
-    config = {"recipe": recipe.to_dict(), "options": {"length": 7}}
-    config["preprocessing"] = {"size": [112, 112]}
+    options = {"length": 7, **other.pop("options", {})}
+    edge = other.pop("size", 112)
+    config = {"recipe": recipe.to_dict(), "options": options}
+    config["preprocessing"] = {"size": [edge, edge]}
     config |= {"train": "trainval", "images": {"train": "40, sum a", "val": "10, sum b"}}
     fields = {"task": "land", "group": "Specialized", "backbone": "vit", "seed": 0, "trainable": 9,
               "preset": "default", "factor": 1.0}  # fmt: skip
@@ -81,6 +83,29 @@ def test_rates_and_segmentation_have_their_sections(tmp_path: Path) -> None:
     assert f"| vit, land, {names['default']} | 50.0 | 75.0 | 25.0 |" in lines
     assert f"| vit, land, {names['paper']} | 25.0 | 10.0 | 15.0 |" in lines
     assert "| head   | 62.5 |              65.0 |        40.0 |" in page
+
+
+def test_both_beginnings_of_prompts_stand_beside_each_other(tmp_path: Path) -> None:
+    for name in ("vpt-deep", "linear"):
+        add(tmp_path / "comparison.jsonl", name, 0.7)
+    file = tmp_path / "beginnings.jsonl"
+    tokens = {"init": "tokens"}
+    for seed in (0, 1):
+        add(file, "linear", 0.5, seed=seed)
+        add(file, "vpt-deep", 0.55, seed=seed)
+        add(file, "vpt-deep", 0.6 + 0.02 * seed, seed=seed, options=tokens)
+    add(file, "linear", 0.8, size=224)
+    add(file, "vpt-deep", 0.75, size=224, options=tokens)
+    add(file, "vpt-deep", 0.9, split="val", options=tokens)
+    append_record(file, make_record(task="land", protocol="majority class", backbone="vit", seed=0,
+                                    split="test", metrics={"top1": 0.1}))  # fmt: skip
+    page = script.write(tmp_path)
+    lines = [" ".join(line.split()) for line in page.splitlines()]
+    assert "| vpt-deep, tokens | **61.0** ± 1.4 | **61.00** |" in lines
+    assert "| vpt-deep | 55.0 ± 0.0 | 55.00 |" in lines
+    assert "- land: vpt-deep, tokens beats linear (+11.0 points)." in lines
+    assert "- land: vpt-deep, tokens does not beat linear (-5.0 points)." in lines
+    assert "`vit` at 224 px, 12 epochs, batch 64, 1 seeds" in page
 
 
 def test_the_rates_are_those_of_the_records_and_not_of_the_presets_of_now(tmp_path: Path) -> None:

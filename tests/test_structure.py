@@ -47,7 +47,7 @@ LAYERS = (
     ("pixels",),
     ("backbones",),
     ("spec",),
-    ("errors", "randomness", "whole_file"),
+    ("errors", "randomness", "whole_file", "wording"),
 )
 
 

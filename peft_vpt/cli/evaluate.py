@@ -96,8 +96,8 @@ def _numbers(adapter: Adapter, task: Task) -> list[int]:
     Raises:
         AdapterError: It has other classes.
     """
-    from ..data.splits import listing
     from ..errors import AdapterError
+    from ..wording import listing
 
     head, where = adapter.metadata["head"], f"{_CALL}: {adapter.path}"
     labels, classes = head["labels"], task.classes

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..wording import listing
 from .output import (
     Json,
     Offline,
@@ -23,7 +24,6 @@ from .output import (
 if TYPE_CHECKING:
     from ..adapter_file import Adapter
 
-_LABELS_SHOWN = 5
 _OTHER = {"timm": "transformers", "transformers": "timm"}
 
 
@@ -194,10 +194,9 @@ def _head(head: Mapping[str, Any] | None) -> dict[str, str]:
     if head is None:
         return {"head": "none"}
     labels = head["labels"] or []
-    more = f" and {len(labels) - _LABELS_SHOWN} more" if len(labels) > _LABELS_SHOWN else ""
     return {
         "head": f"{head['classes']} classes, {head['in_features']} features, reads {head['reads']}",
-        "labels": ", ".join(labels[:_LABELS_SHOWN]) + more,
+        "labels": listing(labels, most=5),
     }
 
 

@@ -45,8 +45,8 @@ def open_images(data: str, *names: str, tell: Tell = complain, **options: Any) -
         VPTError: There is no task, it lacks a split, or it has one class to train on.
     """
     from ..data import open_task
-    from ..data.splits import listing
     from ..errors import VPTError
+    from ..wording import listing
 
     task = open_task(data, **options)
     parts_of(task, *names)
@@ -83,8 +83,8 @@ def without_broken(
     Raises:
         VPTError: There are some and `skip` is False, or a split or a class of train has no others.
     """
-    from ..data.splits import listing
     from ..errors import VPTError
+    from ..wording import listing
 
     if not broken:
         return task

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import VPTError
+from ..wording import listing
 from .found import Found, duplicate_notes, split_names, split_of
-from .splits import Split, listing
+from .splits import Split
 
 _SUFFIXES = "avif bmp gif jfif jp2 jpe jpeg jpg pbm pgm png ppm tga tif tiff webp"
 EXTENSIONS = frozenset(f".{suffix}" for suffix in _SUFFIXES.split(" "))

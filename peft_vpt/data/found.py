@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import VPTError
-from .splits import Split, listing, real_paths
+from ..wording import listing
+from .splits import Split, real_paths
 
 Label = int | str
 # What splits are called, in any case, in folders and in Hugging Face datasets.

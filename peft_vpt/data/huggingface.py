@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import VPTError
+from ..wording import listing
 from .found import Found, Label, absence_note, number_labels, split_names, split_of
-from .splits import Split, listing
+from .splits import Split
 
 PREFIX = "hf:"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import VPTError
+from ..wording import listing
 from .found import (
     Found,
     Label,
@@ -19,7 +20,7 @@ from .found import (
     read_text,
     refuse_missing,
 )
-from .splits import Split, listing
+from .splits import Split
 
 LISTS = {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}
 JOINED = "train800val200.txt"

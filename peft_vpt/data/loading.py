@@ -11,9 +11,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import SpecError, VPTError
 from ..randomness import seeded
+from ..wording import listing
 from .check import broken_images, each
 from .drawing import EpochSampler, Key, check_counts
-from .splits import Split, listing
+from .splits import Split
 
 
 class Images(Dataset[tuple[Tensor, int]]):

@@ -11,11 +11,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..errors import SpecError, VPTError
 from ..randomness import seeded
+from ..wording import listing
 from .check import each, remembered
 from .drawing import EpochSampler, Key, check_counts
 from .loading import worker_options
 from .orientation import image_under
-from .splits import listing, refuse_overlaps
+from .splits import refuse_overlaps
 from .warps import IGNORE, SegmentationTransform, mask_tensor
 
 

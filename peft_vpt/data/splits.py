@@ -13,6 +13,7 @@ import torch
 
 from ..errors import VPTError
 from ..preprocessing import load_image, to_rgb
+from ..wording import listing
 
 
 class View(Sequence[Any]):
@@ -217,9 +218,3 @@ def real_paths(paths: Iterable[str]) -> list[str]:
         real = os.path.join(folder(head), tail)
         found.append(os.path.realpath(real) if os.path.islink(real) else real)
     return found
-
-
-def listing(items: Sequence[str], most: int = 10) -> str:
-    """Return at most `most` items in a row, and how many more there are."""
-    more = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + more

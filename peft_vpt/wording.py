@@ -1,0 +1,29 @@
+"""How messages show what was given: on one line, and cut where it is long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+_VALUE = 80
+_LONGEST = 600
+
+
+def cut(text: str, most: int = _LONGEST) -> str:
+    """Return a text on one line and not longer than a message should be."""
+    text = " ".join(text.split())
+    return text if len(text) <= most else f"{text[:most]} ..."
+
+
+def shown(value: Any) -> str:
+    """Return a value for a message: plain ones, cut where they are long, of others the type."""
+    if not isinstance(value, str | bytes | int | float | Path | None):
+        return f"<{type(value).__name__}>"
+    return cut(repr(value), _VALUE)
+
+
+def listing(items: Sequence[str], most: int = 10) -> str:
+    """Return at most `most` items in a row, and how many more there are."""
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
