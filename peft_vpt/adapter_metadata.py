@@ -35,8 +35,6 @@ _BLOCK_NUMBERS, _NORM_NUMBERS = 9, 3
 # Bounds that no adapter reaches: they keep a small file from asking for gigabytes.
 _MOST_DEPTH = 10_000
 _MOST_PIXELS = 2**12
-# More than any image has tokens: what a file repeats costs it nothing, but the forward.
-_MOST_PROMPTS = 65_536
 _MOST_WIDTH = 2**31
 
 
@@ -225,10 +223,6 @@ def _spec(values: Mapping[str, Any], depth: int, where: str) -> PromptSpec:
         raise AdapterError(f"{wrong}: {short(error)}") from error
     if not resolved:
         raise AdapterError(f"{wrong}: they are not resolved, as a saved file's are.")
-    if spec.length > _MOST_PROMPTS:
-        raise AdapterError(
-            f"{where}: prompts of length {spec.length}; at most {_MOST_PROMPTS} make sense."
-        )
     return spec
 
 

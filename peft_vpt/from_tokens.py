@@ -170,9 +170,9 @@ def _watch(
     device, seen = device_of(host, prompts.encoder), set()
 
     def hooked(entry: int) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen.add(entry)
-            take(entry, _tokens(prompts, entry, first_argument(args, kwargs)))
+            take(entry, _tokens(prompts, entry, first_argument(args, kwargs), block))
 
         return hook
 
@@ -187,11 +187,13 @@ def _watch(
             _refuse(prompts, entry, "does not run")
 
 
-def _tokens(prompts: Prompts, entry: int, hidden: Any) -> Tensor:
+def _tokens(prompts: Prompts, entry: int, hidden: Any, block: nn.Module) -> Tensor:
     """Return the hidden states of a block as rows, without prefix tokens."""
     encoder, width = prompts.encoder, prompts.encoder.blocks[entry].width
     shape = tuple(hidden.shape) if isinstance(hidden, Tensor) else (type(hidden).__name__,)
-    channels_first = len(shape) == 4 and shape[1] == width
+    # A map as wide as its channels says nothing; convolutions take channels first.
+    unclear = len(shape) == 4 and shape[1] == width
+    channels_first = unclear and any(isinstance(m, nn.Conv2d) for m in block.modules())
     if len(shape) < 2 or shape[-1] != width or channels_first:
         _refuse(prompts, entry, f"takes {shape}")
     if len(shape) == 3 and encoder.known:

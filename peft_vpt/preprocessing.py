@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,10 @@ from torch import Tensor
 
 from .adapter_metadata import IMAGE_FIELDS
 from .backbones.identity import describe_timm_config
-from .errors import AdapterError
+from .errors import AdapterError, VPTError
 
+# A tag of TIFF; its value 0 means that 0 is white.
+_PHOTOMETRIC = 262
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _USUAL = "bicubic"
 # Mean difference of normalised pixels: torchvision and Pillow differ by 0.005, a crop by 0.2.
@@ -190,9 +193,17 @@ def load_image(path: str | Path) -> Any:
     """
     from PIL import Image, ImageOps
 
+    if os.path.exists(path) and not os.path.isfile(path):
+        # To open a pipe would wait for ever.
+        raise OSError("it is no file")
     with Image.open(path) as file:
         file.load()
-        return to_rgb(ImageOps.exif_transpose(file))
+        upright = ImageOps.exif_transpose(file)
+        upright.format = file.format
+        rgb = to_rgb(upright)
+        # Pillow inverts TIFF of 8 bits itself.
+        inverted = file.mode in _SIXTEEN_BITS and _tiff_white_is_zero(file)
+        return ImageOps.invert(rgb) if inverted else rgb
 
 
 def to_rgb(image: Any) -> Any:
@@ -213,7 +224,9 @@ def to_rgb(image: Any) -> Any:
         top = float(values.max(initial=0.0))
         if not np.isfinite(values).all():
             raise OSError("it has values that are not finite (NaN or infinity)")
-        whites = {"F": (1.0, 255.0, top), "I": (255.0, 65535.0, top)}.get(image.mode, (65535.0,))
+        # Pillow scales wide PGM to 16 bits.
+        mode = "I;16" if image.format == "PPM" and image.mode == "I" else image.mode
+        whites = {"F": (1.0, 255.0, top), "I": (255.0, 65535.0, top)}.get(mode, (65535.0,))
         peak = next(white for white in whites if top <= white)
         scaled = np.clip(values / peak * 255.0, 0, 255).round().astype(np.uint8)
         return Image.fromarray(scaled).convert("RGB")
@@ -222,6 +235,10 @@ def to_rgb(image: Any) -> Any:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
     return image.convert("RGB")
+
+
+def _tiff_white_is_zero(file: Any) -> bool:
+    return file.format == "TIFF" and bool(file.tag_v2.get(_PHOTOMETRIC) == 0)
 
 
 def to_batch(preprocess: Any, images: Sequence[Any]) -> Tensor:
@@ -233,11 +250,20 @@ def to_batch(preprocess: Any, images: Sequence[Any]) -> Tensor:
 
 
 def output_logits(output: Any) -> Tensor:
-    """Return logits `(batch, classes)` of what a timm or transformers classifier returned."""
+    """Return logits `(batch, classes)` of what a timm or transformers classifier returned.
+
+    Raises:
+        VPTError: It holds none.
+    """
     logits = getattr(output, "logits", None)
     if logits is None:
         logits = output[0] if isinstance(output, tuple | list) else output
-    assert isinstance(logits, Tensor)
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        shape = tuple(logits.shape) if isinstance(logits, Tensor) else "none"
+        raise VPTError(
+            f"the model returns {type(output).__name__}, logits {shape}, where a classifier gives "
+            "(batch, classes); give it a head, for transformers a model ...ForImageClassification."
+        )
     return logits
 
 

@@ -26,6 +26,8 @@ _PIXEL_LAYERS: dict[str, tuple[int, ...]] = {
     "pad": (),
 }
 NOWHERE = "none"
+# More than any image has tokens; also what keeps a small file from asking for gigabytes.
+_MOST_PROMPTS = 65_536
 _WITHOUT_TOKENS = ("concat-channel", "pad")
 
 
@@ -76,6 +78,8 @@ class PromptSpec:
     def __post_init__(self) -> None:
         """Check every field for itself; pairs that need the model are checked by `resolve`."""
         _set(self, "length", _count("length", self.length))
+        if self.length > _MOST_PROMPTS:
+            raise _wrong("length", self.length, f"must be at most {_MOST_PROMPTS}")
         for name in ("deep", "train_prompts"):
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, getattr(self, name), "must be True or False")

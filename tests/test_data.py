@@ -1332,3 +1332,63 @@ def test_real_tasks() -> None:
     assert {n: len(s) for n, s in masks.splits.items()} == {"train": 400, "val": 64, "test": 200}
     assert len(masks.classes) == 2
     assert check_masks(masks.splits["train"]) == {}
+
+
+# ------------------------------------------------------------------- what is no image, or no text
+
+
+def test_what_is_no_file_is_listed_and_never_waited_for(tmp_path: Path) -> None:
+    fill(tmp_path / "train", {"a": 3, "b": 3})
+    fill(tmp_path / "val", {"a": 1, "b": 1})
+    os.mkfifo(tmp_path / "train/a/pipe.png")
+    (tmp_path / "train/b/folder.png").mkdir()
+    task = open_task(tmp_path)
+    names = ["train/a/pipe.png", "train/b/folder.png"]
+    assert check_images(task, progress=False) == [str(tmp_path / name) for name in names]
+    with pytest.raises(OSError, match="no file"):
+        load_image(tmp_path / names[0])
+
+
+def test_links_to_themselves_are_no_folders(tmp_path: Path) -> None:
+    fill(tmp_path / "train", {"a": 3, "b": 3})
+    fill(tmp_path / "val", {"a": 1, "b": 1})
+    for place in (tmp_path, tmp_path / "train", tmp_path / "val"):
+        (place / "loop").symlink_to(place / "loop")
+    assert open_task(tmp_path).classes == ("a", "b")
+
+
+def test_names_that_are_no_text_are_refused_when_a_task_is_opened(tmp_path: Path) -> None:
+    fill(tmp_path, {"a": 8, "caf\udce9": 8})
+    with pytest.raises(VPTError, match=r"class 'caf\\udce9' cannot be written as UTF-8"):
+        open_task(tmp_path)
+    with pytest.raises(VPTError, match="name"):
+        Task("t\udce9", ("a", "b"), {"train": Split(("x", "y"), (0, 1))})
+
+
+def test_an_unreadable_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fill(tmp_path, {"a": 8, "b": 8})
+    real = os.scandir
+
+    def scandir(path: Any) -> Any:
+        if str(path).endswith("b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(VPTError, match=r"b: cannot be read \(Permission denied\)"):
+        open_task(tmp_path)
+
+
+def test_wide_grey_images_have_the_white_that_their_header_says(tmp_path: Path) -> None:
+    values = np.array([[0, 200], [100, 50]], dtype=np.uint16)
+    (tmp_path / "a.pgm").write_bytes(b"P5 2 2 65535\n" + values.astype(">u2").tobytes())
+    assert np.asarray(load_image(tmp_path / "a.pgm")).max() == 1
+    wide = np.array([[0, 65535], [257, 0]], dtype=np.uint16)
+    picture = Image.fromarray(wide)
+    picture.save(tmp_path / "plain.tif")
+    picture.save(tmp_path / "inverted.tif", tiffinfo={262: 0})
+    assert np.asarray(load_image(tmp_path / "plain.tif"))[..., 0].tolist() == [[0, 255], [1, 0]]
+    inverted = np.asarray(load_image(tmp_path / "inverted.tif"))[..., 0]
+    with Image.open(tmp_path / "inverted.tif") as file:
+        assert file.tag_v2[262] == 0
+    assert inverted.tolist() == [[255, 0], [254, 255]]

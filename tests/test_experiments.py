@@ -907,3 +907,21 @@ def test_frozen_features_go_straight_into_the_regression() -> None:
     found = control.logistic(*parts, strengths=(1.0,))
     assert 0 <= found.top1 <= 1
     assert json.dumps(found._asdict())
+
+
+def test_what_a_test_cannot_say_stays_so() -> None:
+    nan = math.nan
+    assert holm([0.01, nan]) == pytest.approx([0.01, nan], nan_ok=True)
+    assert holm([nan, 0.01]) == pytest.approx([nan, 0.01], nan_ok=True)
+    assert holm([0.001, nan, 0.01]) == pytest.approx([0.002, nan, 0.01], nan_ok=True)
+    with pytest.raises(SpecError, match="not finite"):
+        wilcoxon([0.1, nan, 0.3], [0.2, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("line", ["[" * 100_000, '{"seed": ' + "9" * 5000 + "}"])
+def test_lines_that_no_reader_takes_are_broken_ones(line: str, tmp_path: Path) -> None:
+    (tmp_path / "records.jsonl").write_text(line + "\n")
+    with pytest.warns(UserWarning, match="line 1: not JSON"):
+        assert read_records(tmp_path / "records.jsonl") == []
+    with pytest.raises(VPTError, match="cannot be read"):
+        read_records(tmp_path)

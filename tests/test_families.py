@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from peft_vpt import inject_prompts, load_task_adapter, remove_prompts, save_task_adapter
+from peft_vpt import (
+    inject_prompts,
+    is_prompted,
+    load_task_adapter,
+    remove_prompts,
+    save_task_adapter,
+)
 from peft_vpt.matrix.walk import Build, output
 
 # One member of every family whose attention takes prompts.
@@ -192,3 +198,13 @@ def checkpoint(model: Any) -> bool:
     except (AssertionError, ValueError):
         return False
     return False
+
+
+def test_tokens_with_a_large_part_in_common_are_told_apart() -> None:
+    timm = pytest.importorskip("timm")
+    model = timm.create_model("tiny_vit_5m_224", num_classes=3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "downsample.conv3.bn.bias" in name:
+                parameter.add_(3.0)
+    assert is_prompted(inject_prompts(model, length=2))

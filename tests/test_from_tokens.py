@@ -209,6 +209,24 @@ def test_what_is_no_image_or_no_longer_here_is_refused() -> None:
     refused(lambda: prompts_from_tokens(model, images()), SpecError, "before the model is sharded")
 
 
+def test_a_map_as_wide_as_its_channels_is_one_of_tokens() -> None:
+    timm = pytest.importorskip("timm")
+    sizes = {
+        "img_size": 64,
+        "patch_size": 4,
+        "embed_dim": 16,
+        "depths": (1, 1),
+        "num_heads": (2, 2),
+    }
+    swin = timm.models.SwinTransformer(window_size=4, num_classes=3, **sizes)
+    inject_prompts(swin, length=2)
+    before = {name: value.clone() for name, value in swin.state_dict().items()}
+    prompts_from_tokens(swin, torch.rand(2, 3, 64, 64))
+    moved = [name for name, value in swin.state_dict().items() if not value.equal(before[name])]
+    assert len(moved) == 2
+    assert all("prompt" in name for name in moved)
+
+
 def test_maps_with_channels_first_are_no_rows_of_tokens() -> None:
     pytest.importorskip("timm")
     import timm

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from sklearn.metrics import jaccard_score
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import build, image
+from zoo import SIZE, build, image
 
 from peft_vpt import (
     apply_protocol,
@@ -845,3 +845,25 @@ def test_bad_input() -> None:
         )
     model = inject_prompts(build("timm/cls"), 2)
     assert Segmenter(model, 3, None, channels=4)(image()).shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("masks", "match"),
+    [
+        (torch.full((1, SIZE, SIZE), 9), "label 9 is none of 4 classes"),
+        (torch.full((1, SIZE, SIZE), -1), "label -1 is none of 4"),
+        (torch.zeros(1, SIZE, SIZE), "torch.float32"),
+        (torch.zeros(1, 1, SIZE, SIZE, dtype=torch.long), r"\(1, 1, 32, 32\)"),
+        (torch.zeros(1, 8, 8, dtype=torch.long), r"\(1, 8, 8\)"),
+    ],
+)
+def test_masks_are_class_numbers_of_the_images_size(masks: Tensor, match: str) -> None:
+    model = segmenter("timm/cls", "linear")
+    with pytest.raises(VPTError, match=match):
+        model.loss(image(1), masks)
+
+
+def test_masks_may_be_bytes() -> None:
+    model, masks = segmenter("timm/cls", "linear"), torch.randint(0, 4, (1, SIZE, SIZE))
+    masks[0, 0] = 255
+    assert torch.equal(model.loss(image(1), masks.byte()), model.loss(image(1), masks))

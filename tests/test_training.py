@@ -1039,3 +1039,124 @@ def test_two_processes_are_one_with_the_doubled_batch(what: str, tmp_path: Path)
     for name, tensor in found[0][1].items():
         # float32 sums in another order, over nine steps.
         torch.testing.assert_close(found[1][1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
+
+
+# Batches of other forms
+
+
+class Named(Colours):
+    """The same images as transformers' collators give them."""
+
+    def __getitem__(self, index: int) -> Any:
+        pixels, label = super().__getitem__(index)
+        return {"pixel_values": pixels, "labels": label}
+
+
+def test_mappings_are_batches_too() -> None:
+    one, other = prompted(), prompted()
+    fit(one, loader(), loader(shuffle=False), recipe=RECIPE, progress=False)
+    named = DataLoader(Named(), batch_size=4, shuffle=True)
+    held = DataLoader(Named(), batch_size=4)
+    fit(other, named, held, recipe=RECIPE, progress=False)
+    assert_equal(values(one), values(other))
+
+
+PIXELS = torch.randn(4, 3, SIZE, SIZE)
+FORMS: dict[str, tuple[Any, str]] = {
+    "triples": ((PIXELS, torch.arange(4) % 3, torch.arange(4)), "list of Tensor, Tensor, Tensor"),
+    "images alone": ((PIXELS,), "list of Tensor"),
+    "float labels": ((PIXELS, torch.zeros(4)), "torch.float32"),
+    "bool labels": ((PIXELS, torch.zeros(4, dtype=torch.bool)), "torch.bool"),
+    "columns": ((PIXELS, torch.zeros(4, 1, dtype=torch.long)), r"shape \(4, 1\)"),
+    "one-hot": ((PIXELS, torch.eye(4)[:, :3].long()), r"shape \(4, 3\)"),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_other_forms_of_batches_are_refused(form: str) -> None:
+    tensors, match = FORMS[form]
+    model, wrong = prompted(), DataLoader(TensorDataset(*tensors), batch_size=4)
+    before = values(model)
+    with pytest.raises(VPTError, match=match):
+        fit(model, wrong, recipe=RECIPE, progress=False)
+    assert_equal(before, values(model))
+    with pytest.raises(VPTError, match=match):
+        evaluate(model, wrong)
+
+
+def test_a_mapping_of_other_names_is_refused() -> None:
+    with pytest.raises(VPTError, match="a mapping with 'image', 'label'"):
+        evaluate(prompted(), [{"image": PIXELS, "label": torch.zeros(4, dtype=torch.long)}])
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.int16])
+def test_labels_may_be_any_integers(dtype: torch.dtype) -> None:
+    model = prompted()
+    labels = torch.arange(4) % 3
+    wanted = evaluate(model, [(PIXELS, labels)])
+    assert evaluate(model, [(PIXELS, labels.to(dtype))]) == wanted
+    data = DataLoader(TensorDataset(PIXELS, labels.to(dtype)), batch_size=4)
+    short = replace(RECIPE, epochs=1, warmup_epochs=0)
+    fit(model, data, data, recipe=short, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("val", "match"),
+    [
+        (5, "holds no batches"),
+        (TensorDataset(PIXELS, torch.zeros(4, dtype=torch.long)), "holds no batches"),
+        ([], "is empty"),
+        (DataLoader(Subset(Colours(), []), batch_size=4), "is empty"),
+    ],
+)
+def test_val_without_batches_is_refused_before_the_first_step(val: Any, match: str) -> None:
+    model = prompted()
+    before = values(model)
+    with pytest.raises(SpecError, match=match):
+        fit(model, loader(), val, recipe=RECIPE, progress=False)
+    assert_equal(before, values(model))
+
+
+def test_what_is_no_model_and_no_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match="must be a model"):
+        fit(3, loader(), recipe=RECIPE)  # type: ignore[arg-type]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SpecError, match="is no folder"):
+        fit(prompted(), loader(), recipe=RECIPE, folder=tmp_path / "file", progress=False)
+    for wrong in (0, -1, "2"):
+        with pytest.raises(SpecError, match="accumulation"):
+            loader_batch_size(RECIPE, wrong)  # type: ignore[arg-type]
+
+
+def test_a_checkpoint_of_other_labels_is_refused(tmp_path: Path) -> None:
+    fit(prompted(), loader(), recipe=RECIPE, folder=tmp_path, progress=False)
+    other = Colours()
+    other.labels = other.labels[::-1]
+    data = DataLoader(other, batch_size=4, shuffle=True)
+    with pytest.raises(SpecError, match="labels"):
+        fit(prompted(), data, recipe=RECIPE, folder=tmp_path, progress=False)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.9])
+def test_a_torn_checkpoint_is_named(share: float, tmp_path: Path) -> None:
+    short = replace(RECIPE, epochs=1, warmup_epochs=0)
+    fit(prompted(), loader(), recipe=short, folder=tmp_path, progress=False)
+    path = tmp_path / "checkpoint.pt"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(share * len(whole))])
+    with pytest.raises(VPTError, match=r"checkpoint\.pt cannot be read as a checkpoint"):
+        fit(prompted(), loader(), recipe=short, folder=tmp_path, progress=False)
+
+
+def test_a_run_of_few_steps_warns_too() -> None:
+    watch = LossWatch(1, total=4)
+    told = [watch.see(loss) for loss in (1.1, 4160.0, 44482.0, 27152.0)]
+    assert told[:3] == [None] * 3
+    assert "the last 4 steps is 1.895e+04, above the 1.1" in str(told[3])
+
+
+def test_batches_of_one_are_none_for_a_batch_norm() -> None:
+    model = build("timm/cls", torch.float32)
+    apply_protocol(model, "mlp-2", num_classes=CLASSES)
+    with pytest.raises(SpecError, match="batch norms"):
+        fit(model, loader(1), recipe=RECIPE, accumulation=4, progress=False)

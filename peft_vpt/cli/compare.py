@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,11 +10,13 @@ import typer
 
 from .backbone import Backbone, as_tokens, taken
 from .images import find_broken, open_images, tell_copies, without_broken
-from .output import Offline, complain, write_facts
+from .output import Offline, complain, complain_once, write_facts
 from .sources import (
+    LENGTH,
     Data,
     First,
     FirstValues,
+    Length,
     Model,
     Preset,
     Size,
@@ -24,6 +25,7 @@ from .sources import (
     begins_as_tokens,
     counts,
     need_folder,
+    need_outside,
     need_packages,
     need_size,
     numbers,
@@ -32,10 +34,16 @@ from .sources import (
 if TYPE_CHECKING:
     from ..data import Task
     from ..experiments.ablations import Row
+    from ..experiments.compare import Plan
     from ..experiments.records import Record
 
 CALL = "peft-vpt compare"
 _SPLITS = ("train", "val", "test")
+_BEGINNINGS = {
+    "random": "at random",
+    "tokens": "as tokens of training images",
+    "prototypes": "as class prototypes",
+}
 
 
 def list_ablations(value: str | None) -> str | None:
@@ -68,7 +76,7 @@ def compare(
         ),
     ] = None,
     size: Size = None,
-    length: Annotated[int, typer.Option(min=1, help="Prompts per block.")] = 20,
+    length: Length = None,
     lengths: Annotated[
         str | None, typer.Option(help="In place of --length: val chooses, per row.")
     ] = None,
@@ -105,21 +113,26 @@ def compare(
 
     need_packages(CALL, "accelerate", "matplotlib", "scipy", "sklearn", "timm")
     _check_words(protocols, ablation, fraction, init)
-    output, tried = need_folder(CALL, output), counts(lengths, "--lengths") if lengths else [length]
-    chosen = tuple(numbers(factors, "--factors"))
-    reopen = partial(_open, data, skip_broken)
-    task = reopen(tell=complain)
+    _check_numbers(length, lengths, ensemble, seeds)
+    output = need_folder(CALL, output)
+    chosen, tell = tuple(numbers(factors, "--factors")), complain_once()
+    task = _open(data, skip_broken, tell)
+    need_outside(CALL, output, data, task)
     backbone = Backbone(model, weights, size, offline, pool)
     bare, transform = backbone.make(), backbone.transform(size)
     need_size(CALL, bare, transform.preprocessing["size"])
     complain(f"{transform.describe()}\n{backbone.describe()}")
     edge, classes = transform.preprocessing["size"][0], len(task.classes)
-    named = _rows(_named(protocols, ablation, bare, edge, classes), tried, fraction)
+    named = _rows(_named(protocols, ablation, bare, edge, classes), length, lengths, fraction)
     rows = taken(CALL, named, backbone, task, "--protocols" if protocols else None)
     usual, names = preset is Preset.default, [row.variant.protocol for row in rows]
     if not ablation and begins_as_tokens(init, usual, names):
         rows = as_tokens(CALL, rows, backbone, task, asked=init is not None)
-    own = bool(ablation or lengths or fraction < 1)
+    # All images are read before anything is written.
+    shares = {
+        f: _open(data, skip_broken, tell, f) for f in {r.variant.fraction for r in rows} - {1}
+    }
+    own = bool(ablation or lengths is not None or fraction < 1)
     plan = Plan(
         **_rows_of_plan(rows, own),
         epochs=epochs,
@@ -132,24 +145,17 @@ def compare(
     )
     records = work(
         task, transform, backbone.make, backbone=backbone.name, folder=output, plan=plan,
-        group=group, weights=backbone.checksum, reopen=reopen, resize=backbone.at,
+        group=group, weights=backbone.checksum, reopen=shares.__getitem__, resize=backbone.at,
     )  # fmt: skip
-    for record in records:
-        if "failure" in record:
-            complain(f"diverged: {record['protocol']}, {record['split']}: {record['failure']}")
-    intro = (
-        f"{backbone.name} on {task.name}: {epochs} epochs, preset {preset.value}, "
-        f"rates x {factors} chosen on val, {seeds} seeds.{_beginnings(rows)}"
-    )
+    _tell_failures(records)
+    intro = f"{backbone.name} on {task.name}: {_told(plan, factors)}{_beginnings(rows)}"
     suffix = "" if fraction == 1 else f"-{100 * fraction:g}"
-    for page in _pages(records, rows, ablation, output, intro, suffix, bool(lengths)):
+    for page in _pages(records, rows, ablation, output, intro, suffix, lengths is not None):
         print(page.read_text(encoding="utf-8"))
         complain(f"written: {page}")
 
 
-def _open(
-    data: str, skip: bool, fraction: float = 1.0, tell: Callable[[str], None] = lambda message: None
-) -> Task:
+def _open(data: str, skip: bool, tell: Callable[[str], None], fraction: float = 1.0) -> Task:
     """Return a task of images that can all be read."""
     task = open_images(data, *_SPLITS, tell=tell, fraction=fraction)
     task = without_broken(CALL, task, find_broken(task, _SPLITS), skip, tell)
@@ -169,7 +175,7 @@ def _named(
 
     if ablation:
         return rows_of(ablation, facts_of(bare, edge, classes))
-    names = protocols.split(",") if protocols else PROTOCOLS
+    names = PROTOCOLS if protocols is None else protocols.split(",")
     return [Row(variant) for variant in plain(names, {})]
 
 
@@ -197,12 +203,35 @@ def _check_words(
         )
 
 
-def _rows(rows: Iterable[Row], lengths: list[int], fraction: float) -> list[Row]:
-    """Return rows with prompt lengths and a share of the images."""
+def _check_numbers(length: int | None, lengths: str | None, ensemble: bool, seeds: int) -> None:
+    """Refuse numbers that would be of no effect."""
+    if length is not None and lengths is not None:
+        raise typer.BadParameter("stands in place of --length", param_hint="--lengths")
+    if ensemble and seeds == 1:
+        raise typer.BadParameter("needs --seeds 2 or more", param_hint="--ensemble")
+
+
+def _rows(
+    rows: Iterable[Row], length: int | None, lengths: str | None, fraction: float
+) -> list[Row]:
+    """Return rows with prompt lengths and a share of the images.
+
+    Raises:
+        BadParameter: Lengths were given, and no row takes them.
+    """
     from ..experiments.variants import with_fraction, with_lengths
 
     rows = list(rows)
-    variants = with_fraction(with_lengths((row.variant for row in rows), lengths), fraction)
+    given = "--length" if lengths is None else "--lengths"
+    free = any(row.variant.prompted and "length" not in row.variant.options for row in rows)
+    if not free and (length is not None or lengths is not None):
+        raise typer.BadParameter(
+            "no row takes it: there are no prompts, or they have lengths of their own; leave it "
+            "out",
+            param_hint=given,
+        )
+    tried = [length or LENGTH] if lengths is None else counts(lengths, given)
+    variants = with_fraction(with_lengths((row.variant for row in rows), tried), fraction)
     return [row._replace(variant=v) for row, v in zip(rows, variants, strict=True)]
 
 
@@ -217,14 +246,26 @@ def _rows_of_plan(rows: list[Row], own: bool) -> dict[str, Any]:
     return {"protocols": names, "options": options}
 
 
+def _told(plan: Plan, factors: str) -> str:
+    """Say how runs were made."""
+    tried = f"rates x {factors}{' chosen on val' if len(plan.factors) > 1 else ''}"
+    return f"{plan.epochs} epochs, preset {plan.kind}, {tried}, {len(plan.seeds)} seeds."
+
+
+def _tell_failures(records: Iterable[Record]) -> None:
+    for record in records:
+        if "failure" in record:
+            complain(f"diverged: {record['protocol']}, {record['split']}: {record['failure']}")
+
+
 def _beginnings(rows: list[Row]) -> str:
     """Say how the prompts of rows begin, "" where there are none that train."""
     from ..protocols.options import Protocol
 
     labels: dict[str, list[str]] = {}
     for variant in (row.variant for row in rows if Protocol(row.variant.protocol).trains_prompts):
-        first = {"tokens": "as tokens of training images"}.get(str(variant.options.get("init")))
-        labels.setdefault(first or "at random", []).append(variant.label)
+        first = _BEGINNINGS[variant.options.get("init", "random")]
+        labels.setdefault(first, []).append(variant.label)
     if len(labels) == 1:
         return f" Prompts begin {next(iter(labels))}."
     told = (f"{how} in {', '.join(names)}" for how, names in labels.items())

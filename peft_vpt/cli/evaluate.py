@@ -21,7 +21,7 @@ from .output import (
     write_json,
 )
 from .predict import find_device, progress_bar
-from .sources import Data, SkipBroken, Weights, build, metric_lines, preprocessing_of
+from .sources import Data, SkipBroken, Weights, metric_lines
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -133,60 +133,18 @@ def _load(
     adapter: Adapter, name: str | None, weights: Path | None, offline: bool
 ) -> tuple[nn.Module, Callable[[Any], Tensor]]:
     """Return the backbone with its adapter, and the transform of images that the adapter names."""
-    from ..data import Transform, eval_transform
+    from ..data import Transform
     from ..hub import load_backbone_with_adapter
     from ..preprocessing import to_batch
+    from .local import from_weights, need_name
 
-    images = adapter.metadata["preprocessing"]
     if weights is not None:
-        network = _from_weights(adapter, name, weights)
-        if images is None:
-            return network, eval_transform(preprocessing_of(network), kind="timm")
-    else:
-        _need_name(adapter, name)
-        network, processor = load_backbone_with_adapter(
-            adapter.path, backbone=name, local_files_only=offline
-        )
-        if images is None:
-            return network, lambda image: to_batch(processor, [image])[0]
+        return from_weights(_CALL, adapter, name, weights)
+    need_name(_CALL, adapter, name)
+    network, processor = load_backbone_with_adapter(
+        adapter.path, backbone=name, local_files_only=offline
+    )
+    images = adapter.metadata["preprocessing"]
+    if images is None:
+        return network, lambda image: to_batch(processor, [image])[0]
     return network, Transform(images, "timm", train=False)
-
-
-def _need_name(adapter: Adapter, name: str | None) -> None:
-    """Raise where nobody says which backbone it is.
-
-    Raises:
-        AdapterError: Neither the adapter nor the caller does.
-    """
-    from ..errors import AdapterError
-
-    made_for = adapter.metadata["backbone"]
-    if name is None and made_for["hub_id"] is None:
-        raise AdapterError(
-            f"{_CALL}: {adapter.path}: does not say where its backbone ({made_for['library']} "
-            f"{made_for['architecture']}) comes from; give --model NAME, and --weights FILE for "
-            "weights of a timm model that are in a file."
-        )
-
-
-def _from_weights(adapter: Adapter, name: str | None, weights: Path) -> nn.Module:
-    from ..adapters import load_task_adapter
-    from ..backbones.image_model import says_its_size
-    from ..errors import AdapterError
-    from ..match_head import match_head
-
-    made_for, images = adapter.metadata["backbone"], adapter.metadata["preprocessing"] or {}
-    if made_for["library"] != "timm":
-        raise AdapterError(
-            f"{_CALL}: {adapter.path}: was made for a {made_for['library']} model, and --weights "
-            "is a file of a timm model's weights; give --model NAME alone."
-        )
-    # The name on the Hub says more than the architecture: the size of images, say.
-    named = made_for["hub_id"] or ""
-    known = named if named.startswith("timm/") else made_for["architecture"]
-    size = images.get("size")
-    padded = adapter.spec.location == "pad"
-    edges = None if size is None or padded else (size[0], size[1])
-    network = build(name or known, weights, edges, True)
-    match_head(network, adapter)
-    return load_task_adapter(says_its_size(network, size) if size else network, adapter.path)

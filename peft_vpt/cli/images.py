@@ -11,7 +11,7 @@ from .output import complain
 if TYPE_CHECKING:
     from ..data import Split, Task
 
-Broken = dict[str, list[int]]
+Broken = dict[str, dict[int, str]]
 Tell = Callable[[str], None]
 _PARTS = {"trainval": ("train", "val"), "all": ("train", "val", "test")}
 
@@ -46,14 +46,16 @@ def open_images(data: str, *names: str, tell: Tell = complain, **options: Any) -
     """
     from ..data import open_task
     from ..errors import VPTError
-    from ..wording import listing
 
+    if not data:
+        raise VPTError("--data: it is empty; give a folder of images.")
     task = open_task(data, **options)
     parts_of(task, *names)
-    if len(task.classes) < 2 and {"train", "trainval"} & set(names):
+    labels = sorted(set(task.split("train").labels))
+    if len(labels) < 2 and {"train", "trainval"} & set(names):
         raise VPTError(
-            f"{data}: has one class only, {listing(task.classes)}; there is nothing to tell apart. "
-            "Give a folder with a folder per class."
+            f"{data}: train has one class only, {task.classes[labels[0]]}; there is nothing to "
+            "tell apart. Give a folder with a folder per class."
         )
     tell(task.describe())
     return task
@@ -68,7 +70,7 @@ def split_of(task: Task, name: str) -> Split:
 
 
 def find_broken(task: Task, names: Iterable[str]) -> Broken:
-    """Read every image of splits, and return which ones cannot be read."""
+    """Read every image of splits, and return which ones cannot be read, and why."""
     from ..data.check import broken_images
 
     found = {name: broken_images(task.split(name)) for name in names}
@@ -76,7 +78,7 @@ def find_broken(task: Task, names: Iterable[str]) -> Broken:
 
 
 def without_broken(
-    call: str, task: Task, broken: Mapping[str, list[int]], skip: bool, tell: Tell = complain
+    call: str, task: Task, broken: Mapping[str, dict[int, str]], skip: bool, tell: Tell = complain
 ) -> Task:
     """Return a task without its broken images, which are listed on stderr.
 
@@ -84,20 +86,21 @@ def without_broken(
         VPTError: There are some and `skip` is False, or a split or a class of train has no others.
     """
     from ..errors import VPTError
-    from ..wording import listing
+    from ..wording import cut, listing
 
     if not broken:
         return task
     number = sum(map(len, broken.values()))
-    for name, indices in broken.items():
-        for index in indices:
-            tell(f"cannot be read: {name}, {task.split(name).where(index)}")
+    for name, reasons in broken.items():
+        for index, reason in reasons.items():
+            where = task.split(name).where(index)
+            tell(f"cannot be read: {name}, {where}: {cut(reason, 200)}")
     if not skip:
         raise VPTError(
             f"{call}: {number} of the images cannot be read; replace them, or leave them out by "
             "--skip-broken."
         )
-    rest = {name: _rest(split, broken.get(name, [])) for name, split in task.splits.items()}
+    rest = {name: _rest(split, broken.get(name, ())) for name, split in task.splits.items()}
     if "train" in broken:
         lost = sorted(set(task.split("train").labels) - set(rest["train"].labels))
         if lost:
@@ -154,6 +157,6 @@ def describe_images(
     }
 
 
-def _rest(split: Split, broken: list[int]) -> Split:
+def _rest(split: Split, broken: Iterable[int]) -> Split:
     left = set(broken)
     return split.subset(i for i in range(len(split)) if i not in left) if left else split

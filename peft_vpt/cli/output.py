@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import Annotated, Any
 
@@ -81,6 +81,18 @@ def write_facts(facts: Mapping[str, str]) -> None:
 def complain(message: str) -> None:
     """Write a message to stderr."""
     print(plain(message, keep="\n"), file=sys.stderr, flush=True)
+
+
+def complain_once() -> Callable[[str], None]:
+    """Return a `complain` that says nothing twice."""
+    told: set[str] = set()
+
+    def tell(message: str) -> None:
+        if message not in told:
+            told.add(message)
+            complain(message)
+
+    return tell
 
 
 @contextmanager

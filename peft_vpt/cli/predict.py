@@ -14,15 +14,13 @@ import typer
 
 from .files import find, need_classes
 from .output import Json, Offline, Revision, complain, plain, quiet_stdout, write_json
+from .sources import Weights
 
 if TYPE_CHECKING:
     import torch
     from rich.progress import Progress
     from torch import Tensor
 
-_SUFFIXES = (
-    ".avif", ".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp",
-)  # fmt: skip
 _CALL = "peft-vpt predict"
 _COLUMNS = ("file", "label", "probability")
 
@@ -95,6 +93,7 @@ def predict(
         str | None,
         typer.Option(metavar="NAME", help="Backbone to use in place of the one in the adapter."),
     ] = None,
+    weights: Weights = None,
     revision: Revision = None,
     offline: Offline = False,
 ) -> None:
@@ -108,7 +107,7 @@ def predict(
     paths, failed = _expand(images)
     total = len(paths) + failed
     if paths:
-        classifier = _load(adapter, model, revision, offline, place, top_k)
+        classifier = _load(adapter, model, weights, revision, offline, place, top_k)
         failed += _write(classifier, paths, batch_size, as_json)
     if failed:
         complain(f"{failed} of {total} could not be predicted")
@@ -130,12 +129,12 @@ def _expand(names: Sequence[str]) -> tuple[list[str], int]:
 
 
 def _images_in(folder: str) -> list[str]:
-    files = (os.path.join(at, name) for at, _, names in os.walk(folder) for name in names)
-    return sorted(
-        file
-        for file in files
-        if file.lower().endswith(_SUFFIXES) and not Path(file).name.startswith(".")
-    )
+    """Return the images under a folder, by paths that begin as the folder was written."""
+    from ..data.folders import files_under
+
+    root = os.path.abspath(folder)
+    found = files_under(Path(folder)).images
+    return [os.path.join(folder, os.path.relpath(path, root)) for path in found]
 
 
 def find_device(name: str | None) -> torch.device:
@@ -150,35 +149,36 @@ def find_device(name: str | None) -> torch.device:
         best = "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device("cuda" if torch.cuda.is_available() else best)
     try:
-        return torch.device(name)
-    except RuntimeError as error:
-        reason = f"{name!r} is no device of torch"
+        return torch.empty(0, device=name).device
+    # What torch raises for a device that is not there depends on the device.
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = f"{name!r} is no device that torch has here"
         raise typer.BadParameter(reason, param_hint="--device") from error
 
 
 def _load(
     source: str,
     backbone: str | None,
+    weights: Path | None,
     revision: str | None,
     offline: bool,
     device: torch.device,
     top: int,
 ) -> _Classifier:
-    from ..errors import AdapterError
     from ..hub import load_backbone_with_adapter
+    from .local import from_weights, need_name
 
     adapter = find(source, _CALL, revision, offline)
-    head, made_for = adapter.metadata["head"], adapter.metadata["backbone"]
+    head = adapter.metadata["head"]
     need_classes(adapter, _CALL)
-    if backbone is None and made_for["hub_id"] is None:
-        raise AdapterError(
-            f"{_CALL}: {adapter.path}: does not say where its backbone ({made_for['library']} "
-            f"{made_for['architecture']}) comes from; give --model NAME."
-        )
     with quiet_stdout():
-        model, preprocess = load_backbone_with_adapter(
-            adapter.path, backbone=backbone, local_files_only=offline
-        )
+        if weights is not None:
+            model, preprocess = from_weights(_CALL, adapter, backbone, weights)
+        else:
+            need_name(_CALL, adapter, backbone)
+            model, preprocess = load_backbone_with_adapter(
+                adapter.path, backbone=backbone, local_files_only=offline
+            )
         model = model.to(device)
     return _Classifier(model, preprocess, head["labels"], device, top)
 

@@ -19,7 +19,7 @@ from .images import (
     without_broken,
 )
 from .output import complain
-from .sources import build, need_size, preprocessing_of
+from .sources import build, need_outside, need_size, preprocessing_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -128,6 +128,7 @@ def _images(plan: Plan, state: Any, tell: Tell) -> Task:
 
     wanted = [plan.split] if plan.measured == "none" else [plan.split, plan.measured]
     task = open_images(plan.data, *wanted, tell=tell, name=plan.task, fraction=plan.fraction)
+    need_outside(CALL, plan.output, plan.data, task)
     names = parts_of(task, *wanted)
     broken = [find_broken(task, names) if state.is_main_process else {}]
     task = without_broken(CALL, task, broadcast_object_list(broken)[0], plan.skip_broken, tell)

@@ -14,7 +14,11 @@ import typer
 if TYPE_CHECKING:
     from torch import nn
 
+    from ..data import Task
+
 LENGTH = 20
+# Rates times them are held in float32.
+_MOST = 1e36
 Data = Annotated[
     str,
     typer.Option(
@@ -223,6 +227,26 @@ def need_folder(call: str, folder: Path) -> Path:
     return folder.expanduser()
 
 
+def need_outside(call: str, folder: Path, data: str, task: Task) -> None:
+    """Raise where files of a run would become images of its task.
+
+    Raises:
+        VPTError: The folder lies among the folders of classes.
+    """
+    from ..data.folders import FLAT, SPLIT
+    from ..data.found import split_of
+    from ..errors import VPTError
+
+    spot, root = folder.resolve(), Path(data).expanduser().resolve()
+    if task.layout not in (FLAT, SPLIT) or root not in spot.parents:
+        return
+    if task.layout == FLAT or split_of(spot.relative_to(root).parts[0]):
+        raise VPTError(
+            f"{call}: --output {folder}: lies among the images of {data} and would be taken for a "
+            "class of them the next time; give a folder outside."
+        )
+
+
 def metric_lines(metrics: Mapping[str, float]) -> dict[str, str]:
     """Return metrics as facts to write."""
     return {name: f"{value:.4f}" for name, value in metrics.items()}
@@ -235,10 +259,14 @@ def numbers(text: str, option: str) -> list[float]:
         BadParameter: They are none.
     """
     try:
-        return [float(part) for part in text.split(",")]
+        found = [float(part) for part in text.split(",")]
     except ValueError as error:
         reason = f"{text!r}: numbers separated by commas"
         raise typer.BadParameter(reason, param_hint=option) from error
+    if not all(0 < number <= _MOST for number in found):
+        reason = f"{text!r}: numbers above 0 and up to {_MOST:g}"
+        raise typer.BadParameter(reason, param_hint=option)
+    return found
 
 
 def counts(text: str, option: str) -> list[int]:

@@ -26,6 +26,7 @@ from .sources import (
     begins_as_tokens,
     counts,
     need_folder,
+    need_outside,
     need_packages,
     need_size,
 )
@@ -78,8 +79,8 @@ def sweep(
     """
     need_packages(CALL, "accelerate", "optuna", "psutil", "timm")
     choices = {
-        "length": counts(lengths, "--lengths") if lengths else None,
-        "reduction": counts(reductions, "--reductions") if reductions else None,
+        "length": None if lengths is None else counts(lengths, "--lengths"),
+        "reduction": None if reductions is None else counts(reductions, "--reductions"),
     }
     search = Search(
         backbone=Backbone(model, weights, size, offline, None),
@@ -94,7 +95,7 @@ def sweep(
     tokens = begins_as_tokens(init, grid is Grid.default, [protocol])
     complain(f"{prod(map(len, points.values()))} settings to try, then {seeds} final runs")
     with quiet_stdout():
-        pixels = _pixels(data, search.backbone, skip_broken)
+        pixels = _pixels(data, search.backbone, skip_broken, search.folder)
         search.need_taken(points, pixels.task)
         if tokens:
             search = search.begun(points, pixels.task, asked=init is not None)
@@ -105,12 +106,13 @@ def sweep(
     complain(f"written: {page}")
 
 
-def _pixels(data: str, backbone: Backbone, skip_broken: bool) -> Pixels:
+def _pixels(data: str, backbone: Backbone, skip_broken: bool, output: Path) -> Pixels:
     """Return the task's images, all of which can be read, as the backbone wants them."""
     from ..experiments.run import Pixels
 
     names = ("train", "val", "test")
     task = open_images(data, *names)
+    need_outside(CALL, output, data, task)
     task = without_broken(CALL, task, find_broken(task, names), skip_broken)
     tell_copies(task, ["train"], ["val", "test"], complain)
     tell_copies(task, ["val"], ["test"], complain)

@@ -34,24 +34,25 @@ def check_images(task: Task | Split, *, progress: bool = True) -> list[str]:
     return broken
 
 
-def broken_images(split: Split, *, progress: bool = True) -> list[int]:
-    """Return the indices of the images of a split that cannot be read."""
+def broken_images(split: Split, *, progress: bool = True) -> dict[int, str]:
+    """Return why images of a split cannot be read, by index."""
     if isinstance(split.images, torch.Tensor):
-        return []
+        return {}
 
     def verdict(index: int) -> str | None:
         def read() -> str | None:
             try:
                 split.image(index)
             except VPTError as error:
-                return str(error)
+                cause = error.__cause__
+                return f"{type(cause).__name__}: {cause}" if cause else str(error)
             return None
 
         return read() if split.images is not None else remembered([split.paths[index]], read)
 
     # Readers of datasets need not be safe under threads; files are.
     verdicts = each(verdict, range(len(split)), progress, threads=split.images is None)
-    return [index for index, problem in enumerate(verdicts) if problem is not None]
+    return {index: problem for index, problem in enumerate(verdicts) if problem is not None}
 
 
 def remembered(paths: Sequence[str], read: Callable[[], str | None], about: Any = ()) -> str | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ from ..wording import listing
 from .found import Found, duplicate_notes, split_names, split_of
 from .splits import Split
 
+FLAT, SPLIT = "folder of classes", "image folders"
 _SUFFIXES = "avif bmp gif jfif jp2 jpe jpeg jpg pbm pgm png ppm tga tif tiff webp"
 EXTENSIONS = frozenset(f".{suffix}" for suffix in _SUFFIXES.split(" "))
 # What systems leave in every folder.
@@ -38,7 +40,10 @@ def is_split_folder(folder: Path) -> bool:
 
 def folder_names(folder: Path) -> list[str]:
     """Return the names of the folders in a folder, sorted; hidden ones are left out."""
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and not _hidden(e.name))
+    with _readable(folder):
+        names = [entry.name for entry in os.scandir(folder)]
+    # Unlike an entry's own, this takes a link to itself for none.
+    return sorted(n for n in names if not _hidden(n) and (folder / n).is_dir())
 
 
 def open_split_folder(folder: Path) -> Found:
@@ -73,7 +78,7 @@ def open_split_folder(folder: Path) -> Found:
     notes += duplicate_notes(splits)
     for name, place in places.items():
         notes += _class_notes(place, found[name])
-    return Found("image folders", classes, splits, cut_test=len(splits) == 1, notes=notes)
+    return Found(SPLIT, classes, splits, cut_test=len(splits) == 1, notes=notes)
 
 
 def open_flat_folder(folder: Path) -> Found:
@@ -88,7 +93,7 @@ def open_flat_folder(folder: Path) -> Found:
     classes = tuple(files)
     splits = {"train": _split(files, classes)}
     notes = duplicate_notes(splits) + _class_notes(folder, found)
-    return Found("folder of classes", classes, splits, cut_test=True, notes=notes)
+    return Found(FLAT, classes, splits, cut_test=True, notes=notes)
 
 
 def class_files(folder: Path) -> dict[str, Files]:
@@ -111,13 +116,15 @@ def files_under(folder: Path) -> Files:
     images: list[str] = []
     others: list[str] = []
     been: set[str] = set()
-    for place, folders, names in os.walk(folder.absolute(), followlinks=True):
+    for place, folders, names in os.walk(folder.absolute(), onerror=_refuse, followlinks=True):
         # A link to a folder around it would never end.
         real = os.path.realpath(place)
         folders[:] = sorted(n for n in folders if not _hidden(n) and real not in been)
-        for name in names if real not in been else ():
+        # An image unpacked to an empty folder: it is listed as one that cannot be read.
+        hollow = [n for n in folders if _is_image(n) and not os.listdir(os.path.join(place, n))]
+        for name in [*names, *hollow] if real not in been else ():
             if not _hidden(name):
-                kind = images if Path(name).suffix.lower() in EXTENSIONS else others
+                kind = images if _is_image(name) else others
                 kind.append(os.path.join(place, name))
         been.add(real)
     return Files(sorted(images), sorted(others))
@@ -136,13 +143,33 @@ def left_out_notes(folder: Path, others: Sequence[str]) -> list[str]:
 
 def _class_notes(folder: Path, files: Mapping[str, Files]) -> list[str]:
     """Return notes on the files of a folder of classes that are not used."""
-    entries = [entry.name for entry in os.scandir(folder) if entry.is_file()]
-    loose = sorted(n for n in entries if not _hidden(n) and Path(n).suffix.lower() in EXTENSIONS)
+    entries = [name for name in os.listdir(folder) if (folder / name).is_file()]
+    loose = sorted(name for name in entries if not _hidden(name) and _is_image(name))
     notes = left_out_notes(folder, [path for part in files.values() for path in part.others])
     if loose:
         beside = f"{len(loose)} images of {folder.name} left out, beside the folders of classes"
         notes.append(f"{beside}: {listing(loose, most=3)}")
     return notes
+
+
+def _is_image(name: str) -> bool:
+    return Path(name).suffix.lower() in EXTENSIONS
+
+
+def _refuse(error: OSError) -> None:
+    """Raise for a folder that cannot be read: its images would be missed without a word."""
+    raise VPTError(
+        f"open_task: {error.filename}: cannot be read ({error.strerror}); make it readable, or "
+        "take it away."
+    ) from error
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        _refuse(error)
 
 
 def _hidden(name: str) -> bool:

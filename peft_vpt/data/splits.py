@@ -132,6 +132,13 @@ class Task:
     layout: str = "given"
 
     def __post_init__(self) -> None:
+        for kind, names in (("name", [self.name]), ("class", self.classes)):
+            bad = [repr(name) for name in names if not _is_text(name)]
+            if bad:
+                raise VPTError(
+                    f"Task({self.name!r}): the {kind} {listing(bad)} cannot be written as UTF-8, "
+                    "and no adapter could hold it; rename the folder, or correct the list."
+                )
         if not self.classes:
             raise VPTError(f"Task({self.name!r}): no classes; a task needs at least one.")
         for name, split in self.splits.items():
@@ -191,6 +198,14 @@ class Task:
     def _is_label(self, label: object) -> bool:
         plain = isinstance(label, int) and not isinstance(label, bool)
         return plain and 0 <= label < len(self.classes)  # type: ignore[operator]
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def refuse_overlaps(task: str, paths: Mapping[str, Iterable[str]]) -> None:

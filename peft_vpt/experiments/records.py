@@ -118,12 +118,16 @@ def read_records(path: str | Path, *, strict: bool = False) -> list[Record]:
         strict: Raise where a line is broken, instead of a warning.
 
     Raises:
-        VPTError: With `strict`, for a broken line.
+        VPTError: The file cannot be read; with `strict`, also for a broken line.
     """
     source = Path(path)
     if not source.exists():
         return []
-    records, broken = parse_records(source.read_bytes().decode(errors="replace"))
+    try:
+        text = source.read_bytes().decode(errors="replace")
+    except OSError as error:
+        raise VPTError(f"read_records: {source}: cannot be read ({error.strerror}).") from error
+    records, broken = parse_records(text)
     if broken:
         told = "; ".join(f"line {line}: {reason}" for line, reason in broken)
         message = f"read_records: {source}: {told}. Delete such lines; their runs are run again."
@@ -142,8 +146,9 @@ def parse_records(text: str) -> tuple[list[Record], list[Broken]]:
             continue
         try:
             value = json.loads(line)
-        except json.JSONDecodeError as error:
-            broken.append(Broken(number, f"not JSON ({error.msg})"))
+        # Numbers may be too long to read, and lists nested too deep.
+        except (ValueError, RecursionError) as error:
+            broken.append(Broken(number, f"not JSON ({getattr(error, 'msg', error)})"))
             continue
         reason = _fault(value)
         if reason:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -88,7 +89,10 @@ def wilcoxon(
             f"wilcoxon(alternative={alternative!r}, zeros={zeros!r}): alternative is one of "
             f"{', '.join(_ALTERNATIVES)}; zeros is 'wilcox' or 'pratt'."
         )
-    differences = [round(a - b, _DIGITS) for a, b in _pairs(first, second)]
+    pairs = _pairs(first, second)
+    if not all(math.isfinite(value) for pair in pairs for value in pair):
+        raise SpecError("wilcoxon: a result is not finite; leave its task out on both sides.")
+    differences = [round(a - b, _DIGITS) for a, b in pairs]
     moved = sum(d != 0 for d in differences)
     if not moved:
         return Comparison(0.0, 1.0, 0, "no differences")
@@ -129,19 +133,24 @@ def welch(
         return Comparison(math.nan, math.nan, count, "Welch, neither varies")
     from scipy import stats
 
-    found = stats.ttest_ind(list(first), list(second), equal_var=False, alternative=alternative)
+    with warnings.catch_warnings():
+        # Seeds that come to nearly the same; the statistic is large then, as it should be.
+        warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)
+        found = stats.ttest_ind(list(first), list(second), equal_var=False, alternative=alternative)
     return Comparison(float(found.statistic), float(found.pvalue), count, "Welch")
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Return p-values adjusted for their number by Holm's step-down method, in the same order.
 
+    NaN, of a test that says nothing, stays NaN and does not count.
+
     Source: Holm, "A simple sequentially rejective multiple test procedure", 1979.
     """
-    order = sorted(range(len(p_values)), key=lambda i: p_values[i])
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for place, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(p_values) - place) * p_values[index]))
+    tested = [i for i, p_value in enumerate(p_values) if not math.isnan(p_value)]
+    adjusted, largest = [math.nan] * len(p_values), 0.0
+    for place, index in enumerate(sorted(tested, key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (len(tested) - place) * p_values[index]))
         adjusted[index] = largest
     return adjusted
 

@@ -17,7 +17,7 @@ from ..backbones.image_model import encoder_for
 from ..backbones.paths import module_at
 from ..data.warps import IGNORE
 from ..decoder import claim_decoder
-from ..errors import SpecError, UnsupportedArchitectureError
+from ..errors import SpecError, UnsupportedArchitectureError, VPTError
 from ..hosts import host_and_prompts, refuse_unfit
 from ..inject import freeze
 from ..protocols import apply_inside
@@ -151,9 +151,14 @@ class Segmenter(nn.Module):
         Args:
             pixels: `(batch, 3, H, W)`.
             masks: Class indices `(batch, H, W)`, 255 where nothing is known.
+
+        Raises:
+            VPTError: Masks that are no integers, of another size, or with what is no class.
         """
+        found = self._scores(pixels)
+        masks = _checked(masks, found[0])
         known = (masks != IGNORE).sum().clamp(min=1)
-        terms = [_entropy(scores, masks) / known for scores in self._scores(pixels)]
+        terms = [_entropy(scores, masks) / known for scores in found]
         return terms[0] + _AUXILIARY_WEIGHT * sum(terms[1:], torch.zeros_like(terms[0]))
 
     def _scores(self, pixels: Tensor) -> list[Tensor]:
@@ -181,6 +186,24 @@ class Segmenter(nn.Module):
     def _freeze_classifier(self, encoder: Encoder) -> None:
         for path in encoder.head.paths if encoder.head is not None else ():
             module_at(self.backbone, path).requires_grad_(False)
+
+
+def _checked(masks: Tensor, scores: Tensor) -> Tensor:
+    """Return masks as int64."""
+    wanted, classes = (len(scores), *scores.shape[2:]), scores.shape[1]
+    if masks.shape != wanted or masks.is_floating_point() or masks.dtype == torch.bool:
+        raise VPTError(
+            f"Segmenter.loss(masks=...): {tuple(masks.shape)} of {masks.dtype}; they must be class "
+            f"numbers, integers of shape {wanted}."
+        )
+    masks = masks.long()
+    wrong = masks[(masks != IGNORE) & ((masks < 0) | (masks >= classes))]
+    if len(wrong):
+        raise VPTError(
+            f"Segmenter.loss(masks=...): the label {int(wrong[0])} is none of {classes} classes, 0 "
+            f"to {classes - 1}; write {IGNORE} where nothing is known."
+        )
+    return masks
 
 
 def _entropy(scores: Tensor, masks: Tensor) -> Tensor:

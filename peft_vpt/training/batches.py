@@ -109,7 +109,7 @@ def leaves_one(model: nn.Module, images: int, batch: int) -> bool:
         images: Of an epoch.
         batch: Images per batch.
     """
-    if images % batch != 1:
+    if batch > 1 and images % batch != 1:
         return False
     was_training = model.training
     model.train()
@@ -164,6 +164,10 @@ def loader_batch_size(recipe: Recipe, accumulation: int = 1) -> int:
     from accelerate.utils import parse_flag_from_env
 
     # The flag of `accelerate launch`, which an Accelerator reads and a PartialState does not.
+    if isinstance(accumulation, bool) or not isinstance(accumulation, int) or accumulation < 1:
+        raise SpecError(
+            f"loader_batch_size(accumulation={accumulation!r}): must be an integer >= 1."
+        )
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     parts: int = state.num_processes * accumulation
     if recipe.batch_size % parts:

@@ -104,17 +104,18 @@ def read_checkpoint(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] |
     path = folder / CHECKPOINT
     if not path.exists():
         return None
+    with path.open("rb"):
+        # What the system refuses is no damage; torch raises OSError for torn files too.
+        pass
     try:
         content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         about = json.loads(content["about"])
         kept, position = about["config"], Position(**about["position"])
         known = content["format"] == _FORMAT
-    except OSError:
-        raise
     except Exception as error:
         raise VPTError(
-            f"fit: {path} cannot be read as a checkpoint ({error}); remove it, or use "
-            "resume=False to start over."
+            f"fit: {path} cannot be read as a checkpoint ({type(error).__name__}); remove it, or "
+            "use resume=False to start over."
         ) from error
     if not known:
         raise VPTError(f"fit: {path} has format {content['format']}; this version reads {_FORMAT}.")

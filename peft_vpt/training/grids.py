@@ -80,4 +80,5 @@ def _size(value: Any, values: Sequence[Any]) -> float:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    # Numbers of numpy and torch too, which are no kind of float.
+    return hasattr(value, "__float__") and math.isfinite(float(value))

@@ -31,9 +31,17 @@ class LossWatch:
     Args:
         steps_per_epoch: Optimizer steps in an epoch.
         state: What `state` returned earlier.
+        total: Optimizer steps of the run; a run of fewer than five is told by all of them.
     """
 
-    def __init__(self, steps_per_epoch: int, state: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        steps_per_epoch: int,
+        state: Mapping[str, Any] | None = None,
+        *,
+        total: int = _SHORTEST,
+    ) -> None:
+        self._few = min(_SHORTEST, total)
         self._window = min(max(steps_per_epoch, _SHORTEST), _LONGEST)
         self._first: list[float] = list(state["first"]) if state else []
         self._last: list[float] = list(state["last"]) if state else []
@@ -67,10 +75,10 @@ class LossWatch:
         return f"the last {window} steps is {now:.4g}, above the {start:.4g} of the first ones"
 
     def _leapt(self, losses: list[float]) -> str | None:
-        start, now = self._first[0], _mean(losses[-_SHORTEST:])
-        if len(losses) < _SHORTEST or now <= start * _LEAP + _NATS:
+        start, now = self._first[0], _mean(losses[-self._few :])
+        if len(losses) < self._few or now <= start * _LEAP + _NATS:
             return None
-        return f"the last {_SHORTEST} steps is {now:.4g}, above the {start:.4g} of the first one"
+        return f"the last {self._few} steps is {now:.4g}, above the {start:.4g} of the first one"
 
 
 def warn(message: str) -> None:

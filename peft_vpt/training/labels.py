@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,13 +42,25 @@ def check_known_labels(loaders: Mapping[str, Any], classes: int) -> None:
             )
 
 
+def labels_checksum(dataset: Any) -> str | None:
+    """Return what tells the labels of a dataset from others; None where it does not hold them."""
+    labels = _known(dataset)
+    return None if labels is None else sum_of(labels)
+
+
+def sum_of(labels: Tensor) -> str:
+    """Return 8 hexadecimal digits of integers."""
+    return f"{zlib.crc32(labels.long().cpu().contiguous().numpy().data):08x}"
+
+
 def _known(dataset: Any) -> Tensor | None:
     """Return the labels of a dataset; None where it does not hold a number for every image."""
     if isinstance(dataset, Drawn):
         return _known(dataset.dataset)
     if isinstance(dataset, Subset):
         whole = _known(dataset.dataset)
-        return None if whole is None else whole[torch.as_tensor(list(dataset.indices))]
+        indices = torch.as_tensor(list(dataset.indices), dtype=torch.long)
+        return None if whole is None else whole[indices]
     if isinstance(dataset, TensorDataset):
         found: Any = dataset.tensors[1] if len(dataset.tensors) > 1 else None
     else:

@@ -26,10 +26,19 @@ from .describe import describe_run
 from .files import write_lines
 from .groups import lr_factor, make_optimizer, set_rate, trains_backbone
 from .health import DivergedError, LossWatch, Shadow, warn
-from .labels import check_known_labels
+from .labels import check_known_labels, labels_checksum
 from .losses import Loss
 from .metrics import evaluate, forward_logits, place
-from .prepare import Bars, check_last_batch, check_options, make_accelerator, wrapped
+from .pairs import pair_of
+from .prepare import (
+    Bars,
+    check_folder,
+    check_last_batch,
+    check_options,
+    check_sides,
+    make_accelerator,
+    wrapped,
+)
 from .recipes import Recipe
 
 
@@ -78,8 +87,9 @@ def fit(
 
     Args:
         model: A prompted model, or any classifier of which something requires gradients.
-        train: DataLoader of `(pixels, labels)` over a dataset with indices. Its batch size x
-            processes x `accumulation` must be `recipe.batch_size`; see `loader_batch_size`.
+        train: DataLoader of `(pixels, labels)`, or of mappings with `pixel_values` and `labels`,
+            over a dataset with indices. Its batch size x processes x `accumulation` must be
+            `recipe.batch_size`; see `loader_batch_size`.
         val: Batches to evaluate on, which can be gone through again and again, or None.
         recipe: Optimizer, schedule and loss.
         folder: Where `config.json`, `history.jsonl` and `checkpoint.pt` go; None: nowhere.
@@ -102,7 +112,8 @@ def fit(
 
     Source: Jia et al. 2022, section A.1.
     """
-    check_options(recipe, evaluate_every, checkpoint_every, accumulation, data, val)
+    check_options(recipe, evaluate_every, checkpoint_every, accumulation, data)
+    check_sides(model, val)
     loader, order = training_loader(train, recipe.seed)
     accelerator = make_accelerator(
         accelerator,
@@ -153,7 +164,8 @@ class _Run:
         self.tensors = trained_tensors(self.host.train())
         self.host.train(was_training)
         self.shadow = Shadow(self.tensors)
-        counted = {"labels": self.loss.checksum} if self.loss.checksum else {}
+        checksum = self.loss.checksum or labels_checksum(loader.dataset)
+        counted = {} if checksum is None else {"labels": checksum}
         self.config = describe_run(
             self.host,
             self.recipe,
@@ -170,6 +182,7 @@ class _Run:
             weights=folder is not None,
         )
         self.folder = None if folder is None else Path(folder)
+        check_folder(self.folder)
 
     def begin(self, resume: bool) -> None:
         """Take up the checkpoint, if there is one; nothing is written."""
@@ -182,7 +195,8 @@ class _Run:
             # Nobody may write before everybody has read.
             self.accelerator.wait_for_everyone()
         self.first = self.at.step + 1
-        self.watch = LossWatch(self.steps, self.at.watch)
+        total = self.steps * self.recipe.epochs
+        self.watch = LossWatch(self.steps, self.at.watch, total=total)
         self.began = time.perf_counter() - self.at.seconds
 
     def train(self, evaluate_every: int, checkpoint_every: int | None) -> None:
@@ -204,7 +218,7 @@ class _Run:
         self.host.eval()
         self.model.eval()
 
-    def _steps(self, epoch: int) -> Iterator[list[Any]]:
+    def _steps(self, epoch: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
         """Yield the batches of each step that is left of an epoch."""
         from accelerate import skip_first_batches
 
@@ -213,9 +227,9 @@ class _Run:
         loader = skip_first_batches(self.loader, done * self.accumulation) if done else self.loader
         batches = iter(loader)
         while group := list(islice(batches, self.accumulation)):
-            yield group
+            yield [pair_of(batch, "fit") for batch in group]
 
-    def _step(self, batches: list[Any]) -> float:
+    def _step(self, batches: list[tuple[Tensor, Tensor]]) -> float:
         """Do one optimizer step over batches, and return its mean loss over all processes."""
         at, accelerator = self.at.step, self.accelerator
         seed_step(derive(self.recipe.seed, "step", at, accelerator.process_index))

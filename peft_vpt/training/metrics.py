@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..errors import SpecError, VPTError
 from ..preprocessing import output_logits
 from .health import DivergedError
+from .pairs import pair_of, whole_labels
 
 
 def evaluate(model: nn.Module, batches: Iterable[Any], accelerator: Any = None) -> dict[str, float]:
@@ -20,8 +21,9 @@ def evaluate(model: nn.Module, batches: Iterable[Any], accelerator: Any = None) 
 
     Args:
         model: Returns logits `(batch, classes)`, or a transformers output that holds them.
-        batches: Of `(pixels, labels)`. With an accelerator of several processes: a DataLoader,
-            which is shared out among them, every image counted once.
+        batches: Of `(pixels, labels)`, or of mappings with `pixel_values` and `labels`. With an
+            accelerator of several processes: a DataLoader, which is shared out among them, every
+            image counted once.
         accelerator: accelerate's; None: this process alone, on the model's device.
 
     Returns:
@@ -30,7 +32,7 @@ def evaluate(model: nn.Module, batches: Iterable[Any], accelerator: Any = None) 
         where all images are of one class). Shares, not percent.
 
     Raises:
-        VPTError: No images, or a label that is no class of the model.
+        VPTError: No images, batches of another form, or a label that is no class of the model.
         DivergedError: Logits that are not finite.
     """
     if accelerator is not None:
@@ -45,8 +47,14 @@ def evaluate(model: nn.Module, batches: Iterable[Any], accelerator: Any = None) 
 
 
 def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
-    """Return the metrics of `evaluate` for logits `(images, classes)` and labels `(images,)`."""
+    """Return the metrics of `evaluate` for logits `(images, classes)` and labels `(images,)`.
+
+    Raises:
+        VPTError: Labels that are no classes, or not one per image.
+    """
     classes = logits.shape[1]
+    labels = whole_labels(labels, len(logits), "classification_metrics")
+    check_labels(labels, classes, "classification_metrics")
     hits = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
     # Of equal logits the first counts, which topk does not promise.
     correct = (logits.argmax(dim=1) == labels).double()
@@ -113,7 +121,8 @@ def _collect(model: nn.Module, batches: Iterable[Any], accelerator: Any) -> tupl
     device, dtype = place(model)
     logits: list[Tensor] = []
     labels: list[Tensor] = []
-    for pixels, target in batches:
+    for batch in batches:
+        pixels, target = pair_of(batch, "evaluate")
         if not len(target):
             continue
         found = forward_logits(model, pixels.to(device, dtype), accelerator)

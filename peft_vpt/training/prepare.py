@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from torch import nn
+from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import SpecError
 from .batches import leaves_one
@@ -24,7 +26,6 @@ def check_options(
     checkpoint_every: Any,
     accumulation: Any,
     data: Mapping[str, Any] | None,
-    val: Any,
 ) -> None:
     """Check the plain options of `fit`.
 
@@ -45,11 +46,43 @@ def check_options(
         json.dumps(data, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise SpecError(f"fit(data=...): must be plain, finite JSON values: {error}.") from error
+
+
+def check_sides(model: Any, val: Any) -> None:
+    """Check what is trained, and what it is evaluated on.
+
+    Raises:
+        SpecError: No model, or no batches that can be gone through again and again.
+    """
+    if not isinstance(model, nn.Module):
+        raise SpecError(f"fit(model={type(model).__name__}): must be a model, an nn.Module.")
+    reason = ""
     if isinstance(val, Iterator):
+        reason = "is used up by one evaluation"
+    elif isinstance(val, Dataset) or not (val is None or isinstance(val, Iterable)):
+        reason = "holds no batches"
+    elif isinstance(val, Sized) and not _is_endless(val) and not len(val):
+        reason = "is empty"
+    if reason:
         raise SpecError(
-            f"fit(val={type(val).__name__}): is used up by one evaluation; give a DataLoader or a "
-            "list of batches."
+            f"fit(val={type(val).__name__}): {reason}; give a DataLoader or a list of batches, or "
+            "None."
         )
+
+
+def check_folder(folder: Path | None) -> None:
+    """Raise where there is something else in place of a folder.
+
+    Raises:
+        SpecError: There is.
+    """
+    if folder is not None and folder.exists() and not folder.is_dir():
+        raise SpecError(f"fit(folder={str(folder)!r}): is no folder; give another.")
+
+
+def _is_endless(val: Any) -> bool:
+    """Tell whether a loader cannot say how long it is."""
+    return isinstance(getattr(val, "dataset", None), IterableDataset)
 
 
 def check_last_batch(model: nn.Module, loader: Any, processes: int) -> None:

@@ -13,6 +13,7 @@ from ..errors import SpecError
 OPTIMIZERS = ("sgd", "adamw")
 CLASS_WEIGHTS = ("none", "inv", "inv_sqrt")
 # Of torch's generators.
+_FLOAT32 = 3.4e38
 _LARGEST_SEED = 2**63 - 1
 
 
@@ -69,7 +70,8 @@ class Recipe:
             self._count(name, 1)
         self._count("seed", 0, _LARGEST_SEED)
         for name in ("base_lr", "prompt_lr_scale", "eps"):
-            self._number(name, above=0.0)
+            # Optimizers hold them in float32 beside the weights.
+            self._number(name, above=0.0, below=_FLOAT32)
         if self.clip_norm is not None:
             self._number("clip_norm", above=0.0)
         for name in ("weight_decay", "warmup_epochs"):
