@@ -883,3 +883,119 @@ heavy = [n for n in ("torch", "timm", "accelerate", "optuna", "PIL", "numpy") if
 assert not heavy, heavy
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, capture_output=True)
+
+
+# What would become an image, or is found too late
+
+
+@pytest.mark.parametrize("place", ["flat/out", "flat/dark/out", "task/train/out"])
+@pytest.mark.parametrize("command", ["train", "compare", "sweep"])
+def test_results_are_not_put_among_the_images(
+    command: str, place: str, world: Path, capsys: Capture
+) -> None:
+    shutil.copytree("task/train", "flat")
+    data = place.partition("/")[0]
+    out, err = call(capsys, command, "--data", data, *MODEL, "--output", place, code=1)
+    assert "lies among the images" in err
+    assert out == ""
+    assert not Path(place).exists()
+
+
+def test_results_beside_the_splits_are_no_images(world: Path, capsys: Capture) -> None:
+    call(capsys, *TRAIN, "--output", "task/out")
+    call(capsys, *TRAIN, "--output", "task/out")
+    assert open_task("task").classes == ("dark", "light")
+
+
+def lists_of_one_class() -> None:
+    """Make lists that name two classes and have one."""
+    Path("lists").mkdir()
+    for name in ("train800", "val200", "train800val200", "test"):
+        Image.new("RGB", (40, 40)).save(f"lists/{name}.png")
+    for name in ("train800", "val200", "test"):
+        Path(f"lists/{name}.txt").write_text(f"{name}.png 0\n")
+    Path("lists/train800val200.txt").write_text("train800.png 0\nval200.png 0\n")
+    Path("lists/classes.txt").write_text("one\ntwo\n")
+
+
+@pytest.mark.parametrize("command", ["train", "compare", "sweep"])
+def test_one_class_to_train_on_is_nothing_to_tell_apart(
+    command: str, world: Path, capsys: Capture
+) -> None:
+    lists_of_one_class()
+    err = call(capsys, command, "--data", "lists", *MODEL, "--output", "out", code=1)[1]
+    assert "train has one class only, one" in err
+    assert not Path("out").exists()
+
+
+def test_shares_of_the_images_are_read_before_anything_is_written(
+    world: Path, capsys: Capture
+) -> None:
+    names = {}
+    for part in ("train", "val", "test"):
+        files = sorted(Path("task", part).glob("*/*.png"))
+        names[part] = {f"{part}/{f.parent.name}/{f.name}": f.parent.name for f in files}
+        Path(f"task/{part}.json").write_text(json.dumps(names[part]))
+    (Path("task/images")).mkdir()
+    for part in ("train", "val", "test"):
+        shutil.move(f"task/{part}", f"task/images/{part}")
+    Image.new("RGB", (40, 40)).save("task/images/broken.png")
+    broken = Path("task/images/broken.png")
+    broken.write_bytes(broken.read_bytes()[:50])
+    Path("task/train_50.json").write_text(json.dumps({**names["train"], "broken.png": "dark"}))
+    words = ("compare", "--data", "task", *MODEL, "--protocols", "linear", "--fraction", "0.5")
+    err = call(capsys, *words, "--output", "out", code=1)[1]
+    assert f"cannot be read: train, {broken.absolute()}: " in err
+    assert "SyntaxError" in err or "OSError" in err
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--protocols", "linear", "--length", "3"), "no row takes it"),
+        (("--ablation", "length", "--lengths", "1,2"), "no row takes it"),
+        (("--length", "3", "--lengths", "2"), "in place of --length"),
+        (("--ensemble", "--seeds", "1"), "--seeds 2"),
+        (("--factors", "0"), "above 0"),
+        (("--factors", "1e300"), "above 0"),
+        (("--lengths", ""), "separated by commas"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    words: tuple[str, ...], told: str, world: Path, capsys: Capture
+) -> None:
+    err = call(capsys, "compare", "--data", "task", *MODEL, "--output", "out", *words, code=2)[1]
+    assert told in " ".join(err.replace("│", " ").split())
+    assert not Path("out").exists()
+
+
+def test_predict_takes_the_weights_that_train_took(world: Path, capsys: Capture) -> None:
+    call(capsys, *TRAIN, "--output", "out")
+    Image.new("RGB", (40, 40)).save("more.tga")
+    Path("photos/deep").mkdir(parents=True)
+    shutil.move("more.tga", "photos/deep/more.tga")
+    Image.new("RGB", (40, 40), "white").save("photos/one.JPE", format="jpeg")
+    words = ("predict", "photos", "--adapter", "out", "--weights", "w.safetensors", "--json")
+    rows = [json.loads(line) for line in call(capsys, *words)[0].splitlines()]
+    assert [row["file"] for row in rows] == ["photos/deep/more.tga", "photos/one.JPE"]
+    model = load_task_adapter(backbone(), "./out").eval()
+    transform = Transform(
+        read_adapter(Path("out/adapter.safetensors")).metadata["preprocessing"], "timm", False
+    )
+    for row in rows:
+        with torch.no_grad(), Image.open(row["file"]) as picture:
+            shares = model(transform(picture.convert("RGB"))[None]).double().softmax(-1)[0]
+        best = row["predictions"][0]
+        assert best["probability"] == pytest.approx(float(shares.max()), abs=1e-6)
+        assert best["index"] == int(shares.argmax())
+    call(capsys, "predict", "photos", "--adapter", "out", code=1)
+
+
+@pytest.mark.parametrize("command", ["predict", "eval"])
+def test_a_device_that_is_not_there_is_told(command: str, world: Path, capsys: Capture) -> None:
+    call(capsys, *TRAIN, "--output", "out")
+    first = ("predict", "task", "--adapter", "out") if command == "predict" else ("eval", "out")
+    data = () if command == "predict" else ("--data", "task")
+    err = call(capsys, *first, *data, "--device", "cuda:77", code=2)[1]
+    assert "no device that torch has here" in " ".join(err.replace("│", " ").split())
