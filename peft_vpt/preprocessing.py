@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -191,45 +190,55 @@ def load_image(path: str | Path) -> Any:
     Raises:
         OSError: The file cannot be read as an image.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
-    if os.path.exists(path) and not os.path.isfile(path):
-        # To open a pipe would wait for ever.
-        raise OSError("it is no file")
     with Image.open(path) as file:
         file.load()
-        upright = ImageOps.exif_transpose(file)
-        upright.format = file.format
-        rgb = to_rgb(upright)
-        # Pillow inverts TIFF of 8 bits itself.
-        inverted = file.mode in _SIXTEEN_BITS and _tiff_white_is_zero(file)
-        return ImageOps.invert(rgb) if inverted else rgb
+        return upright_rgb(file)
 
 
-def to_rgb(image: Any) -> Any:
+def upright_rgb(image: Any) -> Any:
+    """Convert a PIL image, as it was opened, to 8-bit RGB, turned as its EXIF orientation says.
+
+    Raises:
+        OSError: As `to_rgb`.
+    """
+    from PIL import ImageOps
+
+    return to_rgb(ImageOps.exif_transpose(image), opened=image)
+
+
+def to_rgb(image: Any, *, opened: Any = None) -> Any:
     """Convert a PIL image of any mode to 8-bit RGB.
 
-    White is 65535 in a 16-bit image. Where the mode does not say it, the highest value of the image
-    does: in 32-bit integers white is 255, 65535 or that value, and in floats 1, 255 or that value,
-    the first that is not below it.
+    White is 65535 in a 16-bit image, and in PGM of more than 8 bits, which Pillow scales. Where
+    the mode does not say it, the highest value of the image does: in 32-bit integers white is 255,
+    65535 or that value, and in floats 1, 255 or that value, the first that is not below it. A
+    16-bit TIFF whose header says that white is 0 is inverted, as Pillow does with 8 bits.
+
+    Args:
+        image: The image.
+        opened: What it was opened as, if it is a copy: copies lose what the header said.
 
     Raises:
         OSError: A float image has values that are not finite.
     """
     import numpy as np
-    from PIL import Image
+    from PIL import Image, ImageOps
 
+    opened = image if opened is None else opened
     if image.mode in _SIXTEEN_BITS or image.mode in ("I", "F"):
         values = np.asarray(image, dtype=np.float64)
         top = float(values.max(initial=0.0))
         if not np.isfinite(values).all():
             raise OSError("it has values that are not finite (NaN or infinity)")
-        # Pillow scales wide PGM to 16 bits.
-        mode = "I;16" if image.format == "PPM" and image.mode == "I" else image.mode
+        mode = "I;16" if opened.format == "PPM" and image.mode == "I" else image.mode
         whites = {"F": (1.0, 255.0, top), "I": (255.0, 65535.0, top)}.get(mode, (65535.0,))
         peak = next(white for white in whites if top <= white)
         scaled = np.clip(values / peak * 255.0, 0, 255).round().astype(np.uint8)
-        return Image.fromarray(scaled).convert("RGB")
+        grey = Image.fromarray(scaled)
+        inverted = image.mode in _SIXTEEN_BITS and _white_is_zero(opened)
+        return (ImageOps.invert(grey) if inverted else grey).convert("RGB")
     if image.mode == "La":
         image = image.convert("LA")
     if image.mode == "P" and "transparency" in image.info:
@@ -237,8 +246,8 @@ def to_rgb(image: Any) -> Any:
     return image.convert("RGB")
 
 
-def _tiff_white_is_zero(file: Any) -> bool:
-    return file.format == "TIFF" and bool(file.tag_v2.get(_PHOTOMETRIC) == 0)
+def _white_is_zero(opened: Any) -> bool:
+    return opened.format == "TIFF" and bool(opened.tag_v2.get(_PHOTOMETRIC) == 0)
 
 
 def to_batch(preprocess: Any, images: Sequence[Any]) -> Tensor:
@@ -249,7 +258,7 @@ def to_batch(preprocess: Any, images: Sequence[Any]) -> Tensor:
     return torch.stack([preprocess(image) for image in images])
 
 
-def output_logits(output: Any) -> Tensor:
+def output_logits(output: Any, call: str) -> Tensor:
     """Return logits `(batch, classes)` of what a timm or transformers classifier returned.
 
     Raises:
@@ -261,7 +270,7 @@ def output_logits(output: Any) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else "none"
         raise VPTError(
-            f"the model returns {type(output).__name__}, logits {shape}, where a classifier gives "
+            f"{call}: the model returns {type(output).__name__}, logits {shape}; it must be "
             "(batch, classes); give it a head, for transformers a model ...ForImageClassification."
         )
     return logits

@@ -39,7 +39,7 @@ class PromptSpec:
     in. `model.prompts.spec` and an adapter file always hold the resolved spec.
 
     Args:
-        length: Prompts per entry, the paper's p.
+        length: Prompts per entry, the paper's p; at most 65,536.
         deep: True: prompts act on their entry block only. False: they flow on to the next entry,
             or to the end of the encoder.
         layers: Strictly ascending block indices in front of which prompts enter. None: all blocks

@@ -888,7 +888,7 @@ assert not heavy, heavy
 # What would become an image, or is found too late
 
 
-@pytest.mark.parametrize("place", ["flat/out", "flat/dark/out", "task/train/out"])
+@pytest.mark.parametrize("place", ["flat", "flat/out", "flat/dark/out", "task/train/out"])
 @pytest.mark.parametrize("command", ["train", "compare", "sweep"])
 def test_results_are_not_put_among_the_images(
     command: str, place: str, world: Path, capsys: Capture
@@ -898,12 +898,16 @@ def test_results_are_not_put_among_the_images(
     out, err = call(capsys, command, "--data", data, *MODEL, "--output", place, code=1)
     assert "lies among the images" in err
     assert out == ""
-    assert not Path(place).exists()
+    assert sorted(path.name for path in Path("flat").iterdir()) == ["dark", "light"]
+    assert sorted(path.name for path in Path("task/train").iterdir()) == ["dark", "light"]
 
 
-def test_results_beside_the_splits_are_no_images(world: Path, capsys: Capture) -> None:
-    call(capsys, *TRAIN, "--output", "task/out")
-    call(capsys, *TRAIN, "--output", "task/out")
+@pytest.mark.parametrize("place", ["task/out", "task/train/.out"])
+def test_results_that_are_no_images_may_lie_beside_them(
+    place: str, world: Path, capsys: Capture
+) -> None:
+    for _ in range(2):
+        call(capsys, *TRAIN, "--output", place)
     assert open_task("task").classes == ("dark", "light")
 
 
@@ -957,8 +961,6 @@ def test_shares_of_the_images_are_read_before_anything_is_written(
         (("--ablation", "length", "--lengths", "1,2"), "no row takes it"),
         (("--length", "3", "--lengths", "2"), "in place of --length"),
         (("--ensemble", "--seeds", "1"), "--seeds 2"),
-        (("--factors", "0"), "above 0"),
-        (("--factors", "1e300"), "above 0"),
         (("--lengths", ""), "separated by commas"),
     ],
 )
@@ -997,5 +999,13 @@ def test_a_device_that_is_not_there_is_told(command: str, world: Path, capsys: C
     call(capsys, *TRAIN, "--output", "out")
     first = ("predict", "task", "--adapter", "out") if command == "predict" else ("eval", "out")
     data = () if command == "predict" else ("--data", "task")
-    err = call(capsys, *first, *data, "--device", "cuda:77", code=2)[1]
-    assert "no device that torch has here" in " ".join(err.replace("│", " ").split())
+    for device in ("cuda:77", "meta"):
+        err = call(capsys, *first, *data, "--device", device, code=2)[1]
+        assert "no device that torch has here" in " ".join(err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("factor", ["0", "1e300"])
+def test_rates_that_cannot_be_leave_nothing(factor: str, world: Path, capsys: Capture) -> None:
+    words = ("compare", "--data", "task", *MODEL, "--output", "out", "--factors", factor)
+    assert "base_lr" in call(capsys, *words, code=1)[1]
+    assert not Path("out").exists()

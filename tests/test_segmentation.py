@@ -858,9 +858,11 @@ def test_bad_input() -> None:
     ],
 )
 def test_masks_are_class_numbers_of_the_images_size(masks: Tensor, match: str) -> None:
-    model = segmenter("timm/cls", "linear")
+    model = segmenter("timm/cls", "linear").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(VPTError, match=match):
         model.loss(image(1), masks)
+    assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
 
 def test_masks_may_be_bytes() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from zoo import SIZE, build
 
 from peft_vpt import (
@@ -47,6 +47,7 @@ from peft_vpt.training import (
     parameter_groups,
     preset,
 )
+from peft_vpt.training.grids import finite, grid_points
 from peft_vpt.training.health import LossWatch
 
 ROOT = Path(__file__).parent.parent
@@ -1069,6 +1070,7 @@ FORMS: dict[str, tuple[Any, str]] = {
     "bool labels": ((PIXELS, torch.zeros(4, dtype=torch.bool)), "torch.bool"),
     "columns": ((PIXELS, torch.zeros(4, 1, dtype=torch.long)), r"shape \(4, 1\)"),
     "one-hot": ((PIXELS, torch.eye(4)[:, :3].long()), r"shape \(4, 3\)"),
+    "shares of other classes": ((PIXELS, torch.rand(4, 4)), r"\(4, 4\)"),
 }
 
 
@@ -1084,8 +1086,44 @@ def test_other_forms_of_batches_are_refused(form: str) -> None:
         evaluate(model, wrong)
 
 
+def test_labels_may_be_shares_of_classes_in_training() -> None:
+    model, labels = prompted(), torch.eye(CLASSES)[torch.arange(4) % CLASSES]
+    data = DataLoader(TensorDataset(PIXELS, labels), batch_size=4)
+    short = replace(RECIPE, epochs=1, warmup_epochs=0)
+    found = fit(model, data, recipe=short, progress=False)
+    whole = DataLoader(TensorDataset(PIXELS, torch.arange(4) % CLASSES), batch_size=4)
+    wanted = fit(prompted(), whole, recipe=short, progress=False)
+    assert found.history[0]["train_loss"] == pytest.approx(wanted.history[0]["train_loss"])
+    weighted = replace(short, class_weights="inv")
+    with pytest.raises(VPTError, match="class_weights='none'"):
+        fit(prompted(), data, recipe=weighted, labels=[0, 1, 2, 0], progress=False)
+
+
+class Stream(IterableDataset[Any]):
+    """Batches that can be gone through again and again, of a length that nobody knows."""
+
+    def __iter__(self) -> Any:
+        yield PIXELS, torch.arange(4) % CLASSES
+
+
+class Listed:
+    """Batches by their number alone."""
+
+    def __getitem__(self, index: int) -> Any:
+        if index:
+            raise IndexError
+        return PIXELS, torch.arange(4) % CLASSES
+
+
+@pytest.mark.parametrize("val", [Stream(), Listed(), DataLoader(Stream(), batch_size=None)])
+def test_val_may_be_anything_that_gives_batches_again_and_again(val: Any) -> None:
+    short = replace(RECIPE, epochs=2, warmup_epochs=0)
+    found = fit(prompted(), loader(), val, recipe=short, progress=False)
+    assert all(row["val"]["top1"] >= 0 for row in found.history)
+
+
 def test_a_mapping_of_other_names_is_refused() -> None:
-    with pytest.raises(VPTError, match="a mapping with 'image', 'label'"):
+    with pytest.raises(VPTError, match="a mapping with 'image': Tensor, 'label': Tensor"):
         evaluate(prompted(), [{"image": PIXELS, "label": torch.zeros(4, dtype=torch.long)}])
 
 
@@ -1104,7 +1142,7 @@ def test_labels_may_be_any_integers(dtype: torch.dtype) -> None:
     ("val", "match"),
     [
         (5, "holds no batches"),
-        (TensorDataset(PIXELS, torch.zeros(4, dtype=torch.long)), "holds no batches"),
+        (TensorDataset(PIXELS, torch.zeros(4, dtype=torch.long)), "holds images, not batches"),
         ([], "is empty"),
         (DataLoader(Subset(Colours(), []), batch_size=4), "is empty"),
     ],
@@ -1137,6 +1175,17 @@ def test_a_checkpoint_of_other_labels_is_refused(tmp_path: Path) -> None:
         fit(prompted(), data, recipe=RECIPE, folder=tmp_path, progress=False)
 
 
+def test_a_checkpoint_that_says_nothing_of_labels_goes_on(tmp_path: Path) -> None:
+    fit(prompted(), loader(), recipe=RECIPE, folder=tmp_path, progress=False)
+    path = tmp_path / "checkpoint.pt"
+    content: dict[str, Any] = torch.load(path, weights_only=True)
+    about = json.loads(content["about"])
+    del about["config"]["loader"]["dataset_labels"]
+    torch.save({**content, "about": json.dumps(about)}, path)
+    found = fit(prompted(), loader(), recipe=RECIPE, folder=tmp_path, progress=False)
+    assert len(found.history) == RECIPE.epochs
+
+
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.9])
 def test_a_torn_checkpoint_is_named(share: float, tmp_path: Path) -> None:
     short = replace(RECIPE, epochs=1, warmup_epochs=0)
@@ -1158,5 +1207,33 @@ def test_a_run_of_few_steps_warns_too() -> None:
 def test_batches_of_one_are_none_for_a_batch_norm() -> None:
     model = build("timm/cls", torch.float32)
     apply_protocol(model, "mlp-2", num_classes=CLASSES)
-    with pytest.raises(SpecError, match="batch norms"):
-        fit(model, loader(1), recipe=RECIPE, accumulation=4, progress=False)
+    for drop_last in (False, True):
+        one = DataLoader(Colours(), batch_size=1, drop_last=drop_last)
+        with pytest.raises(SpecError, match="batches of one image"):
+            fit(model, one, recipe=RECIPE, accumulation=4, progress=False)
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.5), torch.tensor([0.5])])
+def test_an_objective_may_return_any_number(value: Any) -> None:
+    assert finite(value, {}) == 0.5
+    for wrong in ("0.5", torch.zeros(2), math.nan, None, 10**400):
+        with pytest.raises(SpecError, match="finite number"):
+            finite(wrong, {})
+    with pytest.raises(SpecError, match="different numbers"):
+        grid_points({"rate": [value]})
+
+
+def test_a_rate_that_float32_cannot_hold_is_refused() -> None:
+    with pytest.raises(SpecError, match="float32"):
+        Recipe(base_lr=1e300)
+    with pytest.raises(SpecError, match="float32"):
+        Recipe(base_lr=1e38, prompt_lr_scale=1e38)
+
+
+def test_a_model_without_logits_is_named() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.ViTConfig(image_size=16, patch_size=8, intermediate_size=32, **sizes)
+    labels = torch.zeros(2, dtype=torch.long)
+    with pytest.raises(VPTError, match="evaluate: the model returns"):
+        evaluate(transformers.ViTModel(config), [(torch.rand(2, 3, 16, 16), labels)])

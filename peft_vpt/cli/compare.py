@@ -116,8 +116,7 @@ def compare(
     _check_numbers(length, lengths, ensemble, seeds)
     output = need_folder(CALL, output)
     chosen, tell = tuple(numbers(factors, "--factors")), complain_once()
-    task = _open(data, skip_broken, tell)
-    need_outside(CALL, output, data, task)
+    task = _open(data, skip_broken, tell, output)
     backbone = Backbone(model, weights, size, offline, pool)
     bare, transform = backbone.make(), backbone.transform(size)
     need_size(CALL, bare, transform.preprocessing["size"])
@@ -129,9 +128,8 @@ def compare(
     if not ablation and begins_as_tokens(init, usual, names):
         rows = as_tokens(CALL, rows, backbone, task, asked=init is not None)
     # All images are read before anything is written.
-    shares = {
-        f: _open(data, skip_broken, tell, f) for f in {r.variant.fraction for r in rows} - {1}
-    }
+    wanted = {row.variant.fraction for row in rows} - {1.0}
+    shares = {share: _open(data, skip_broken, tell, output, share) for share in sorted(wanted)}
     own = bool(ablation or lengths is not None or fraction < 1)
     plan = Plan(
         **_rows_of_plan(rows, own),
@@ -155,9 +153,12 @@ def compare(
         complain(f"written: {page}")
 
 
-def _open(data: str, skip: bool, tell: Callable[[str], None], fraction: float = 1.0) -> Task:
-    """Return a task of images that can all be read."""
+def _open(
+    data: str, skip: bool, tell: Callable[[str], None], output: Path, fraction: float = 1.0
+) -> Task:
+    """Return a task of images that can all be read, among which nothing will be written."""
     task = open_images(data, *_SPLITS, tell=tell, fraction=fraction)
+    need_outside(CALL, output, data, task)
     task = without_broken(CALL, task, find_broken(task, _SPLITS), skip, tell)
     tell_copies(task, ["train"], ["val", "test"], tell)
     tell_copies(task, ["val"], ["test"], tell)

@@ -51,10 +51,11 @@ def open_images(data: str, *names: str, tell: Tell = complain, **options: Any) -
         raise VPTError("--data: it is empty; give a folder of images.")
     task = open_task(data, **options)
     parts_of(task, *names)
-    labels = sorted(set(task.split("train").labels))
-    if len(labels) < 2 and {"train", "trainval"} & set(names):
+    trained = next((name for name in ("trainval", "train") if name in names), None)
+    labels = sorted(set(task.split(trained).labels)) if trained else []
+    if len(labels) == 1:
         raise VPTError(
-            f"{data}: train has one class only, {task.classes[labels[0]]}; there is nothing to "
+            f"{data}: {trained} has one class only, {task.classes[labels[0]]}; there is nothing to "
             "tell apart. Give a folder with a folder per class."
         )
     tell(task.describe())

@@ -64,7 +64,7 @@ class _Classifier:
 
         dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         with torch.inference_mode():
-            logits = output_logits(self.model(torch.cat(pixels).to(self.device, dtype)))
+            logits = output_logits(self.model(torch.cat(pixels).to(self.device, dtype)), _CALL)
             best = logits.double().softmax(-1).topk(min(self.top, logits.shape[-1]))
         return [
             [
@@ -116,10 +116,17 @@ def predict(
 
 def _expand(names: Sequence[str]) -> tuple[list[str], int]:
     """Return the files behind names of files and folders, each once, and how many led to none."""
+    from ..errors import VPTError
+
     found: dict[str, None] = {}
     missing = 0
     for name in names:
-        files = _images_in(name) if os.path.isdir(name) else [name]
+        try:
+            files = _images_in(name) if os.path.isdir(name) else [name]
+        except VPTError as error:
+            missing += 1
+            complain(str(error))
+            continue
         if not (files and os.path.exists(name)):
             missing += 1
             complain(f"{plain(name)}: no such file, or a folder without images")
@@ -133,8 +140,10 @@ def _images_in(folder: str) -> list[str]:
     from ..data.folders import files_under
 
     root = os.path.abspath(folder)
-    found = files_under(Path(folder)).images
-    return [os.path.join(folder, os.path.relpath(path, root)) for path in found]
+    found = files_under(Path(folder), _CALL).images
+    # Pipes would be waited for; links that lead nowhere are told of when they are read.
+    files = [path for path in found if os.path.isfile(path) or not os.path.exists(path)]
+    return [os.path.join(folder, os.path.relpath(path, root)) for path in files]
 
 
 def find_device(name: str | None) -> torch.device:
@@ -149,7 +158,10 @@ def find_device(name: str | None) -> torch.device:
         best = "mps" if torch.backends.mps.is_available() else "cpu"
         return torch.device("cuda" if torch.cuda.is_available() else best)
     try:
-        return torch.empty(0, device=name).device
+        found = torch.empty(0, device=name)
+        if found.is_meta:
+            raise RuntimeError("it holds no values")
+        return found.device
     # What torch raises for a device that is not there depends on the device.
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = f"{name!r} is no device that torch has here"

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from ..data import Task
 
 LENGTH = 20
-# Rates times them are held in float32.
-_MOST = 1e36
 Data = Annotated[
     str,
     typer.Option(
@@ -228,22 +226,24 @@ def need_folder(call: str, folder: Path) -> Path:
 
 
 def need_outside(call: str, folder: Path, data: str, task: Task) -> None:
-    """Raise where files of a run would become images of its task.
+    """Raise where files of a run would become classes or images of its task.
 
     Raises:
-        VPTError: The folder lies among the folders of classes.
+        VPTError: The folder is that of the classes, or lies in it.
     """
     from ..data.folders import FLAT, SPLIT
     from ..data.found import split_of
     from ..errors import VPTError
 
     spot, root = folder.resolve(), Path(data).expanduser().resolve()
-    if task.layout not in (FLAT, SPLIT) or root not in spot.parents:
+    if task.layout not in (FLAT, SPLIT) or root not in (spot, *spot.parents):
         return
-    if task.layout == FLAT or split_of(spot.relative_to(root).parts[0]):
+    parts = spot.relative_to(root).parts
+    hidden = any(part.startswith(".") for part in parts)
+    if not hidden and (task.layout == FLAT or (parts and split_of(parts[0]))):
         raise VPTError(
-            f"{call}: --output {folder}: lies among the images of {data} and would be taken for a "
-            "class of them the next time; give a folder outside."
+            f"{call}: --output {folder}: lies among the images of {data}, and what is written "
+            "there would be taken for a class or images of it; give a folder outside."
         )
 
 
@@ -263,9 +263,6 @@ def numbers(text: str, option: str) -> list[float]:
     except ValueError as error:
         reason = f"{text!r}: numbers separated by commas"
         raise typer.BadParameter(reason, param_hint=option) from error
-    if not all(0 < number <= _MOST for number in found):
-        reason = f"{text!r}: numbers above 0 and up to {_MOST:g}"
-        raise typer.BadParameter(reason, param_hint=option)
     return found
 
 

@@ -80,7 +80,9 @@ def open_segmentation(
 def _places(root: Path, call: str) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
     """Return the folders of images and masks of each split, and a note on those of none."""
     names = {
-        kind: folder_names(root / kind) for kind in (_IMAGES, _MASKS) if (root / kind).is_dir()
+        kind: folder_names(root / kind, call)
+        for kind in (_IMAGES, _MASKS)
+        if (root / kind).is_dir()
     }
     there = {kind: split_names(found, f"{call}: {kind}") for kind, found in names.items()}
     missing = [kind for kind in (_IMAGES, _MASKS) if "train" not in there.get(kind, {})]
@@ -106,10 +108,10 @@ def _places(root: Path, call: str) -> tuple[dict[str, tuple[Path, Path]], list[s
 
 def _pairs(root: Path, images: Path, masks: Path) -> tuple[tuple[Pair, ...], list[str]]:
     """Return images with the masks of the same name, and notes; folders below belong to them."""
-    found = files_under(images)
+    found, below = (files_under(place, "open_segmentation") for place in (images, masks))
     if not found.images:
         raise VPTError(f"open_segmentation: {images} is empty; it has no images.")
-    files = [path for path in files_under(masks).images if path.lower().endswith(".png")]
+    files = [path for path in below.images if path.lower().endswith(".png")]
     known = {_stem(path, masks): path for path in files}
     pairs = [(path, known.get(_stem(path, images))) for path in found.images]
     missing = [_stem(path, images) for path, mask in pairs if mask is None]

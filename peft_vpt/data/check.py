@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -61,6 +62,9 @@ def remembered(paths: Sequence[str], read: Callable[[], str | None], about: Any 
         states = [os.stat(path) for path in paths]
     except OSError as error:
         return str(error)
+    if not all(stat.S_ISREG(state.st_mode) for state in states):
+        # To open a pipe would wait for ever.
+        return "it is a folder or a pipe, no file"
     key = about, *paths, *((state.st_size, state.st_mtime_ns) for state in states)
     if key not in _known:
         _known[key] = read()

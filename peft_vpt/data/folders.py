@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from ..errors import VPTError
 from ..wording import listing
@@ -38,12 +38,17 @@ def is_split_folder(folder: Path) -> bool:
     return any(folder_names(folder / name) for name in alike)
 
 
-def folder_names(folder: Path) -> list[str]:
-    """Return the names of the folders in a folder, sorted; hidden ones are left out."""
-    with _readable(folder):
-        names = [entry.name for entry in os.scandir(folder)]
-    # Unlike an entry's own, this takes a link to itself for none.
-    return sorted(n for n in names if not _hidden(n) and (folder / n).is_dir())
+def folder_names(folder: Path, call: str = "open_task") -> list[str]:
+    """Return the names of the folders in a folder, sorted; hidden ones are left out.
+
+    Raises:
+        VPTError: It cannot be read.
+    """
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        _refuse(error, call)
+    return sorted(n for n in names if not _hidden(n) and os.path.isdir(folder / n))
 
 
 def open_split_folder(folder: Path) -> Found:
@@ -111,17 +116,23 @@ def class_files(folder: Path) -> dict[str, Files]:
     return {name: files_under(folder / name) for name in names}
 
 
-def files_under(folder: Path) -> Files:
-    """Return all files under a folder, sorted, through links too; hidden ones are left out."""
+def files_under(folder: Path, call: str = "open_task") -> Files:
+    """Return all files under a folder, sorted, through links too; hidden ones are left out.
+
+    An empty folder that is called like an image is one of them, to be listed as broken.
+
+    Raises:
+        VPTError: A folder cannot be read.
+    """
     images: list[str] = []
     others: list[str] = []
     been: set[str] = set()
-    for place, folders, names in os.walk(folder.absolute(), onerror=_refuse, followlinks=True):
+    refuse = partial(_refuse, call=call)
+    for place, folders, names in os.walk(folder.absolute(), onerror=refuse, followlinks=True):
         # A link to a folder around it would never end.
         real = os.path.realpath(place)
         folders[:] = sorted(n for n in folders if not _hidden(n) and real not in been)
-        # An image unpacked to an empty folder: it is listed as one that cannot be read.
-        hollow = [n for n in folders if _is_image(n) and not os.listdir(os.path.join(place, n))]
+        hollow = [n for n in folders if _is_image(n) and _is_empty(os.path.join(place, n))]
         for name in [*names, *hollow] if real not in been else ():
             if not _hidden(name):
                 kind = images if _is_image(name) else others
@@ -143,7 +154,7 @@ def left_out_notes(folder: Path, others: Sequence[str]) -> list[str]:
 
 def _class_notes(folder: Path, files: Mapping[str, Files]) -> list[str]:
     """Return notes on the files of a folder of classes that are not used."""
-    entries = [name for name in os.listdir(folder) if (folder / name).is_file()]
+    entries = [name for name in os.listdir(folder) if os.path.isfile(folder / name)]
     loose = sorted(name for name in entries if not _hidden(name) and _is_image(name))
     notes = left_out_notes(folder, [path for part in files.values() for path in part.others])
     if loose:
@@ -156,20 +167,19 @@ def _is_image(name: str) -> bool:
     return Path(name).suffix.lower() in EXTENSIONS
 
 
-def _refuse(error: OSError) -> None:
+def _is_empty(folder: str) -> bool:
+    try:
+        return not os.listdir(folder)
+    except OSError:
+        return False
+
+
+def _refuse(error: OSError, call: str) -> NoReturn:
     """Raise for a folder that cannot be read: its images would be missed without a word."""
     raise VPTError(
-        f"open_task: {error.filename}: cannot be read ({error.strerror}); make it readable, or "
-        "take it away."
+        f"{call}: {error.filename}: cannot be read ({error.strerror}); make it readable, or take "
+        "it away."
     ) from error
-
-
-@contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        _refuse(error)
 
 
 def _hidden(name: str) -> bool:

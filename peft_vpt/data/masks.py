@@ -16,7 +16,7 @@ from .check import each, remembered
 from .drawing import EpochSampler, Key, check_counts
 from .loading import worker_options
 from .orientation import image_under
-from .splits import refuse_overlaps
+from .splits import check_text, refuse_overlaps
 from .warps import IGNORE, SegmentationTransform, mask_tensor
 
 
@@ -88,7 +88,7 @@ class SegmentationTask:
         notes: What a reader of results should know.
 
     Raises:
-        VPTError: Too few or too many classes, or an image in two splits.
+        VPTError: A name that is no text, too few or too many classes, or an image in two splits.
     """
 
     name: str
@@ -97,6 +97,7 @@ class SegmentationTask:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        check_text("SegmentationTask", self.name, self.classes)
         if not 2 <= len(self.classes) <= IGNORE:
             raise VPTError(
                 f"task {self.name!r}: has {len(self.classes)} classes; segmentation takes 2 to "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import VPTError
-from ..preprocessing import to_rgb
+from ..preprocessing import to_rgb, upright_rgb
 
 _TAG = 0x0112
 
@@ -25,7 +25,7 @@ def image_under(image_path: str, mask_path: str, size: tuple[int, int]) -> Any:
         OSError: A file cannot be read as an image.
         VPTError: Nothing says which way it is.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     with Image.open(mask_path) as file:
         own = _orientation(file)
@@ -42,7 +42,7 @@ def image_under(image_path: str, mask_path: str, size: tuple[int, int]) -> Any:
             raise _unknown(image_path, mask_path, image_path if own == 1 else mask_path)
         if size == stored and not turned:
             return to_rgb(file)
-        return to_rgb(ImageOps.exif_transpose(file))
+        return upright_rgb(file)
 
 
 def _orientation(file: Any) -> int:

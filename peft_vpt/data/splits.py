@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..errors import VPTError
-from ..preprocessing import load_image, to_rgb
+from ..preprocessing import load_image, upright_rgb
 from ..wording import listing
 
 
@@ -62,12 +62,10 @@ class Split:
         Raises:
             VPTError: It cannot be read; the message names it.
         """
-        from PIL import ImageOps
-
         try:
             if self.images is None:
                 return load_image(self.paths[index])
-            return to_rgb(ImageOps.exif_transpose(self.images[index]))
+            return upright_rgb(self.images[index])
         # Decoders raise whatever a damaged file leads them to, SyntaxError and struct.error too.
         except Exception as error:
             raise VPTError(
@@ -121,8 +119,8 @@ class Task:
         layout: Where the splits came from, in words.
 
     Raises:
-        VPTError: No classes, an empty split, a label out of range, or an image in two splits or
-            under two labels.
+        VPTError: A name that is no text, no classes, an empty split, a label out of range, or an
+            image in two splits or under two labels.
     """
 
     name: str
@@ -132,13 +130,7 @@ class Task:
     layout: str = "given"
 
     def __post_init__(self) -> None:
-        for kind, names in (("name", [self.name]), ("class", self.classes)):
-            bad = [repr(name) for name in names if not _is_text(name)]
-            if bad:
-                raise VPTError(
-                    f"Task({self.name!r}): the {kind} {listing(bad)} cannot be written as UTF-8, "
-                    "and no adapter could hold it; rename the folder, or correct the list."
-                )
+        check_text("Task", self.name, self.classes)
         if not self.classes:
             raise VPTError(f"Task({self.name!r}): no classes; a task needs at least one.")
         for name, split in self.splits.items():
@@ -200,12 +192,26 @@ class Task:
         return plain and 0 <= label < len(self.classes)  # type: ignore[operator]
 
 
-def _is_text(name: str) -> bool:
+def check_text(call: str, task: str, classes: Iterable[str]) -> None:
+    """Raise unless a task and its classes have names that an adapter can hold.
+
+    Raises:
+        VPTError: One is no text, or none that can be written as UTF-8.
+    """
+    for kind, names in (("name", [task]), ("class", classes)):
+        bad = [repr(name) for name in names if not _is_text(name)]
+        if bad:
+            raise VPTError(
+                f"{call}({task!r}): the {kind} {listing(bad)} cannot be written as UTF-8, and no "
+                "adapter could hold it; rename the folder, or correct the list."
+            )
+
+
+def _is_text(name: object) -> bool:
     try:
-        name.encode()
+        return isinstance(name, str) and bool(name.encode() or True)
     except UnicodeEncodeError:
         return False
-    return True
 
 
 def refuse_overlaps(task: str, paths: Mapping[str, Iterable[str]]) -> None:

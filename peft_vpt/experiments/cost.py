@@ -122,7 +122,7 @@ def forward(model: nn.Module, batch: Batch) -> None:
 def step(model: nn.Module, batch: Batch) -> None:
     """Compute the gradients of one training step."""
     model.zero_grad(set_to_none=True)
-    F.cross_entropy(output_logits(model(batch[0])), batch[1]).backward()  # type: ignore[no-untyped-call]
+    F.cross_entropy(output_logits(model(batch[0]), "cost"), batch[1]).backward()  # type: ignore[no-untyped-call]
 
 
 def times(
@@ -174,7 +174,7 @@ def kept_bytes(model: nn.Module, batch: Batch) -> int:
         return tensor.detach()
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = F.cross_entropy(output_logits(model(batch[0])), batch[1])
+        loss = F.cross_entropy(output_logits(model(batch[0]), "cost"), batch[1])
     # The loss is alive until here, so that no address was given out twice.
     del loss
     return sum(kept.values())

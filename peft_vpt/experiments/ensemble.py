@@ -109,7 +109,9 @@ def ensemble_logits(
     try:
         if possible and one_forward is not False:
             return _together(host, prompts, members, pixels)
-        logits = [output_logits(functional_call(host, dict(m), (pixels,))) for m in members]
+        logits = [
+            output_logits(functional_call(host, dict(m), (pixels,)), "ensemble") for m in members
+        ]
         return torch.stack(logits)
     finally:
         host.train(was_training)
@@ -138,7 +140,7 @@ def _together(
 ) -> Tensor:
     tokens = _tokens(prompts, members)
     with _each_its_prompts(prompts, tokens), _each_its_head(host, prompts, members):
-        logits = output_logits(host(pixels.repeat(len(members), 1, 1, 1)))
+        logits = output_logits(host(pixels.repeat(len(members), 1, 1, 1)), "ensemble")
     return logits.reshape(len(members), len(pixels), *logits.shape[1:])
 
 

@@ -179,9 +179,11 @@ def _rows(tensor: Tensor | None, samples: int, heads: int, heads_axis: int = 1) 
 
 def _nearest(rows: Tensor, own: Tensor) -> Tensor:
     """Return for each row the index of the row of `own` that is nearest."""
-    # By products it would be faster, and wrong where rows have a large part in common.
-    exact = "donot_use_mm_for_euclid_dist"
-    return torch.cdist(rows.float(), own.float(), compute_mode=exact).argmin(dim=-1)
+    if rows.device.type == "mps":
+        return _nearest(rows.cpu(), own.cpu()).to(rows.device)
+    # In single precision, products cancel where rows have a large part in common.
+    fast = "use_mm_for_euclid_dist"
+    return torch.cdist(rows.double(), own.double(), compute_mode=fast).argmin(dim=-1)
 
 
 def _scale(tensor: Tensor) -> float:

@@ -140,6 +140,7 @@ class Segmenter(nn.Module):
 
         Raises:
             SpecError: The tokens do not lie over images of this size.
+            VPTError: Masks that `loss` refuses.
         """
         return self._scores(pixels)[0] if masks is None else self.loss(pixels, masks)
 
@@ -155,10 +156,9 @@ class Segmenter(nn.Module):
         Raises:
             VPTError: Masks that are no integers, of another size, or with what is no class.
         """
-        found = self._scores(pixels)
-        masks = _checked(masks, found[0])
+        masks = _checked(masks, (len(pixels), *pixels.shape[-2:]), self.classes)
         known = (masks != IGNORE).sum().clamp(min=1)
-        terms = [_entropy(scores, masks) / known for scores in found]
+        terms = [_entropy(scores, masks) / known for scores in self._scores(pixels)]
         return terms[0] + _AUXILIARY_WEIGHT * sum(terms[1:], torch.zeros_like(terms[0]))
 
     def _scores(self, pixels: Tensor) -> list[Tensor]:
@@ -188,20 +188,19 @@ class Segmenter(nn.Module):
             module_at(self.backbone, path).requires_grad_(False)
 
 
-def _checked(masks: Tensor, scores: Tensor) -> Tensor:
+def _checked(masks: Tensor, wanted: tuple[int, ...], classes: int) -> Tensor:
     """Return masks as int64."""
-    wanted, classes = (len(scores), *scores.shape[2:]), scores.shape[1]
     if masks.shape != wanted or masks.is_floating_point() or masks.dtype == torch.bool:
         raise VPTError(
             f"Segmenter.loss(masks=...): {tuple(masks.shape)} of {masks.dtype}; they must be class "
             f"numbers, integers of shape {wanted}."
         )
     masks = masks.long()
-    wrong = masks[(masks != IGNORE) & ((masks < 0) | (masks >= classes))]
-    if len(wrong):
+    wrong = (masks != IGNORE) & ((masks < 0) | (masks >= classes))
+    if bool(wrong.any()):
         raise VPTError(
-            f"Segmenter.loss(masks=...): the label {int(wrong[0])} is none of {classes} classes, 0 "
-            f"to {classes - 1}; write {IGNORE} where nothing is known."
+            f"Segmenter.loss(masks=...): the label {int(masks[wrong][0])} is none of {classes} "
+            f"classes, 0 to {classes - 1}; write {IGNORE} where nothing is known."
         )
     return masks
 

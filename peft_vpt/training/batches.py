@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from ..data.drawing import check_counts
 from ..errors import SpecError
 from ..randomness import seeded
 from .recipes import Recipe
@@ -109,13 +110,21 @@ def leaves_one(model: nn.Module, images: int, batch: int) -> bool:
         images: Of an epoch.
         batch: Images per batch.
     """
-    if batch > 1 and images % batch != 1:
-        return False
+    return images % batch == 1 and bool(_training_norms(model, _BatchNorm))
+
+
+def norms_over_one_value(model: nn.Module) -> bool:
+    """Tell whether a single image gives a batch norm that trains one value per channel."""
+    return bool(_training_norms(model, nn.BatchNorm1d))
+
+
+def _training_norms(model: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
+    """Return the batch norms that train when the model does; its mode is put back."""
     was_training = model.training
     model.train()
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    norms = [m for m in model.modules() if isinstance(m, kind) and m.training]
     model.train(was_training)
-    return bool(norms)
+    return norms
 
 
 class Padding:
@@ -163,11 +172,8 @@ def loader_batch_size(recipe: Recipe, accumulation: int = 1) -> int:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
+    check_counts("loader_batch_size", accumulation=(accumulation, 1))
     # The flag of `accelerate launch`, which an Accelerator reads and a PartialState does not.
-    if isinstance(accumulation, bool) or not isinstance(accumulation, int) or accumulation < 1:
-        raise SpecError(
-            f"loader_batch_size(accumulation={accumulation!r}): must be an integer >= 1."
-        )
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     parts: int = state.num_processes * accumulation
     if recipe.batch_size % parts:

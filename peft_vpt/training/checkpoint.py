@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import VPTError
 from ..hosts import unwrap
 from ..whole_file import replace_file
+from ..wording import cut
 from .describe import refuse_other
 from .files import write_json, write_lines
 
@@ -104,17 +105,16 @@ def read_checkpoint(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] |
     path = folder / CHECKPOINT
     if not path.exists():
         return None
-    with path.open("rb"):
-        # What the system refuses is no damage; torch raises OSError for torn files too.
-        pass
+    # From memory: of a path, torch raises OSError for damage too.
+    whole = BytesIO(path.read_bytes())
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        content: dict[str, Any] = torch.load(whole, map_location="cpu", weights_only=True)
         about = json.loads(content["about"])
         kept, position = about["config"], Position(**about["position"])
         known = content["format"] == _FORMAT
     except Exception as error:
         raise VPTError(
-            f"fit: {path} cannot be read as a checkpoint ({type(error).__name__}); remove it, or "
+            f"fit: {path} cannot be read as a checkpoint ({cut(str(error), 200)}); remove it, or "
             "use resume=False to start over."
         ) from error
     if not known:

@@ -67,11 +67,16 @@ def finite(value: Any, settings: Mapping[str, Any]) -> float:
     Raises:
         SpecError: It is no finite number.
     """
-    if not _is_finite(value):
+    try:
+        # Numbers of numpy and torch too.
+        number = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        number = math.nan
+    if not math.isfinite(number):
         raise SpecError(
             f"sweep: the objective returned {value!r} at {settings}; it must be a finite number."
         )
-    return float(value)
+    return number
 
 
 def _size(value: Any, values: Sequence[Any]) -> float:
@@ -80,5 +85,4 @@ def _size(value: Any, values: Sequence[Any]) -> float:
 
 
 def _is_finite(value: Any) -> bool:
-    # Numbers of numpy and torch too, which are no kind of float.
-    return hasattr(value, "__float__") and math.isfinite(float(value))
+    return isinstance(value, int | float) and math.isfinite(value)

@@ -45,10 +45,10 @@ def check_known_labels(loaders: Mapping[str, Any], classes: int) -> None:
 def labels_checksum(dataset: Any) -> str | None:
     """Return what tells the labels of a dataset from others; None where it does not hold them."""
     labels = _known(dataset)
-    return None if labels is None else sum_of(labels)
+    return None if labels is None else checksum_of(labels)
 
 
-def sum_of(labels: Tensor) -> str:
+def checksum_of(labels: Tensor) -> str:
     """Return 8 hexadecimal digits of integers."""
     return f"{zlib.crc32(labels.long().cpu().contiguous().numpy().data):08x}"
 

@@ -34,8 +34,8 @@ from .prepare import (
     Bars,
     check_folder,
     check_last_batch,
+    check_model_and_val,
     check_options,
-    check_sides,
     make_accelerator,
     wrapped,
 )
@@ -88,8 +88,9 @@ def fit(
     Args:
         model: A prompted model, or any classifier of which something requires gradients.
         train: DataLoader of `(pixels, labels)`, or of mappings with `pixel_values` and `labels`,
-            over a dataset with indices. Its batch size x processes x `accumulation` must be
-            `recipe.batch_size`; see `loader_batch_size`.
+            over a dataset with indices; labels are class numbers `(batch,)`, or shares of classes
+            `(batch, classes)` as mixup makes them. Its batch size x processes x `accumulation`
+            must be `recipe.batch_size`; see `loader_batch_size`.
         val: Batches to evaluate on, which can be gone through again and again, or None.
         recipe: Optimizer, schedule and loss.
         folder: Where `config.json`, `history.jsonl` and `checkpoint.pt` go; None: nowhere.
@@ -105,15 +106,16 @@ def fit(
 
     Raises:
         SpecError: A wrong option, or a checkpoint of another run; nothing was written.
-        VPTError: A label of train or val that is no class of the model; where the datasets hold
-            their labels beside the images, before the first step.
+        VPTError: Batches of another form, or a label of train or val that is no class of the model;
+            where the datasets hold their labels beside the images, before the first step.
         DivergedError: A loss, what a step made of the weights, or a logit on val is not finite. The
             model has the last finite weights, the former checkpoint stays.
 
     Source: Jia et al. 2022, section A.1.
     """
     check_options(recipe, evaluate_every, checkpoint_every, accumulation, data)
-    check_sides(model, val)
+    check_model_and_val(model, val)
+    check_folder(folder)
     loader, order = training_loader(train, recipe.seed)
     accelerator = make_accelerator(
         accelerator,
@@ -164,8 +166,8 @@ class _Run:
         self.tensors = trained_tensors(self.host.train())
         self.host.train(was_training)
         self.shadow = Shadow(self.tensors)
-        checksum = self.loss.checksum or labels_checksum(loader.dataset)
-        counted = {} if checksum is None else {"labels": checksum}
+        sums = {"labels": self.loss.checksum, "dataset_labels": labels_checksum(loader.dataset)}
+        counted = {name: value for name, value in sums.items() if value is not None}
         self.config = describe_run(
             self.host,
             self.recipe,
@@ -182,7 +184,6 @@ class _Run:
             weights=folder is not None,
         )
         self.folder = None if folder is None else Path(folder)
-        check_folder(self.folder)
 
     def begin(self, resume: bool) -> None:
         """Take up the checkpoint, if there is one; nothing is written."""
@@ -227,7 +228,7 @@ class _Run:
         loader = skip_first_batches(self.loader, done * self.accumulation) if done else self.loader
         batches = iter(loader)
         while group := list(islice(batches, self.accumulation)):
-            yield [pair_of(batch, "fit") for batch in group]
+            yield [pair_of(batch, "fit", soft=True) for batch in group]
 
     def _step(self, batches: list[tuple[Tensor, Tensor]]) -> float:
         """Do one optimizer step over batches, and return its mean loss over all processes."""
@@ -265,7 +266,7 @@ class _Run:
     def _loss(self, pixels: Tensor, labels: Tensor, count: int) -> Tensor:
         """Return the sum of the losses of the first `count` images of a batch."""
         device, dtype = place(self.host)
-        logits = forward_logits(self.model, pixels.to(device, dtype), self.accelerator)
+        logits = forward_logits(self.model, pixels.to(device, dtype), self.accelerator, call="fit")
         check_known_labels(self.unchecked, logits.shape[1])
         self.unchecked = {}
         return self.loss(logits, labels.to(device), count)

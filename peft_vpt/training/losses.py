@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import SpecError
-from .labels import sum_of
+from ..errors import SpecError, VPTError
+from .labels import checksum_of
 from .metrics import check_labels
 from .recipes import Recipe
 
@@ -45,17 +45,20 @@ class Loss:
     @property
     def checksum(self) -> str | None:
         """What tells the labels that classes are weighted by from others; None without weights."""
-        return None if self._labels is None else sum_of(self._labels)
+        return None if self._labels is None else checksum_of(self._labels)
 
     def __call__(self, logits: Tensor, labels: Tensor, count: int | None = None) -> Tensor:
         """Return the sum for logits `(batch, classes)` and labels `(batch,)`.
 
         Args:
             logits: Of the batch.
-            labels: Of the batch.
+            labels: Of the batch, or shares of classes, `(batch, classes)`.
             count: Images that count, the first ones; None: all.
         """
-        check_labels(labels, logits.shape[1], "fit")
+        if labels.is_floating_point():
+            self._check_shares(labels, logits)
+        else:
+            check_labels(labels, logits.shape[1], "fit")
         smoothing = self._smoothing
         losses = F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
         if self._labels is not None:
@@ -64,6 +67,14 @@ class Loss:
             assert self._weights is not None
             losses = losses * self._weights.to(losses)[labels]
         return losses[:count].sum()
+
+    def _check_shares(self, labels: Tensor, logits: Tensor) -> None:
+        if labels.shape != logits.shape or self._labels is not None:
+            raise VPTError(
+                f"fit: labels that are shares of classes, {tuple(labels.shape)}, for "
+                f"{tuple(logits.shape)} logits and class_weights={self._kind!r}; they need the "
+                "shape of the logits, and class_weights='none'."
+            )
 
 
 def class_weights(labels: Sequence[int] | Tensor, classes: int, kind: str) -> Tensor | None:

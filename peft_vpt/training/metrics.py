@@ -86,10 +86,12 @@ def roc_auc(scores: Tensor, labels: Tensor) -> float:
     return above / (positive * negative)
 
 
-def forward_logits(model: nn.Module, pixels: Tensor, accelerator: Any = None) -> Tensor:
+def forward_logits(
+    model: nn.Module, pixels: Tensor, accelerator: Any = None, *, call: str = "evaluate"
+) -> Tensor:
     """Return a model's logits in single precision or better, in the accelerator's autocast."""
     with nullcontext() if accelerator is None else accelerator.autocast():
-        logits = output_logits(model(pixels))
+        logits = output_logits(model(pixels), call)
     return logits if logits.dtype == torch.float64 else logits.float()
 
 

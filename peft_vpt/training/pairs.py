@@ -13,12 +13,13 @@ from ..errors import VPTError
 _NAMES = ("pixel_values", "labels")
 
 
-def pair_of(batch: Any, call: str) -> tuple[Tensor, Tensor]:
-    """Return pixels and labels of a batch, the labels as int64.
+def pair_of(batch: Any, call: str, *, soft: bool = False) -> tuple[Tensor, Tensor]:
+    """Return pixels and labels of a batch, class numbers as int64.
 
     Args:
         batch: `(pixels, labels)`, or a mapping of transformers with `pixel_values` and `labels`.
         call: For messages.
+        soft: Whether labels may be shares of classes, `(images, classes)`.
 
     Raises:
         VPTError: It is neither, or its labels are no integers, one per image.
@@ -28,10 +29,12 @@ def pair_of(batch: Any, call: str) -> tuple[Tensor, Tensor]:
     plain = isinstance(pair, list | tuple) and len(pair) == 2
     if not plain or not all(isinstance(part, Tensor) for part in pair):
         raise VPTError(
-            f"{call}: a batch is {_told(batch)}; it must be (pixels, labels), two tensors, or a "
-            f"mapping with {' and '.join(_NAMES)}, as a DataLoader over (image, label) gives."
+            f"{call}: a batch is {_described(batch)}; it must be (pixels, labels), two tensors, or "
+            f"a mapping with {' and '.join(_NAMES)}, as a DataLoader over (image, label) gives."
         )
     pixels, labels = pair
+    if soft and labels.is_floating_point() and labels.dim() == 2 and len(labels) == len(pixels):
+        return pixels, labels
     return pixels, whole_labels(labels, len(pixels), call)
 
 
@@ -50,9 +53,10 @@ def whole_labels(labels: Tensor, images: int, call: str) -> Tensor:
     return labels.long()
 
 
-def _told(batch: Any) -> str:
+def _described(batch: Any) -> str:
     if isinstance(batch, Mapping):
-        return f"a mapping with {', '.join(map(repr, batch)) or 'nothing'}"
+        held = (f"{name!r}: {type(value).__name__}" for name, value in batch.items())
+        return f"a mapping with {', '.join(held) or 'nothing'}"
     if isinstance(batch, list | tuple):
-        return f"{type(batch).__name__} of {', '.join(type(part).__name__ for part in batch)}"
+        return f"a {type(batch).__name__} of {', '.join(type(part).__name__ for part in batch)}"
     return f"a {type(batch).__name__}"

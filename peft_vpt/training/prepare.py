@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import SpecError
-from .batches import leaves_one
+from .batches import leaves_one, norms_over_one_value
 from .recipes import Recipe
 
 _PRECISIONS = (None, "no", "bf16", "fp16")
@@ -48,7 +48,7 @@ def check_options(
         raise SpecError(f"fit(data=...): must be plain, finite JSON values: {error}.") from error
 
 
-def check_sides(model: Any, val: Any) -> None:
+def check_model_and_val(model: Any, val: Any) -> None:
     """Check what is trained, and what it is evaluated on.
 
     Raises:
@@ -56,13 +56,7 @@ def check_sides(model: Any, val: Any) -> None:
     """
     if not isinstance(model, nn.Module):
         raise SpecError(f"fit(model={type(model).__name__}): must be a model, an nn.Module.")
-    reason = ""
-    if isinstance(val, Iterator):
-        reason = "is used up by one evaluation"
-    elif isinstance(val, Dataset) or not (val is None or isinstance(val, Iterable)):
-        reason = "holds no batches"
-    elif isinstance(val, Sized) and not _is_endless(val) and not len(val):
-        reason = "is empty"
+    reason = "" if val is None else _unfit(val)
     if reason:
         raise SpecError(
             f"fit(val={type(val).__name__}): {reason}; give a DataLoader or a list of batches, or "
@@ -70,23 +64,33 @@ def check_sides(model: Any, val: Any) -> None:
         )
 
 
-def check_folder(folder: Path | None) -> None:
+def _unfit(val: Any) -> str:
+    """Return why something cannot be evaluated on again and again, or ""."""
+    if isinstance(val, Iterator):
+        return "is used up by one evaluation"
+    if isinstance(val, Dataset) and not isinstance(val, IterableDataset):
+        return "holds images, not batches"
+    if not (isinstance(val, Iterable) or hasattr(val, "__getitem__")):
+        return "holds no batches"
+    try:
+        return "" if len(val) else "is empty"
+    except TypeError:
+        # It does not know how long it is.
+        return ""
+
+
+def check_folder(folder: str | Path | None) -> None:
     """Raise where there is something else in place of a folder.
 
     Raises:
         SpecError: There is.
     """
-    if folder is not None and folder.exists() and not folder.is_dir():
+    if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
         raise SpecError(f"fit(folder={str(folder)!r}): is no folder; give another.")
 
 
-def _is_endless(val: Any) -> bool:
-    """Tell whether a loader cannot say how long it is."""
-    return isinstance(getattr(val, "dataset", None), IterableDataset)
-
-
 def check_last_batch(model: nn.Module, loader: Any, processes: int) -> None:
-    """Raise where an epoch ends with one image, of which batch norms that train cannot learn.
+    """Raise where a batch is one image, of which batch norms that train cannot learn.
 
     Args:
         model: The model.
@@ -97,6 +101,12 @@ def check_last_batch(model: nn.Module, loader: Any, processes: int) -> None:
         SpecError: It does.
     """
     images, batch = len(loader.sampler), loader.batch_size
+    if batch == 1 and norms_over_one_value(model):
+        raise SpecError(
+            "fit(train=...): batches of one image, of which the batch norm in the model's head "
+            "cannot learn; give larger ones, by lower accumulation or a larger "
+            "recipe.batch_size."
+        )
     if processes == 1 and not loader.drop_last and leaves_one(model, images, batch):
         raise SpecError(
             f"fit(train=...): {images} images in batches of {batch} leave one image for the last "

@@ -12,8 +12,9 @@ from ..errors import SpecError
 
 OPTIMIZERS = ("sgd", "adamw")
 CLASS_WEIGHTS = ("none", "inv", "inv_sqrt")
-# Of torch's generators.
+# Of the numbers that optimizers hold beside the weights.
 _FLOAT32 = 3.4e38
+# Of torch's generators.
 _LARGEST_SEED = 2**63 - 1
 
 
@@ -70,8 +71,7 @@ class Recipe:
             self._count(name, 1)
         self._count("seed", 0, _LARGEST_SEED)
         for name in ("base_lr", "prompt_lr_scale", "eps"):
-            # Optimizers hold them in float32 beside the weights.
-            self._number(name, above=0.0, below=_FLOAT32)
+            self._number(name, above=0.0)
         if self.clip_norm is not None:
             self._number("clip_norm", above=0.0)
         for name in ("weight_decay", "warmup_epochs"):
@@ -79,6 +79,12 @@ class Recipe:
         for name in ("momentum", "label_smoothing"):
             self._number(name, least=0.0, below=1.0)
         self._check_betas()
+        largest = self.peak_lr * max(self.prompt_lr_scale, 1.0)
+        if largest > _FLOAT32:
+            raise SpecError(
+                f"Recipe(base_lr={self.base_lr!r}): makes a learning rate of {largest:g}, more "
+                "than float32 holds; lower it."
+            )
         if self.warmup_epochs >= self.epochs:
             raise SpecError(
                 f"Recipe(epochs={self.epochs}, warmup_epochs={self.warmup_epochs}): the warm-up "
