@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import AdapterError
-from .wording import cut
+from .wording import is_text, short
 
 # A bound that no adapter reaches.
 _MOST_NESTING = 32
@@ -69,7 +69,7 @@ def check_plain(metadata: Mapping[str, Any], where: str) -> None:
         for value in level:
             if isinstance(value, dict | list):
                 inner.extend([*value.keys(), *value.values()] if isinstance(value, dict) else value)
-            elif isinstance(value, str) and not _is_text(value):
+            elif isinstance(value, str) and not is_text(value):
                 raise AdapterError(
                     f"{where}: its metadata holds {value!r:.80}, which no text file can: half of a "
                     "surrogate pair."
@@ -83,14 +83,6 @@ def check_plain(metadata: Mapping[str, Any], where: str) -> None:
         if not level:
             return
     raise AdapterError(f"{where}: its metadata is nested more than {_MOST_NESTING} deep.")
-
-
-def _is_text(value: str) -> bool:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def check_fields(values: Mapping[str, Any], fields: Mapping[str, Field], where: str) -> None:
@@ -111,8 +103,3 @@ def check_fields(values: Mapping[str, Any], fields: Mapping[str, Field], where: 
             f"{where}: metadata fields {short(unknown)} are not known to this release; if a newer "
             "one wrote the file, update peft_vpt."
         )
-
-
-def short(value: Any) -> str:
-    """Return a value or an error as text of a length that a message can bear."""
-    return cut(str(value) if isinstance(value, Exception) else repr(value), 400)

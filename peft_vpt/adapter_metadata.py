@@ -20,12 +20,12 @@ from .adapter_fields import (
     number,
     optional,
     or_null,
-    short,
 )
 from .backbones.identity import is_hub_name
 from .errors import AdapterError, SpecError
 from .protocols.options import PROMPTED, Protocol
 from .spec import PromptSpec
+from .wording import short
 
 FORMAT_VERSION = 1
 INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")

@@ -27,3 +27,17 @@ def listing(items: Sequence[str], most: int = 10) -> str:
     """Return at most `most` items in a row, and how many more there are."""
     more = f" and {len(items) - most} more" if len(items) > most else ""
     return ", ".join(items[:most]) + more
+
+
+def short(value: Any) -> str:
+    """Return a value or an error as text of a length that a message can bear."""
+    return cut(str(value) if isinstance(value, Exception) else repr(value), 400)
+
+
+def is_text(value: str) -> bool:
+    """Tell whether a file can hold a text: not with half of a surrogate pair in it."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -507,13 +507,13 @@ def test_bad_plans(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_page_says_how_the_prompts_of_its_rows_begin() -> None:
-    from peft_vpt.cli.compare import _beginnings
+    from peft_vpt.cli.rows import beginnings
     from peft_vpt.experiments.ablations import Row
     from peft_vpt.experiments.variants import Variant
 
     rows = [Row(Variant(name, "vpt-deep", {"init": name})) for name in ("tokens", "prototypes")]
     rows += [Row(Variant("random", "vpt-deep")), Row(Variant("linear", "linear"))]
-    assert _beginnings(rows) == (
+    assert beginnings(rows) == (
         " Prompts begin as tokens of training images in tokens; as class prototypes in "
         "prototypes; at random in random."
     )

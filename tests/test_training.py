@@ -1175,17 +1175,6 @@ def test_a_checkpoint_of_other_labels_is_refused(tmp_path: Path) -> None:
         fit(prompted(), data, recipe=RECIPE, folder=tmp_path, progress=False)
 
 
-def test_a_checkpoint_that_says_nothing_of_labels_goes_on(tmp_path: Path) -> None:
-    fit(prompted(), loader(), recipe=RECIPE, folder=tmp_path, progress=False)
-    path = tmp_path / "checkpoint.pt"
-    content: dict[str, Any] = torch.load(path, weights_only=True)
-    about = json.loads(content["about"])
-    del about["config"]["loader"]["dataset_labels"]
-    torch.save({**content, "about": json.dumps(about)}, path)
-    found = fit(prompted(), loader(), recipe=RECIPE, folder=tmp_path, progress=False)
-    assert len(found.history) == RECIPE.epochs
-
-
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.9])
 def test_a_torn_checkpoint_is_named(share: float, tmp_path: Path) -> None:
     short = replace(RECIPE, epochs=1, warmup_epochs=0)

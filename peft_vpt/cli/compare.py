@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .backbone import Backbone, as_tokens, taken
 from .images import find_broken, open_images, tell_copies, without_broken
 from .output import Offline, complain, complain_once, write_facts
+from .pages import write_pages
+from .rows import beginnings, named_rows, rows_of_plan, with_options
 from .sources import (
-    LENGTH,
     Data,
     First,
     FirstValues,
@@ -23,7 +24,6 @@ from .sources import (
     SkipBroken,
     Weights,
     begins_as_tokens,
-    counts,
     need_folder,
     need_outside,
     need_packages,
@@ -33,17 +33,11 @@ from .sources import (
 
 if TYPE_CHECKING:
     from ..data import Task
-    from ..experiments.ablations import Row
     from ..experiments.compare import Plan
     from ..experiments.records import Record
 
 CALL = "peft-vpt compare"
 _SPLITS = ("train", "val", "test")
-_BEGINNINGS = {
-    "random": "at random",
-    "tokens": "as tokens of training images",
-    "prototypes": "as class prototypes",
-}
 
 
 def list_ablations(value: str | None) -> str | None:
@@ -122,7 +116,9 @@ def compare(
     need_size(CALL, bare, transform.preprocessing["size"])
     complain(f"{transform.describe()}\n{backbone.describe()}")
     edge, classes = transform.preprocessing["size"][0], len(task.classes)
-    named = _rows(_named(protocols, ablation, bare, edge, classes), length, lengths, fraction)
+    named = with_options(
+        named_rows(protocols, ablation, bare, edge, classes), length, lengths, fraction
+    )
     rows = taken(CALL, named, backbone, task, "--protocols" if protocols else None)
     usual, names = preset is Preset.default, [row.variant.protocol for row in rows]
     if not ablation and begins_as_tokens(init, usual, names):
@@ -132,7 +128,7 @@ def compare(
     shares = {share: _open(data, skip_broken, tell, output, share) for share in sorted(wanted)}
     own = bool(ablation or lengths is not None or fraction < 1)
     plan = Plan(
-        **_rows_of_plan(rows, own),
+        **rows_of_plan(rows, own),
         epochs=epochs,
         factors=chosen,
         seeds=tuple(range(seeds)),
@@ -146,9 +142,9 @@ def compare(
         group=group, weights=backbone.checksum, reopen=shares.__getitem__, resize=backbone.at,
     )  # fmt: skip
     _tell_failures(records)
-    intro = f"{backbone.name} on {task.name}: {_told(plan, factors)}{_beginnings(rows)}"
+    intro = f"{backbone.name} on {task.name}: {_told(plan, factors)}{beginnings(rows)}"
     suffix = "" if fraction == 1 else f"-{100 * fraction:g}"
-    for page in _pages(records, rows, ablation, output, intro, suffix, lengths is not None):
+    for page in write_pages(records, rows, ablation, output, intro, suffix, lengths is not None):
         print(page.read_text(encoding="utf-8"))
         complain(f"written: {page}")
 
@@ -163,21 +159,6 @@ def _open(
     tell_copies(task, ["train"], ["val", "test"], tell)
     tell_copies(task, ["val"], ["test"], tell)
     return task
-
-
-def _named(
-    protocols: str | None, ablation: str | None, bare: Any, edge: int, classes: int
-) -> Iterable[Row]:
-    """Return the rows of an ablation, or of protocols as they are."""
-    from ..experiments.ablations import Row, rows_of
-    from ..experiments.backbones import facts_of
-    from ..experiments.compare import PROTOCOLS
-    from ..experiments.variants import plain
-
-    if ablation:
-        return rows_of(ablation, facts_of(bare, edge, classes))
-    names = PROTOCOLS if protocols is None else protocols.split(",")
-    return [Row(variant) for variant in plain(names, {})]
 
 
 def _check_words(
@@ -212,41 +193,6 @@ def _check_numbers(length: int | None, lengths: str | None, ensemble: bool, seed
         raise typer.BadParameter("needs --seeds 2 or more", param_hint="--ensemble")
 
 
-def _rows(
-    rows: Iterable[Row], length: int | None, lengths: str | None, fraction: float
-) -> list[Row]:
-    """Return rows with prompt lengths and a share of the images.
-
-    Raises:
-        BadParameter: Lengths were given, and no row takes them.
-    """
-    from ..experiments.variants import with_fraction, with_lengths
-
-    rows = list(rows)
-    given = "--length" if lengths is None else "--lengths"
-    free = any(row.variant.prompted and "length" not in row.variant.options for row in rows)
-    if not free and (length is not None or lengths is not None):
-        raise typer.BadParameter(
-            "no row takes it: there are no prompts, or they have lengths of their own; leave it "
-            "out",
-            param_hint=given,
-        )
-    tried = [length or LENGTH] if lengths is None else counts(lengths, given)
-    variants = with_fraction(with_lengths((row.variant for row in rows), tried), fraction)
-    return [row._replace(variant=v) for row, v in zip(rows, variants, strict=True)]
-
-
-def _rows_of_plan(rows: list[Row], own: bool) -> dict[str, Any]:
-    """Return rows in the words of a plan; protocols as they are keep the records they have had."""
-    from ..experiments.ablations import variants_of
-
-    if own:
-        return {"variants": variants_of(rows)}
-    names = tuple(row.variant.protocol for row in rows)
-    options = {row.variant.protocol: row.variant.options for row in rows if row.variant.prompted}
-    return {"protocols": names, "options": options}
-
-
 def _told(plan: Plan, factors: str) -> str:
     """Say how runs were made."""
     tried = f"rates x {factors}{' chosen on val' if len(plan.factors) > 1 else ''}"
@@ -259,71 +205,7 @@ def _tell_failures(records: Iterable[Record]) -> None:
             complain(f"diverged: {record['protocol']}, {record['split']}: {record['failure']}")
 
 
-def _beginnings(rows: list[Row]) -> str:
-    """Say how the prompts of rows begin, "" where there are none that train."""
-    from ..protocols.options import Protocol
-
-    labels: dict[str, list[str]] = {}
-    for variant in (row.variant for row in rows if Protocol(row.variant.protocol).trains_prompts):
-        first = _BEGINNINGS[variant.options.get("init", "random")]
-        labels.setdefault(first, []).append(variant.label)
-    if len(labels) == 1:
-        return f" Prompts begin {next(iter(labels))}."
-    told = (f"{how} in {', '.join(names)}" for how, names in labels.items())
-    return f" Prompts begin {'; '.join(told)}." if labels else ""
-
-
 def _shows_test(ablation: str | None) -> bool:
     from ..experiments.ablations import ABLATIONS
 
     return ablation is None or ABLATIONS[ablation].final
-
-
-def _pages(
-    records: list[Record],
-    rows: list[Row],
-    ablation: str | None,
-    folder: Path,
-    intro: str,
-    suffix: str,
-    chosen_lengths: bool,
-) -> list[Path]:
-    """Write the page of this task, and one of all tasks whose records lie in the folder.
-
-    `report.md` is of the task whose records came first into the folder.
-    """
-    from ..errors import VPTError
-    from ..experiments.ablations import ABLATIONS
-    from ..experiments.compare import RECORDS
-    from ..experiments.records import read_records
-    from ..experiments.report import like, write_ablation, write_report
-    from ..experiments.variants import file_name
-
-    task = records[0]["task"]
-    place = file_name(task)
-    if ablation:
-        chosen = ABLATIONS[ablation]
-        title = f"{chosen.paper}: {ablation}, {task}"
-        return [
-            write_ablation(
-                records,
-                rows,
-                chosen,
-                folder,
-                name=f"{ablation}-{place}{suffix}",
-                title=title,
-                intro=intro,
-            )
-        ]
-    there = read_records(folder / RECORDS)
-    end = suffix if there[0]["task"] == task else f"-{place}{suffix}"
-    names = {"name": f"report{end}", "figure": f"accuracy{end}"}
-    pages = [write_report(records, folder, title=f"Comparison on {task}", intro=intro, **names)]
-    every = like(records, there, ("length",) if chosen_lengths else ())
-    if len({record["task"] for record in every}) > 1:
-        names = {"name": f"all-tasks{suffix}", "figure": f"all-tasks{suffix}"}
-        try:
-            pages.append(write_report(every, folder, title="All tasks", intro="", **names))
-        except VPTError as error:
-            complain(f"no page of all tasks: {error}")
-    return pages

@@ -13,7 +13,7 @@ import torch
 
 from ..errors import VPTError
 from ..preprocessing import load_image, upright_rgb
-from ..wording import listing
+from ..wording import is_text, listing
 
 
 class View(Sequence[Any]):
@@ -199,19 +199,12 @@ def check_text(call: str, task: str, classes: Iterable[str]) -> None:
         VPTError: One is no text, or none that can be written as UTF-8.
     """
     for kind, names in (("name", [task]), ("class", classes)):
-        bad = [repr(name) for name in names if not _is_text(name)]
+        bad = [repr(name) for name in names if not (isinstance(name, str) and is_text(name))]
         if bad:
             raise VPTError(
                 f"{call}({task!r}): the {kind} {listing(bad)} cannot be written as UTF-8, and no "
                 "adapter could hold it; rename the folder, or correct the list."
             )
-
-
-def _is_text(name: object) -> bool:
-    try:
-        return isinstance(name, str) and bool(name.encode() or True)
-    except UnicodeEncodeError:
-        return False
 
 
 def refuse_overlaps(task: str, paths: Mapping[str, Iterable[str]]) -> None:

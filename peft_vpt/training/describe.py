@@ -58,10 +58,6 @@ def describe_run(
     return result
 
 
-# Not in the checkpoints of 0.1.0.
-_LATER = "loader.dataset_labels"
-
-
 def refuse_other(kept: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
     """Raise unless a checkpoint is of this configuration and data.
 
@@ -69,8 +65,6 @@ def refuse_other(kept: Mapping[str, Any], now: Mapping[str, Any], where: str) ->
         SpecError: It is of another one; the message names what differs.
     """
     old, new = _flat(kept), _flat(now)
-    if _LATER not in old:
-        new.pop(_LATER, None)
     names = sorted(set(old) | set(new))
     other = [
         f"{name}: {old.get(name, 'absent')!r} there, {new.get(name, 'absent')!r} here"
