@@ -689,7 +689,7 @@ def test_what_supported_says_holds(capsys: Capture) -> None:
     import timm
 
     from peft_vpt.errors import VPTError
-    from peft_vpt.matrix import small_timm
+    from matrix import small_timm
 
     found = json.loads(call(capsys, "supported", "swin_tiny_patch4_window7_224", "--json")[0])
     model = inject_prompts(small_timm.build(found["name"])[0], 2)

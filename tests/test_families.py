@@ -16,7 +16,7 @@ from peft_vpt import (
     remove_prompts,
     save_task_adapter,
 )
-from peft_vpt.matrix.walk import Build, output
+from matrix.walk import Build, output
 
 # One member of every family whose attention takes prompts.
 TIMM = [

@@ -223,7 +223,7 @@ FINAL_NORMS = {
 @pytest.mark.parametrize("name", FINAL_NORMS)
 def test_the_final_norm_is_found_wherever_a_model_has_it(name: str) -> None:
     pytest.importorskip("transformers")
-    from peft_vpt.matrix import small_transformers
+    from matrix import small_transformers
 
     model, _ = small_transformers.build(name)
     own = encoder_for(model, "prepend")

@@ -14,7 +14,7 @@ from zoo import image
 
 from peft_vpt import inject_prompts
 from peft_vpt.errors import SpecError, UnsupportedArchitectureError, VPTError
-from peft_vpt.matrix.walk import output
+from matrix.walk import output
 
 
 def attention(change: Any) -> type[nn.Module]:

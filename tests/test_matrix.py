@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from peft_vpt.matrix.page import render
-from peft_vpt.matrix.walk import walk
+from matrix.page import render
+from matrix.walk import walk
 
 PAGE = Path(__file__).parent.parent / "docs" / "supported-models.md"
 SAMPLE = {

@@ -26,7 +26,7 @@ from peft_vpt.protocols.delta import Delta
 def small_timm(name: str) -> tuple[nn.Module, Tensor]:
     """Build a small relative of a timm architecture and an image for it."""
     pytest.importorskip("timm")
-    from peft_vpt.matrix.small_timm import build as build_small
+    from matrix.small_timm import build as build_small
 
     torch.manual_seed(0)
     model, size = build_small(name)

@@ -10,7 +10,7 @@ from test_families import QUICK, TIMM, TRANSFORMERS, build
 
 from peft_vpt import inject_prompts
 from peft_vpt.errors import UnsupportedArchitectureError
-from peft_vpt.matrix.walk import output
+from matrix.walk import output
 
 
 @pytest.fixture

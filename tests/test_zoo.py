@@ -400,7 +400,7 @@ def check(name: str, model: nn.Module, inputs: Any, oracle: Oracle) -> None:
 @pytest.mark.parametrize("name", TIMM)
 def test_timm(name: str) -> None:
     pytest.importorskip("timm")
-    from peft_vpt.matrix import small_timm
+    from matrix import small_timm
 
     torch.manual_seed(0)
     model, size = small_timm.build(name)
@@ -410,7 +410,7 @@ def test_timm(name: str) -> None:
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_transformers(name: str) -> None:
     pytest.importorskip("transformers")
-    from peft_vpt.matrix import small_transformers
+    from matrix import small_transformers
 
     model, inputs = small_transformers.build(name)
     check(name, model, {k: double(v) for k, v in inputs.items()}, TRANSFORMERS[name])
@@ -439,7 +439,7 @@ def test_padded_windows(kind: str) -> None:
 
 def test_padded_sequence_of_naflex() -> None:
     pytest.importorskip("timm")
-    from peft_vpt.matrix import small_timm
+    from matrix import small_timm
 
     torch.manual_seed(0)
     model, _ = small_timm.build("naflexvit_base_patch16_gap")
