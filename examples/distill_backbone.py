@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 
 from peft_vpt.data import open_task
 from peft_vpt.experiments.backbones import device
-from peft_vpt.experiments.local import build_from_file
+from peft_vpt.hub.backbone import build_from_file
 
 DEVICE = device()
 

@@ -47,12 +47,12 @@ from peft_vpt.experiments import append_record, make_record, read_records, recor
 from peft_vpt.experiments.backbones import device
 from peft_vpt.experiments.compare import FACTORS
 from peft_vpt.experiments.records import config_hash
+from peft_vpt.experiments.report import mark, markdown_table
 from peft_vpt.experiments.sums import file_sum, model_sum, text_sum
-from peft_vpt.experiments.tables import mark, markdown_table
 from peft_vpt.segmentation import Scores, Segmenter, load_segmenter, predict, save_segmenter, score
 from peft_vpt.training import DivergedError, Recipe, lr_factor, preset
-from peft_vpt.training.describe import library_versions
-from peft_vpt.training.groups import set_rate
+from peft_vpt.training.checkpoint import library_versions
+from peft_vpt.training.optim import set_rate
 
 DEVICE = device()
 ASSET = Path(__file__).parent / "assets" / "vit_tiny_glyphs.safetensors"

@@ -15,9 +15,9 @@ import torch
 from PIL import Image
 
 from peft_vpt import inject_prompts, push_task_adapter, save_task_adapter
-from peft_vpt.adapter_file import read_adapter
-from peft_vpt.card import write_card
+from peft_vpt.adapter.file import read_adapter
 from peft_vpt.hub import build_backbone, load_backbone_with_adapter
+from peft_vpt.hub.card import write_card
 
 LABELS = ["cat", "dog"]
 

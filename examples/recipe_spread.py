@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 
 from peft_vpt.backbones.identity import describe_timm_config
 from peft_vpt.data import eval_transform, open_task
-from peft_vpt.experiments.local import build_from_file
 from peft_vpt.experiments.records import (
     Record,
     append_record,
@@ -34,9 +33,10 @@ from peft_vpt.experiments.records import (
     read_records,
     record_key,
 )
+from peft_vpt.experiments.report import markdown_table
 from peft_vpt.experiments.run import Pixels, config_of, fitted, run_once
 from peft_vpt.experiments.sums import file_sum
-from peft_vpt.experiments.tables import markdown_table
+from peft_vpt.hub.backbone import build_from_file
 from peft_vpt.protocols.options import Protocol
 from peft_vpt.training import DivergedError, Recipe, preset
 

@@ -18,14 +18,14 @@ from typing import Any
 
 from peft_vpt.experiments.plots import bar_chart
 from peft_vpt.experiments.records import Record, read_records
-from peft_vpt.experiments.stats import by_task, spread, task_means
-from peft_vpt.experiments.tables import (
+from peft_vpt.experiments.report import (
     CONTROLS,
     accuracy_table,
     markdown_table,
     report_page,
     significance_table,
 )
+from peft_vpt.experiments.stats import by_task, spread, task_means
 
 COMMAND = """```bash
 peft-vpt compare --data FOLDER/{task} --model {model} --weights FILE.safetensors \\

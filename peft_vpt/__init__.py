@@ -8,8 +8,23 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+if TYPE_CHECKING:
+    from .adapter.verbs import load_task_adapter, save_task_adapter
+    from .errors import VPTError
+    from .hub.verbs import push_task_adapter
+    from .inject import (
+        count_parameters,
+        disable_prompts,
+        inject_prompts,
+        is_prompted,
+        remove_prompts,
+        trainable_parameters,
+    )
+    from .protocols import apply_protocol
+    from .spec import PromptSpec
 
+
+__version__ = "0.1.0"
 _HOMES = {
     "apply_protocol": "protocols",
     "PromptSpec": "spec",
@@ -18,13 +33,12 @@ _HOMES = {
     "disable_prompts": "inject",
     "inject_prompts": "inject",
     "is_prompted": "inject",
-    "load_task_adapter": "adapters",
-    "push_task_adapter": "hub",
+    "load_task_adapter": "adapter.verbs",
+    "push_task_adapter": "hub.verbs",
     "remove_prompts": "inject",
-    "save_task_adapter": "adapters",
+    "save_task_adapter": "adapter.verbs",
     "trainable_parameters": "inject",
 }
-
 __all__ = [
     "PromptSpec",
     "VPTError",
@@ -39,21 +53,6 @@ __all__ = [
     "save_task_adapter",
     "trainable_parameters",
 ]
-
-if TYPE_CHECKING:
-    from .adapters import load_task_adapter, save_task_adapter
-    from .errors import VPTError
-    from .hub import push_task_adapter
-    from .inject import (
-        count_parameters,
-        disable_prompts,
-        inject_prompts,
-        is_prompted,
-        remove_prompts,
-        trainable_parameters,
-    )
-    from .protocols import apply_protocol
-    from .spec import PromptSpec
 
 
 def __getattr__(name: str) -> Any:

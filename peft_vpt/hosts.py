@@ -8,13 +8,8 @@ import torch
 from torch import nn
 
 from .backbones.anatomy import Encoder, Head
-from .backbones.paths import module_at
-from .errors import (
-    AlreadyPromptedError,
-    NotPromptedError,
-    SpecError,
-    UnsupportedArchitectureError,
-)
+from .backbones.projection import module_at
+from .errors import AlreadyPromptedError, NotPromptedError, SpecError, UnsupportedArchitectureError
 from .prompts import Prompts
 from .spec import PromptSpec
 

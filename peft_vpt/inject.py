@@ -11,20 +11,18 @@ from torch import Tensor, nn
 
 from .backbones.anatomy import Encoder, first_conv_kernel
 from .backbones.checkpointing import outermost_checkpoint
+from .backbones.find import encoder_for
 from .backbones.heads import host_dtype, replace_head
-from .backbones.image_model import encoder_for
-from .backbones.paths import module_at
+from .backbones.projection import module_at
 from .errors import SpecError, VPTError
 from .forms.attach import Form, ForwardPatch
-from .forms.carrycheck import check_carried
 from .forms.choose import build_forms, every_attention
 from .forms.kv import KeyValueForm
 from .forms.pixel import check_host
 from .forms.places import survey
-from .forms.selfcheck import self_check
+from .forms.selfcheck import check_carried, self_check
 from .hosts import check_blocks, check_head, device_of, host_and_prompts, refuse_unfit, unwrap
-from .initialise import check_values, initialise
-from .prompts import Prompts, prompt_shapes
+from .prompts import Prompts, check_values, initialise, prompt_shapes
 from .spec import NOWHERE, PromptSpec
 from .undo import checkpoint_what_moves, remember, restore
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter_metadata import IMAGE_FIELDS
+from .adapter.schema import IMAGE_FIELDS
 from .backbones.identity import describe_timm_config
 from .errors import AdapterError, VPTError
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,10 +21,9 @@ from .backbones.checkpointing import (
     keeps_training_flag,
     refuse_cut_off,
 )
-from .backbones.paths import module_at
-from .errors import VPTError
-from .pixels import PixelPlace, PixelPrompts, pixel_shapes
-from .spec import NOWHERE, PromptSpec
+from .backbones.projection import module_at
+from .errors import SpecError, VPTError
+from .spec import NOWHERE, PromptSpec, xavier_bound
 
 _DISABLED: ContextVar[frozenset[int]] = ContextVar("peft_vpt_disabled", default=frozenset())
 
@@ -298,3 +299,171 @@ def prompt_shapes(
         stages = sorted({encoder.blocks[entry].stage for entry in entries})
         return {f"shared.{s}": (length, spec.project or encoder.widths[s]) for s in stages}
     return {str(e): (length, spec.project or encoder.blocks[e].width) for e in entries}
+
+
+@torch.no_grad()
+def initialise(
+    prompts: Prompts,
+    patch: tuple[int, int],
+    values: Tensor | list[Tensor] | None,
+    generator: torch.Generator | None,
+) -> None:
+    """Fill prompts and projection with their first values.
+
+    Draws are made on the generator's device (the CPU without one) in float32, so a seed gives the
+    same values on every device.
+
+    Args:
+        prompts: On any device.
+        patch: Kernel of the patch or stem convolution, for the xavier bound.
+        values: One tensor per stored prompt, or a stacked one, for init="tensor".
+        generator: Source of randomness; None: torch's global one.
+
+    Source: bound of Jia et al. 2022, section A.1; projection kaiming normal, fan out.
+    """
+    if prompts.pixel is not None and prompts.place is not None:
+        initialise_pixels(prompts.pixel, prompts.spec, prompts.place, values, generator)
+        return
+    stored = [p for n, p in prompts.own_parameters().items() if not n.startswith("project.")]
+    if not stored:
+        return
+    device = generator.device if generator is not None else torch.device("cpu")
+    first_width = prompts.encoder.blocks[0].width
+    bound = xavier_bound(patch, prompts.spec.project or first_width)
+    for i, parameter in enumerate(stored):
+        drawn = torch.zeros(parameter.shape, dtype=torch.float32, device=device)
+        if values is not None:
+            drawn = values[i].float() if parameter.dtype != torch.float64 else values[i]
+        elif prompts.spec.init == "xavier":
+            drawn.uniform_(-bound, bound, generator=generator)
+        elif prompts.spec.init == "normal":
+            drawn.normal_(0.0, 0.02, generator=generator)
+        parameter.copy_(drawn)
+    for layer in prompts.project.values() if prompts.project is not None else ():
+        assert isinstance(layer, nn.Linear)
+        std = math.sqrt(2.0 / layer.weight.shape[0])
+        drawn = torch.empty(layer.weight.shape, device=device).normal_(0, std, generator=generator)
+        layer.weight.copy_(drawn)
+        layer.bias.zero_()
+
+
+def check_values(values: Tensor | list[Tensor], shapes: dict[str, tuple[int, ...]]) -> list[Tensor]:
+    """Return initial values as one tensor per stored prompt.
+
+    Raises:
+        SpecError: Another number of tensors, a wrong shape or type, or a value that is not finite.
+    """
+    given = [values] if isinstance(values, Tensor) and not values.dim() else list(values)
+    fits = len(given) == len(shapes) and all(
+        isinstance(v, Tensor) and tuple(v.shape) == shape and v.is_floating_point()
+        for v, shape in zip(given, shapes.values(), strict=False)
+    )
+    if not fits:
+        got = [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in given]
+        raise SpecError(
+            f"inject_prompts(init=...): needs {len(shapes)} floating point tensors of the shapes "
+            f"{list(shapes.values())} (or one tensor that stacks them), got {got}."
+        )
+    if not all(bool(torch.isfinite(v).all()) for v in given):
+        raise SpecError("inject_prompts(init=...): holds values that are not finite.")
+    return given
+
+
+@dataclass(frozen=True)
+class PixelPlace:
+    """Where pixel prompts meet a model.
+
+    Args:
+        image: `(channels, height, width)` of the images that the user gives.
+        sees: `(height, width)` that the model works on; larger than `image` under "pad".
+        mean: Of the model's normalisation, per channel.
+        std: Likewise.
+        conv: Path in the host of the convolution that meets the image; "" where none is needed.
+        kernel: Of that convolution.
+        width: Its output channels.
+        module: Path in the host of the module that takes the image.
+        entrances: Methods of it that take an image.
+    """
+
+    image: tuple[int, int, int]
+    sees: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    conv: str = ""
+    kernel: tuple[int, int] = (1, 1)
+    width: int = 0
+    module: str = ""
+    entrances: tuple[str, ...] = ()
+
+
+class PixelPrompts(nn.Module):
+    """The tensors of a pixel location, under their names in an adapter file."""
+
+    def forward(self, name: str) -> Tensor:
+        """Return one of them; a call, so that whatever offloads parameters brings it."""
+        parameter: Tensor = getattr(self, name)
+        # A view of a parameter says requires_grad even now, which trips module trackers.
+        return parameter if torch.is_grad_enabled() else parameter.detach()
+
+
+def pixel_shapes(spec: PromptSpec, place: PixelPlace) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every tensor of a pixel location by its name.
+
+    Source: Jia et al. 2022, section 4.3 (prompt location) and Table 5 (pad).
+    """
+    p, (channels, height, width) = spec.length, place.image
+    if spec.location == "prepend-pixel":
+        return {"pixel.patches": (p, channels, *place.kernel)}
+    if spec.location == "concat-channel":
+        return {
+            "pixel.channels": (p, height, width),
+            "pixel.weight": (place.width, p, *place.kernel),
+        }
+    return {
+        "pixel.tb": (channels, 2 * p, width + 2 * p),
+        "pixel.lr": (channels, height, 2 * p),
+    }
+
+
+@torch.no_grad()
+def initialise_pixels(
+    pixel: PixelPrompts,
+    spec: PromptSpec,
+    place: PixelPlace,
+    values: Any,
+    generator: torch.Generator | None,
+) -> None:
+    """Fill pixel prompts with their first values.
+
+    "xavier" is U(0, 1) normalised as the model's images; channels beyond the image's take the
+    average normalisation. "normal" is N(0, 1). The new convolution of concat-channel is uniform
+    within `xavier_bound` under every name.
+
+    Args:
+        pixel: The prompts, on any device.
+        spec: Resolved options.
+        place: Of these prompts.
+        values: One tensor per stored one, for init="tensor".
+        generator: Source of randomness; None: torch's global one.
+    """
+    device = generator.device if generator is not None else torch.device("cpu")
+    for i, (name, parameter) in enumerate(pixel.named_parameters()):
+        drawn = torch.zeros(parameter.shape, dtype=torch.float32, device=device)
+        if values is not None:
+            drawn = values[i]
+        elif name == "weight":
+            bound = xavier_bound(place.kernel, place.width)
+            drawn.uniform_(-bound, bound, generator=generator)
+        elif spec.init == "xavier":
+            drawn = _normalised(drawn.uniform_(generator=generator), name, place)
+        elif spec.init == "normal":
+            drawn.normal_(generator=generator)
+        parameter.copy_(drawn)
+
+
+def _normalised(values: Tensor, name: str, place: PixelPlace) -> Tensor:
+    mean, std = (torch.tensor(x, device=values.device) for x in (place.mean, place.std))
+    if name == "channels":
+        return (values - mean.mean()) / std.mean()
+    # Channels come first in borders, second in patches; two spatial dimensions follow.
+    return (values - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import save
 
 from peft_vpt import PromptSpec
-from peft_vpt.adapter_file import canonical, checksum, read_adapter, write_adapter
+from peft_vpt.adapter.file import canonical, checksum, read_adapter, write_adapter
 
 Tensors = dict[str, torch.Tensor]
 DEEP = 100_000

@@ -25,7 +25,7 @@ pytest.importorskip("matplotlib")
 from PIL import Image
 
 from peft_vpt import apply_protocol, count_parameters, inject_prompts, load_task_adapter
-from peft_vpt.backbones.image_model import says_its_size
+from peft_vpt.backbones.find import says_its_size
 from peft_vpt.cli import main
 from peft_vpt.data import eval_transform, loader, open_task
 from peft_vpt.errors import SpecError, VPTError
@@ -41,6 +41,7 @@ from peft_vpt.experiments.ablations import (
 )
 from peft_vpt.experiments.backbones import Facts, facts_of, pooled, refusal, usual_pool
 from peft_vpt.experiments.compare import Plan, compare
+from peft_vpt.experiments.ensemble import ensemble_record
 from peft_vpt.experiments.records import config_hash, make_record, read_records, select
 from peft_vpt.experiments.report import (
     is_ensemble,
@@ -51,7 +52,6 @@ from peft_vpt.experiments.report import (
     write_report,
 )
 from peft_vpt.experiments.run import Pixels, config_of
-from peft_vpt.experiments.saved import ensemble_record
 from peft_vpt.experiments.sums import image_sums, text_sum
 from peft_vpt.experiments.variants import Variant, reduced, with_fraction, with_lengths
 from peft_vpt.training import classification_metrics, paper_grid, preset

@@ -24,7 +24,7 @@ from peft_vpt import (
     save_task_adapter,
     trainable_parameters,
 )
-from peft_vpt.adapter_file import canonical, checksum
+from peft_vpt.adapter.file import canonical, checksum
 from peft_vpt.errors import AdapterError, AdapterMismatchError, NotPromptedError
 
 VARIANTS: list[dict[str, Any]] = [

@@ -18,10 +18,10 @@ from test_hub import upload_backbone as upload
 from zoo import image, logits
 
 from peft_vpt import inject_prompts, push_task_adapter, save_task_adapter
-from peft_vpt.adapter_file import read_adapter
-from peft_vpt.card import write_card
+from peft_vpt.adapter.file import read_adapter
 from peft_vpt.errors import AdapterError, AdapterMismatchError
 from peft_vpt.hub import load_backbone_with_adapter
+from peft_vpt.hub.card import write_card
 from peft_vpt.segmentation import Segmenter, apply_to_encoder, save_segmenter
 
 ROOT = Path(__file__).parent.parent

@@ -29,7 +29,7 @@ from test_hub import (
 from torch import nn
 
 from peft_vpt import inject_prompts, save_task_adapter
-from peft_vpt.adapter_file import read_adapter
+from peft_vpt.adapter.file import read_adapter
 from peft_vpt.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -181,7 +181,7 @@ def test_a_stream_that_is_closed_or_full_is_no_traceback(world: World) -> None:
         (RuntimeError("odd"), 1, "error: RuntimeError: odd (PEFT_VPT_DEBUG=1 shows where)\n"),
     ],
 )
-@pytest.mark.parametrize("place", ["peft_vpt.source.find_adapter", "peft_vpt.cli.app.run"])
+@pytest.mark.parametrize("place", ["peft_vpt.adapter.source.find_adapter", "peft_vpt.cli.app.run"])
 def test_other_exceptions(
     place: str,
     raised: BaseException,
@@ -687,9 +687,9 @@ def test_a_vit_is_supported(capsys: Capture) -> None:
 
 def test_what_supported_says_holds(capsys: Capture) -> None:
     import timm
+    from matrix import small_timm
 
     from peft_vpt.errors import VPTError
-    from matrix import small_timm
 
     found = json.loads(call(capsys, "supported", "swin_tiny_patch4_window7_224", "--json")[0])
     model = inject_prompts(small_timm.build(found["name"])[0], 2)
@@ -734,7 +734,7 @@ def test_a_name_that_nobody_knows(name: str, close: str, capsys: Capture) -> Non
 def test_the_page_names_every_command_and_option() -> None:
     from typer.main import get_command
 
-    from peft_vpt.cli.app import app
+    from peft_vpt.cli import app
 
     page = (ROOT / "docs" / "cli.md").read_text()
     commands: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]

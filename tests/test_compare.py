@@ -507,7 +507,7 @@ def test_bad_plans(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_page_says_how_the_prompts_of_its_rows_begin() -> None:
-    from peft_vpt.cli.rows import beginnings
+    from peft_vpt.cli.compare import beginnings
     from peft_vpt.experiments.ablations import Row
     from peft_vpt.experiments.variants import Variant
 

@@ -31,7 +31,7 @@ from torch import nn
 from zoo import build, image, logits
 
 from peft_vpt import PromptSpec, inject_prompts, is_prompted, load_task_adapter, save_task_adapter
-from peft_vpt.adapter_file import Adapter, canonical, read_adapter, write_adapter
+from peft_vpt.adapter.file import Adapter, canonical, read_adapter, write_adapter
 from peft_vpt.errors import AdapterError, VPTError
 
 ROOT = Path(__file__).parent.parent

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 timm = pytest.importorskip("timm")
 pytest.importorskip("torchvision")
 
-from peft_vpt.experiments.local import build_from_file  # noqa: E402
+from peft_vpt.hub.backbone import build_from_file  # noqa: E402
 
 script: Any = importlib.import_module("examples.distill_backbone")
 TEACHER = "test_vit.r160_in1k"

@@ -16,13 +16,7 @@ import torch
 from torch import Tensor, nn
 from zoo import SIZE, build, image
 
-from peft_vpt import (
-    VPTError,
-    apply_protocol,
-    count_parameters,
-    inject_prompts,
-    save_task_adapter,
-)
+from peft_vpt import VPTError, apply_protocol, count_parameters, inject_prompts, save_task_adapter
 from peft_vpt.errors import SpecError, UnsupportedArchitectureError
 
 pytest.importorskip("timm")
@@ -38,7 +32,6 @@ from peft_vpt.experiments import (
     accuracy_error,
     append_record,
     config_hash,
-    control,
     cost,
     counts,
     embeddings,
@@ -53,10 +46,11 @@ from peft_vpt.experiments import (
     record_key,
     select,
     spread,
-    tables,
     welch,
     wilcoxon,
 )
+from peft_vpt.experiments import compare as control
+from peft_vpt.experiments import report as tables
 from peft_vpt.experiments.stats import wins
 
 CLASSES = 3

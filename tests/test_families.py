@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrix.walk import Build, output
 from torch import nn
 
 from peft_vpt import (
@@ -16,7 +17,6 @@ from peft_vpt import (
     remove_prompts,
     save_task_adapter,
 )
-from matrix.walk import Build, output
 
 # One member of every family whose attention takes prompts.
 TIMM = [

@@ -15,10 +15,10 @@ from zoo import build, image, logits
 
 from peft_vpt import inject_prompts, is_prompted, load_task_adapter, save_task_adapter
 from peft_vpt.backbones.anatomy import Encoder
-from peft_vpt.backbones.image_model import encoder_for
-from peft_vpt.backbones.paths import join, module_at
+from peft_vpt.backbones.find import encoder_for
+from peft_vpt.backbones.fingerprint import compare, fingerprint
+from peft_vpt.backbones.projection import join, module_at
 from peft_vpt.errors import AdapterMismatchError
-from peft_vpt.fingerprint import compare, fingerprint
 
 FAMILIES = ("timm/cls", "transformers/dinov2", "swin")
 Change = Callable[[nn.Module, Encoder], Any]

@@ -11,11 +11,11 @@ import zoo
 from torch import Tensor, nn
 
 from peft_vpt import VPTError, inject_prompts, remove_prompts, save_task_adapter
-from peft_vpt.adapter_file import read_adapter
-from peft_vpt.backbones.image_model import encoder_for
-from peft_vpt.backbones.paths import module_at
+from peft_vpt.adapter.file import read_adapter
+from peft_vpt.backbones.find import encoder_for
+from peft_vpt.backbones.projection import module_at
 from peft_vpt.errors import NotPromptedError, SpecError, UnsupportedArchitectureError
-from peft_vpt.from_tokens import fewest_tokens, prompts_from_tokens
+from peft_vpt.training.from_tokens import fewest_tokens, prompts_from_tokens
 
 
 def images(count: int = 6, seed: int = 1) -> Tensor:

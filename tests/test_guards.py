@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from matrix.walk import output
 from test_families import build
 from torch import nn
 from zoo import build as plain
@@ -14,7 +15,6 @@ from zoo import image
 
 from peft_vpt import inject_prompts
 from peft_vpt.errors import SpecError, UnsupportedArchitectureError, VPTError
-from matrix.walk import output
 
 
 def attention(change: Any) -> type[nn.Module]:

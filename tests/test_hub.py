@@ -22,7 +22,7 @@ from peft_vpt import (
     save_task_adapter,
     trainable_parameters,
 )
-from peft_vpt.adapter_file import read_adapter, write_adapter
+from peft_vpt.adapter.file import read_adapter, write_adapter
 from peft_vpt.errors import AdapterError, AdapterMismatchError, NotPromptedError
 from peft_vpt.hub import build_backbone, load_backbone_with_adapter
 

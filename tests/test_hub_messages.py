@@ -16,10 +16,10 @@ from test_hub import HF_BASE, REPO, TOKEN, hf_vit, prompted, timm_vit, upload_ba
 from torch import nn
 
 from peft_vpt import inject_prompts, load_task_adapter, push_task_adapter, save_task_adapter
-from peft_vpt.adapter_file import read_adapter
+from peft_vpt.adapter.file import read_adapter
+from peft_vpt.adapter.source import hub_errors
 from peft_vpt.errors import AdapterError
 from peft_vpt.hub import load_backbone_with_adapter
-from peft_vpt.source import hub_errors
 
 SECRET = "hf_very-secret"
 # More than a name, a reason and an advice ever take.

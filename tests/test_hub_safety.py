@@ -19,7 +19,7 @@ from torch import nn
 from zoo import image, logits
 
 from peft_vpt import inject_prompts, load_task_adapter, push_task_adapter, save_task_adapter
-from peft_vpt.adapter_file import read_adapter, write_adapter
+from peft_vpt.adapter.file import read_adapter, write_adapter
 from peft_vpt.errors import AdapterError
 from peft_vpt.hub import load_backbone_with_adapter
 from peft_vpt.preprocessing import describe_preprocessing, image_processor, timm_transform

@@ -18,7 +18,6 @@ from zoo import build, image, logits
 
 from peft_vpt import (
     VPTError,
-    adapter_install,
     apply_protocol,
     inject_prompts,
     is_prompted,
@@ -27,8 +26,9 @@ from peft_vpt import (
     save_task_adapter,
     trainable_parameters,
 )
-from peft_vpt.adapter_file import read_adapter
-from peft_vpt.adapter_head import head_tensors
+from peft_vpt.adapter import install as adapter_install
+from peft_vpt.adapter.file import read_adapter
+from peft_vpt.adapter.head import head_tensors
 from peft_vpt.errors import AdapterError, AdapterMismatchError
 
 NAMES = ("timm/cls", "transformers/vit", "transformers/dinov2")

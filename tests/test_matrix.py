@@ -6,7 +6,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-
 from matrix.page import render
 from matrix.walk import walk
 

@@ -18,7 +18,7 @@ from peft_vpt import (
     save_task_adapter,
     trainable_parameters,
 )
-from peft_vpt.backbones.image_model import encoder_for, is_convnet
+from peft_vpt.backbones.find import encoder_for, is_convnet
 from peft_vpt.errors import SpecError, UnsupportedArchitectureError, VPTError
 from peft_vpt.protocols.delta import Delta
 

@@ -30,7 +30,7 @@ from peft_vpt import (
     save_task_adapter,
     trainable_parameters,
 )
-from peft_vpt.adapter_file import read_adapter
+from peft_vpt.adapter.file import read_adapter
 from peft_vpt.errors import (
     AdapterError,
     AdapterMismatchError,

@@ -24,7 +24,7 @@ from peft_vpt import (
     remove_prompts,
     save_task_adapter,
 )
-from peft_vpt.adapter_file import read_adapter, write_adapter
+from peft_vpt.adapter.file import read_adapter, write_adapter
 from peft_vpt.errors import (
     AdapterError,
     AdapterMismatchError,

@@ -226,7 +226,7 @@ def test_two_workers_that_queue_the_same_point() -> None:
     """The one with the lower number keeps it; the other takes up the point if that one dies."""
     import optuna
 
-    from peft_vpt.training.claims import OWNER, POINT, claim, open_points, worker
+    from peft_vpt.training.sweeps import OWNER, POINT, claim, open_points, worker
 
     study = optuna.create_study(direction="maximize")
     with worker() as one, worker() as two:
@@ -251,7 +251,7 @@ def test_a_worker_elsewhere_is_given_patience(tmp_path: Path) -> None:
     """Without a process to look for, the age of its last sign of life decides."""
     import optuna
 
-    from peft_vpt.training.claims import OWNER, is_alive, worker
+    from peft_vpt.training.sweeps import OWNER, is_alive, worker
 
     study = optuna.create_study()
     trial = study.ask()

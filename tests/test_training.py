@@ -21,13 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 from zoo import SIZE, build
 
-from peft_vpt import (
-    VPTError,
-    apply_protocol,
-    inject_prompts,
-    remove_prompts,
-    trainable_parameters,
-)
+from peft_vpt import VPTError, apply_protocol, inject_prompts, remove_prompts, trainable_parameters
 from peft_vpt.errors import SpecError
 
 pytest.importorskip("accelerate")
@@ -47,8 +41,8 @@ from peft_vpt.training import (
     parameter_groups,
     preset,
 )
-from peft_vpt.training.grids import finite, grid_points
 from peft_vpt.training.health import LossWatch
+from peft_vpt.training.sweeps import finite, grid_points
 
 ROOT = Path(__file__).parent.parent
 CLASSES = 3

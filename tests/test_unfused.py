@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from matrix.walk import output
 from test_families import QUICK, TIMM, TRANSFORMERS, build
 
 from peft_vpt import inject_prompts
 from peft_vpt.errors import UnsupportedArchitectureError
-from matrix.walk import output
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import VPTError
 from .anatomy import Encoder, is_kind
-from .paths import module_at
+from .projection import module_at
 
 
 def keeps_training_flag(module: nn.Module) -> bool:

@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 
 from .anatomy import Attention, Block
-from .paths import join, module_at
-from .projection import Fused, Projection, Separate, in_width
+from .projection import Fused, Projection, Separate, in_width, join, module_at
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from .anatomy import Head
-from .paths import module_at
+from .projection import module_at
 from .weights import is_packed
 
 _COUNTS = ("num_classes", "num_labels")

@@ -11,7 +11,7 @@ from torch import nn
 
 from .anatomy import Encoder, is_kind
 from .heads import head_owner
-from .paths import module_at
+from .projection import module_at
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .paths import module_at, reach
 from .weights import layer_weight, weights_below
 
 _HEAD_DIMS = ("head_dim", "attention_head_size", "dim_head", "key_dim", "key_value_proj_dim")
@@ -312,3 +311,24 @@ def _norm_and_split(
         return split_heads(norm(hidden), int(size))
     normed: Tensor = norm(split_heads(hidden, int(size)))
     return normed
+
+
+def module_at(root: nn.Module, path: str) -> nn.Module:
+    """Return the module at a dotted path below `root`; the empty path is `root` itself."""
+    module = root
+    for name in path.split(".") if path else ():
+        module = getattr(module, name)
+    return module
+
+
+def reach(root: nn.Module, path: str) -> nn.Module | None:
+    """Return what `module_at` does, or None where there is no module."""
+    found: object = root
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found if isinstance(found, nn.Module) else None
+
+
+def join(*parts: str) -> str:
+    """Join path parts with dots, leaving out the empty ones."""
+    return ".".join(part for part in parts if part)

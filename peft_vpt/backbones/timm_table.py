@@ -16,7 +16,6 @@ from .projection import Fused, Separate
 _CHANNEL = Refused("channel attention: its softmax runs over channels, not over tokens")
 _LINEAR = Refused("linear attention: no softmax over keys that prompts could join")
 _MERGING = Refused("a transition between stages; prompts take no part in merging")
-
 ROWS: dict[str, Row | Refused] = {
     "attention.Attention": Row(),
     "vision_transformer.Attention": Row(),  # its home up to timm 1.0.15
@@ -114,7 +113,6 @@ MODELS: dict[str, str] = {
     "Xcit": "channel attention (XCA) in all blocks: its softmax runs over channels, and prompts "
     "would change their covariance, not be attended to; class attention alone is not VPT"
 }
-
 _POST_NORM = ("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm")
 
 

@@ -10,7 +10,7 @@ from ..errors import UnsupportedArchitectureError
 from .anatomy import Encoder, Head, is_kind
 from .discover import Found, find_blocks
 from .heads import can_replace
-from .paths import join, module_at
+from .projection import join, module_at
 from .timm_table import MODELS, rule
 
 PACKAGE = "timm.models."

@@ -36,7 +36,6 @@ _CHANNEL = Refused("channel attention: its softmax runs over channels, not over 
 _LINEAR = Refused("linear attention: no softmax over keys that prompts could join")
 _DEFORMABLE = Refused("deformable attention: weights over sampled points, not over keys")
 _DENSE = Row(Fused("qkv"), NORMS, at="block", scores="late", rotates="yes")
-
 ROWS: dict[str, Row | Refused] = {
     "SwinAttention": Row(Separate(), NORMS, at="block"),
     "SwinSelfAttention": Row(_PLAIN_NAMES, NORMS, at="block"),  # up to some transformers 5.x

@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import UnsupportedArchitectureError
 from .anatomy import Encoder, Head, is_kind
 from .discover import Found, find_blocks
-from .paths import join, module_at, reach
+from .projection import join, module_at, reach
 from .transformers_table import ALSO, MODELS, rule
 
 PACKAGE = "transformers.models."

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .paths import module_at
+from .projection import module_at
 
 
 @dataclass(frozen=True)

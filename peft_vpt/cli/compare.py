@@ -8,12 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .backbone import Backbone, as_tokens, taken
-from .images import find_broken, open_images, tell_copies, without_broken
-from .output import Offline, complain, complain_once, write_facts
-from .pages import write_pages
-from .rows import beginnings, named_rows, rows_of_plan, with_options
-from .sources import (
+from .options import (
     Data,
     First,
     FirstValues,
@@ -24,17 +19,42 @@ from .sources import (
     SkipBroken,
     Weights,
     begins_as_tokens,
+    find_broken,
     need_folder,
     need_outside,
     need_packages,
     need_size,
     numbers,
+    open_images,
+    tell_copies,
+    without_broken,
 )
+from .output import Offline, complain, complain_once, write_facts
 
 if TYPE_CHECKING:
     from ..data import Task
     from ..experiments.compare import Plan
     from ..experiments.records import Record
+from typing import TYPE_CHECKING, Any
+
+from .options import LENGTH, counts
+
+if TYPE_CHECKING:
+    from ..experiments.ablations import Row
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..experiments.ablations import Row
+    from ..experiments.records import Record
+from functools import cached_property
+
+from .options import build, preprocessing_of
+
+if TYPE_CHECKING:
+    from ..data import Task
+    from ..experiments.ablations import Row
+    from ..experiments.variants import Variant
+
 
 CALL = "peft-vpt compare"
 _SPLITS = ("train", "val", "test")
@@ -209,3 +229,245 @@ def _shows_test(ablation: str | None) -> bool:
     from ..experiments.ablations import ABLATIONS
 
     return ablation is None or ABLATIONS[ablation].final
+
+
+_BEGINNINGS = {
+    "random": "at random",
+    "tokens": "as tokens of training images",
+    "prototypes": "as class prototypes",
+}
+
+
+def named_rows(
+    protocols: str | None, ablation: str | None, bare: Any, edge: int, classes: int
+) -> Iterable[Row]:
+    """Return the rows of an ablation, or of protocols as they are."""
+    from ..experiments.ablations import Row, rows_of
+    from ..experiments.backbones import facts_of
+    from ..experiments.compare import PROTOCOLS
+    from ..experiments.variants import plain
+
+    if ablation:
+        return rows_of(ablation, facts_of(bare, edge, classes))
+    names = PROTOCOLS if protocols is None else protocols.split(",")
+    return [Row(variant) for variant in plain(names, {})]
+
+
+def with_options(
+    rows: Iterable[Row], length: int | None, lengths: str | None, fraction: float
+) -> list[Row]:
+    """Return rows with prompt lengths and a share of the images.
+
+    Raises:
+        BadParameter: Lengths were given, and no row takes them.
+    """
+    from ..experiments.variants import with_fraction, with_lengths
+
+    rows = list(rows)
+    given = "--length" if lengths is None else "--lengths"
+    free = any(row.variant.prompted and "length" not in row.variant.options for row in rows)
+    if not free and (length is not None or lengths is not None):
+        raise typer.BadParameter(
+            "no row takes it: there are no prompts, or they have lengths of their own; leave it "
+            "out",
+            param_hint=given,
+        )
+    tried = [length or LENGTH] if lengths is None else counts(lengths, given)
+    variants = with_fraction(with_lengths((row.variant for row in rows), tried), fraction)
+    return [row._replace(variant=v) for row, v in zip(rows, variants, strict=True)]
+
+
+def rows_of_plan(rows: list[Row], own: bool) -> dict[str, Any]:
+    """Return rows in the words of a plan; protocols as they are keep the records they have had."""
+    from ..experiments.ablations import variants_of
+
+    if own:
+        return {"variants": variants_of(rows)}
+    names = tuple(row.variant.protocol for row in rows)
+    options = {row.variant.protocol: row.variant.options for row in rows if row.variant.prompted}
+    return {"protocols": names, "options": options}
+
+
+def beginnings(rows: list[Row]) -> str:
+    """Say how the prompts of rows begin, "" where there are none that train."""
+    from ..protocols.options import Protocol
+
+    labels: dict[str, list[str]] = {}
+    for variant in (row.variant for row in rows if Protocol(row.variant.protocol).trains_prompts):
+        first = _BEGINNINGS[variant.options.get("init", "random")]
+        labels.setdefault(first, []).append(variant.label)
+    if len(labels) == 1:
+        return f" Prompts begin {next(iter(labels))}."
+    told = (f"{how} in {', '.join(names)}" for how, names in labels.items())
+    return f" Prompts begin {'; '.join(told)}." if labels else ""
+
+
+def write_pages(
+    records: list[Record],
+    rows: list[Row],
+    ablation: str | None,
+    folder: Path,
+    intro: str,
+    suffix: str,
+    chosen_lengths: bool,
+) -> list[Path]:
+    """Write the page of this task, and one of all tasks whose records lie in the folder.
+
+    `report.md` is of the task whose records came first into the folder.
+    """
+    from ..errors import VPTError
+    from ..experiments.ablations import ABLATIONS
+    from ..experiments.compare import RECORDS
+    from ..experiments.records import read_records
+    from ..experiments.report import like, write_ablation, write_report
+    from ..experiments.variants import file_name
+
+    task = records[0]["task"]
+    place = file_name(task)
+    if ablation:
+        chosen = ABLATIONS[ablation]
+        title = f"{chosen.paper}: {ablation}, {task}"
+        return [
+            write_ablation(
+                records,
+                rows,
+                chosen,
+                folder,
+                name=f"{ablation}-{place}{suffix}",
+                title=title,
+                intro=intro,
+            )
+        ]
+    there = read_records(folder / RECORDS)
+    end = suffix if there[0]["task"] == task else f"-{place}{suffix}"
+    names = {"name": f"report{end}", "figure": f"accuracy{end}"}
+    pages = [write_report(records, folder, title=f"Comparison on {task}", intro=intro, **names)]
+    every = like(records, there, ("length",) if chosen_lengths else ())
+    if len({record["task"] for record in every}) > 1:
+        names = {"name": f"all-tasks{suffix}", "figure": f"all-tasks{suffix}"}
+        try:
+            pages.append(write_report(every, folder, title="All tasks", intro="", **names))
+        except VPTError as error:
+            complain(f"no page of all tasks: {error}")
+    return pages
+
+
+class Backbone:
+    """The backbone that was asked for, at any image size."""
+
+    def __init__(
+        self, model: str, weights: Path | None, size: int | None, offline: bool, pool: str | None
+    ) -> None:
+        from ..experiments.backbones import usual_pool
+
+        self.model, self.weights, self.size, self.offline = model, weights, size, offline
+        self.pool = pool or usual_pool(model)
+        self.preprocessing: Any = None
+
+    @cached_property
+    def checksum(self) -> str:
+        """What tells its weights from others of its name: of their file, or of the model."""
+        from ..experiments.sums import file_sum, model_sum
+
+        return model_sum(self.make()) if self.weights is None else file_sum(self.weights)
+
+    @property
+    def name(self) -> str:
+        """Return its name in records."""
+        return f"{self.model} ({self.pool})" if self.pool else self.model
+
+    def make(self, edge: int | None = None) -> Any:
+        """Build it, bare."""
+        from ..experiments.backbones import pooled
+
+        found = build(self.model, self.weights, edge or self.size, self.offline)
+        if self.preprocessing is None:
+            self.preprocessing = preprocessing_of(found, self.offline)
+        return pooled(found, self.pool)
+
+    def transform(self, edge: int | None) -> Any:
+        """Return the transform of its images."""
+        from ..data import eval_transform
+
+        return eval_transform(self.preprocessing, edge)
+
+    def at(self, edge: int) -> tuple[Any, Any]:
+        """Return transform and builder for another size."""
+        return self.transform(edge), lambda: self.make(edge)
+
+    def describe(self) -> str:
+        """Say what the head reads."""
+        told = {"token": "the CLS token", "avg": "the mean of the patch tokens"}
+        what = told.get(self.pool or "", "what the model gives it")
+        return f"the head reads {what}" + (f" (--pool {self.pool})" if self.pool else "")
+
+
+def taken(
+    call: str, rows: list[Row], backbone: Backbone, task: Task, asked: str | None
+) -> list[Row]:
+    """Leave out the rows that a backbone refuses, and say so.
+
+    Args:
+        call: The command.
+        rows: Of the comparison.
+        backbone: Built anew for every row.
+        task: What the rows train on.
+        asked: Option by which the user has named the rows, of which none is left out then.
+
+    Raises:
+        VPTError: It refuses all of them, or one that was asked for.
+    """
+    from ..errors import VPTError
+    from ..experiments.ablations import variants_of
+
+    reasons = {v.label: _reason(v, backbone, task) for v in variants_of(rows)}
+    told = [f"{label}: {reason}" for label, reason in reasons.items() if reason]
+    if told and asked:
+        raise VPTError(f"{call}: {asked}: {'; '.join(told)}")
+    for line in told:
+        complain(f"left out: {line}")
+    if len(told) == len(reasons):
+        raise VPTError(f"{call}: this backbone takes none of the rows.")
+    return [row for row in rows if not reasons[row.variant.label]]
+
+
+def as_tokens(
+    call: str, rows: list[Row], backbone: Backbone, task: Task, *, asked: bool
+) -> list[Row]:
+    """Let prompts begin as tokens of training images in the rows that can, and say which cannot.
+
+    Args:
+        call: The command.
+        rows: Of the comparison.
+        backbone: Built anew for every row.
+        task: Whose training images give the tokens.
+        asked: Whether the user asked for it.
+
+    Raises:
+        VPTError: It was asked for, and a row cannot.
+    """
+    from ..errors import VPTError
+    from ..experiments.variants import with_tokens
+
+    changed = []
+    for row in rows:
+        variant = with_tokens(row.variant)
+        reason = "" if variant is row.variant else _reason(variant, backbone, task)
+        if reason and asked:
+            raise VPTError(f"{call}: --init tokens: {variant.label}: {reason}")
+        if reason:
+            complain(f"{variant.label}: prompts begin at random: {reason}")
+            variant = row.variant
+        changed.append(row._replace(variant=variant))
+    return changed
+
+
+def _reason(variant: Variant, backbone: Backbone, task: Task) -> str:
+    """Return why a backbone refuses a variant, "" where it takes it."""
+    from ..backbones.find import says_its_size
+    from ..experiments.backbones import refusal
+
+    images = int(len(task.split("train")) * variant.fraction)
+    size = backbone.transform(variant.size or backbone.size).preprocessing["size"]
+    model = says_its_size(backbone.make(variant.size), size)
+    return refusal(variant, model, len(task.classes), size, images)

@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .options import Model, Size, counts, need_folder
 from .output import Json, complain, write_json
 from .predict import find_device
-from .sources import Model, Size, counts, need_folder
 
 if TYPE_CHECKING:
     from torch import nn
 
     from ..experiments.cost import Row
+
 
 CALL = "peft-vpt cost"
 # Prompts by kind: protocol and options. Tokens are what the paper calls VPT, keys and values what
@@ -66,7 +67,7 @@ def cost(
     """
     import torch
 
-    from ..experiments.tables import rows_table
+    from ..experiments.report import rows_table
 
     if output is not None:
         need_folder(CALL, output)
@@ -94,7 +95,7 @@ class _Setting:
 
     def __init__(self, model: str, size: int | None, classes: int, device: Any) -> None:
         self.model, self.edge, self.classes, self.device = model, size, classes, device
-        from ..backbones.image_model import image_facts
+        from ..backbones.find import image_facts
 
         bare: Any = self.bare()
         library = "timm" if hasattr(bare, "pretrained_cfg") else "transformers"
@@ -103,7 +104,7 @@ class _Setting:
 
     def bare(self) -> nn.Module:
         """Build the backbone with random weights."""
-        from ..pretrained import build_backbone
+        from ..hub.backbone import build_backbone
 
         known = "/" not in self.model or self.model.startswith(("timm/", "hf-hub:"))
         name = self.model.removeprefix("timm/") if known else self.model
@@ -115,7 +116,7 @@ class _Setting:
         """Return a new model under a protocol."""
         import torch
 
-        from ..backbones.image_model import says_its_size
+        from ..backbones.find import says_its_size
         from ..protocols import apply_protocol
 
         torch.manual_seed(0)
@@ -183,7 +184,7 @@ def _shown(row: Row) -> Row:
 def _write(folder: Path, about: str, rows: list[Row]) -> Path:
     """Write page, data and figures; return the page's path."""
     from ..experiments.plots import curve
-    from ..experiments.tables import rows_table
+    from ..experiments.report import rows_table
 
     folder.mkdir(parents=True, exist_ok=True)
     data = json.dumps({"about": about, "rows": rows}, indent=1)

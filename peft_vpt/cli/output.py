@@ -19,7 +19,6 @@ Revision = Annotated[
 Source = Annotated[
     str, typer.Argument(metavar="FILE|FOLDER|HUB_ID", help="A task adapter.", show_default=False)
 ]
-
 _CALLS = r"^(?:load_backbone_with_adapter|load_task_adapter|push_task_adapter)(?:\((.*?)\))?: "
 # What the functions behind the commands say to who calls them, and what a shell has in its place.
 _IN_THE_SHELL = (

@@ -12,18 +12,168 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .files import find, need_classes
+from .adapters import find, need_classes
+from .options import Weights
 from .output import Json, Offline, Revision, complain, plain, quiet_stdout, write_json
-from .sources import Weights
 
 if TYPE_CHECKING:
     import torch
     from rich.progress import Progress
     from torch import Tensor
+from collections.abc import Callable
+from enum import Enum
+
+from .options import (
+    Data,
+    SkipBroken,
+    find_broken,
+    metric_lines,
+    open_images,
+    parts_of,
+    split_of,
+    without_broken,
+)
+from .output import Source, write_facts
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from ..adapter.file import Adapter
+    from ..data import Split, Task
+from typing import TYPE_CHECKING
+
+from .options import build, preprocessing_of
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ..adapter.file import Adapter
+    from ..data import Transform
+
 
 _CALL = "peft-vpt predict"
-_COLUMNS = ("file", "label", "probability")
+_EVAL = "peft-vpt eval"
 
+
+class Part(str, Enum):
+    """What is measured on."""
+
+    test = "test"
+    val = "val"
+    train = "train"
+    trainval = "trainval"
+    all = "all"
+
+
+def evaluate(
+    source: Source,
+    data: Data,
+    split: Annotated[Part, typer.Option(help="Images to measure on.")] = Part.test,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Backbone to use in place of the one in the adapter."),
+    ] = None,
+    weights: Weights = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time.")] = 64,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: a GPU if there is one.")
+    ] = None,
+    skip_broken: SkipBroken = False,
+    as_json: Json = False,
+    revision: Revision = None,
+    offline: Offline = False,
+) -> None:
+    """Measure an adapter on labelled images, whose classes must be those of the adapter.
+
+    Images are prepared as the adapter says. Where the folder has no test split, the one that
+    `train` would cut from it is used.
+    """
+    from ..data import loader
+    from ..training import evaluate as measure
+
+    place = find_device(device)
+    adapter = find(source, _EVAL, revision, offline)
+    need_classes(adapter, _EVAL)
+    with quiet_stdout():
+        task = open_images(data, split.value)
+        numbers = _numbers(adapter, task)
+        names = parts_of(task, split.value)
+        task = without_broken(_EVAL, task, find_broken(task, names), skip_broken)
+        images = _relabelled(split_of(task, split.value), numbers)
+        network, transform = _eval_model(adapter, model, weights, offline)
+        batches = loader(images, transform, batch_size=batch_size, workers=workers, check=False)
+        with progress_bar(shown=True) as bar:
+            shown = bar.track(batches, total=len(batches), description=split.value)
+            metrics = measure(network.to(place), shown)
+    if as_json:
+        facts = {"adapter": str(adapter.path), "task": task.name, "split": split.value}
+        write_json({**facts, "images": len(images), "metrics": metrics})
+    else:
+        write_facts({split.value: f"{len(images):,} images", **metric_lines(metrics)})
+
+
+def _numbers(adapter: Adapter, task: Task) -> list[int]:
+    """Return the output of the adapter that stands for each class of a task.
+
+    Raises:
+        AdapterError: It has other classes.
+    """
+    from ..errors import AdapterError, listing
+
+    head, where = adapter.metadata["head"], f"{_EVAL}: {adapter.path}"
+    labels, classes = head["labels"], task.classes
+    if labels is None:
+        if head["classes"] != len(classes):
+            raise AdapterError(
+                f"{where}: has {head['classes']} classes without names, {task.name} has "
+                f"{len(classes)}: {listing(classes)}. Give the images that it was made for."
+            )
+        return list(range(len(classes)))
+    strange = [name for name in classes if name not in labels]
+    missing = [name for name in labels if name not in classes]
+    if strange or missing:
+        told = [
+            f"{what} {listing(names)}"
+            for what, names in (("the adapter lacks", strange), (f"{task.name} lacks", missing))
+            if names
+        ]
+        raise AdapterError(
+            f"{where}: its classes are not those of {task.name}: {'; '.join(told)}. Name the "
+            "classes as its labels, and give images of all of them."
+        )
+    return [labels.index(name) for name in classes]
+
+
+def _relabelled(split: Split, numbers: Sequence[int]) -> Split:
+    from ..data import Split
+
+    return Split(split.paths, tuple(numbers[label] for label in split.labels), split.images)
+
+
+def _eval_model(
+    adapter: Adapter, name: str | None, weights: Path | None, offline: bool
+) -> tuple[nn.Module, Callable[[Any], Tensor]]:
+    """Return the backbone with its adapter, and the transform of images that the adapter names."""
+    from ..data import Transform
+    from ..hub.verbs import load_backbone_with_adapter
+    from ..preprocessing import to_batch
+
+    pass
+
+    if weights is not None:
+        return from_weights(_EVAL, adapter, name, weights)
+    need_name(_EVAL, adapter, name)
+    network, processor = load_backbone_with_adapter(
+        adapter.path, backbone=name, local_files_only=offline
+    )
+    images = adapter.metadata["preprocessing"]
+    if images is None:
+        return network, lambda image: to_batch(processor, [image])[0]
+    return network, Transform(images, "timm", train=False)
+
+
+_COLUMNS = ("file", "label", "probability")
 Best = list[dict[str, Any]]
 
 
@@ -177,8 +327,9 @@ def _load(
     device: torch.device,
     top: int,
 ) -> _Classifier:
-    from ..hub import load_backbone_with_adapter
-    from .local import from_weights, need_name
+    from ..hub.verbs import load_backbone_with_adapter
+
+    pass
 
     adapter = find(source, _CALL, revision, offline)
     head = adapter.metadata["head"]
@@ -251,3 +402,55 @@ def progress_bar(shown: bool) -> Progress:
     hidden = not (shown and console.is_terminal)
     # It would send stdout to stderr otherwise.
     return Progress(console=console, disable=hidden, redirect_stdout=False)
+
+
+def need_name(call: str, adapter: Adapter, name: str | None) -> None:
+    """Raise where nobody says which backbone it is.
+
+    Raises:
+        AdapterError: Neither the adapter nor the caller does.
+    """
+    from ..errors import AdapterError
+
+    made_for = adapter.metadata["backbone"]
+    if name is None and made_for["hub_id"] is None:
+        raise AdapterError(
+            f"{call}: {adapter.path}: does not say where its backbone ({made_for['library']} "
+            f"{made_for['architecture']}) comes from; give --model NAME, and --weights FILE for "
+            "weights of a timm model that are in a file."
+        )
+
+
+def from_weights(
+    call: str, adapter: Adapter, name: str | None, weights: Path
+) -> tuple[nn.Module, Transform]:
+    """Return a timm backbone with an adapter, its weights from a file, and its transform of images.
+
+    Raises:
+        VPTError: The adapter is of another library, or does not fit.
+    """
+    from ..adapter.verbs import load_task_adapter
+    from ..backbones.find import says_its_size
+    from ..data import Transform, eval_transform
+    from ..errors import AdapterError
+    from ..hub.backbone import match_head
+
+    made_for, images = adapter.metadata["backbone"], adapter.metadata["preprocessing"] or {}
+    if made_for["library"] != "timm":
+        raise AdapterError(
+            f"{call}: {adapter.path}: was made for a {made_for['library']} model, and --weights "
+            "is a file of a timm model's weights; give --model NAME alone."
+        )
+    # The name on the Hub says more than the architecture: the size of images, say.
+    named = made_for["hub_id"] or ""
+    known = named if named.startswith("timm/") else made_for["architecture"]
+    size = images.get("size")
+    padded = adapter.spec.location == "pad"
+    edges = None if size is None or padded else (size[0], size[1])
+    network = build(name or known, weights, edges, True)
+    match_head(network, adapter)
+    network = says_its_size(network, size) if size else network
+    load_task_adapter(network, adapter.path)
+    if images:
+        return network, Transform(images, "timm", train=False)
+    return network, eval_transform(preprocessing_of(network), kind="timm")

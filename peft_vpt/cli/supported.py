@@ -74,7 +74,7 @@ def _resolve(name: str) -> tuple[str, str]:
 
 
 def _names(library: str) -> list[str]:
-    from ..matrix import small_timm, small_transformers
+    from matrix import small_timm, small_transformers
 
     try:
         return small_timm.names() if library == "timm" else small_transformers.names()
@@ -85,8 +85,7 @@ def _names(library: str) -> list[str]:
 def _is_class(name: str) -> bool:
     """Tell whether transformers has a model class of that name; it can be built small then."""
     import transformers
-
-    from ..matrix import small_transformers
+    from matrix import small_transformers
 
     kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
@@ -98,8 +97,9 @@ def _is_class(name: str) -> bool:
 
 def _ask(library: str, name: str) -> dict[str, Any]:
     """Return the walk's result, the blocks of every form, and why each location is refused."""
+    from matrix.walk import Build, try_one
+
     from ..errors import UnsupportedArchitectureError
-    from ..matrix.walk import Build, try_one
 
     try:
         model, inputs = Build(library)(name)

@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 from .ade import open_segmentation
-from .check import check_images
-from .loading import decode, loader
-from .masks import (
-    SegmentationSplit,
-    SegmentationTask,
-    check_masks,
-    segmentation_loader,
-)
+from .loading import check_images, decode, loader
+from .masks import SegmentationSplit, SegmentationTask, check_masks, segmentation_loader
 from .open import open_task
 from .splits import Split, Task
 from .tasks import TASKS, PaperTask, paper_task

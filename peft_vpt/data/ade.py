@@ -8,13 +8,12 @@ from pathlib import Path
 
 import torch
 
-from ..errors import VPTError
-from ..wording import listing
-from .check import each
+from ..errors import VPTError, listing
 from .drawing import check_counts, check_shares, stratified
 from .folders import files_under, folder_names, left_out_notes
-from .found import read_classes, split_names
+from .loading import each
 from .masks import SegmentationSplit, SegmentationTask, read_mask
+from .splits import read_classes, split_names
 from .warps import IGNORE
 
 Pair = tuple[str, str]

@@ -9,10 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from ..errors import VPTError
-from ..wording import listing
-from .found import Found, duplicate_notes, split_names, split_of
-from .splits import Split
+from ..errors import VPTError, listing
+from .splits import Found, Split, duplicate_notes, split_names, split_of
 
 FLAT, SPLIT = "folder of classes", "image folders"
 _SUFFIXES = "avif bmp gif jfif jp2 jpe jpeg jpg pbm pgm png ppm tga tif tiff webp"

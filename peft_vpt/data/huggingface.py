@@ -8,10 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import VPTError
-from ..wording import listing
-from .found import Found, Label, absence_note, number_labels, split_names, split_of
-from .splits import Split
+from ..errors import VPTError, listing
+from .splits import Found, Label, Split, absence_note, number_labels, split_names, split_of
 
 PREFIX = "hf:"
 

@@ -8,11 +8,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ..errors import VPTError
-from ..wording import listing
-from .found import (
+from ..errors import VPTError, listing
+from .splits import (
     Found,
     Label,
+    Split,
     absence_note,
     duplicate_notes,
     number_labels,
@@ -20,7 +20,6 @@ from .found import (
     read_text,
     refuse_missing,
 )
-from .splits import Split
 
 LISTS = {"train": "train800.txt", "val": "val200.txt", "test": "test.txt"}
 JOINED = "train800val200.txt"

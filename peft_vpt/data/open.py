@@ -5,14 +5,12 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from ..errors import VPTError
-from ..wording import listing
+from ..errors import VPTError, listing
 from .drawing import check_counts, check_shares, stratified
 from .folders import folder_names, is_split_folder, open_flat_folder, open_split_folder
-from .found import Found, split_of
 from .huggingface import PREFIX, open_dataset
 from .lists import is_fgvc, is_vtab, open_fgvc, open_vtab
-from .splits import Task
+from .splits import Found, Task, split_of
 
 _LAYOUTS = (
     "lists (train800.txt, val200.txt, test.txt), json splits (train.json, test.json), folders "

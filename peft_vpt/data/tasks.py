@@ -73,7 +73,6 @@ _CLEVR = "https://cs.stanford.edu/people/jcjohns/clevr/"
 _SPRITES = "https://github.com/google-deepmind/dsprites-dataset"
 _NORB = "https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/"
 _N, _S, _T = "Natural", "Specialized", "Structured"
-
 TASKS: tuple[PaperTask, ...] = (
     _fgvc(
         *("cub", "CUB-200-2011", 200, (5394, 600, 5794), (10, 100)),

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapter_metadata import INTERPOLATIONS
+from ..adapter.schema import INTERPOLATIONS
 from ..errors import SpecError
 from ..preprocessing import describe_preprocessing, timm_transform
 

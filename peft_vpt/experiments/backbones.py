@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbones.image_model import encoder_for
+from ..backbones.find import encoder_for
 from ..errors import SpecError, VPTError
-from ..forms.probe import Probe
-from ..from_tokens import MOST_IMAGES, fewest_tokens
 from ..protocols import apply_protocol
+from ..rehearsal import Probe
+from ..training.from_tokens import MOST_IMAGES, fewest_tokens
 from .variants import FROM_IMAGES, Variant
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbones.image_model import encoder_for
-from ..backbones.paths import module_at
+from ..backbones.find import encoder_for
+from ..backbones.projection import module_at
 from ..errors import SpecError, UnsupportedArchitectureError, VPTError
 from ..hosts import carries, host_and_prompts, unwrap
 from ..training.metrics import place

@@ -13,7 +13,6 @@ from ..data.tasks import TASKS
 from .counts import VIT_B16, total_ratio
 
 EXACT, CHECKED = "exact", "checked"
-
 # In the order of the columns of Tables 14 and 13.
 GROUPS: dict[str, tuple[str, ...]] = {
     group: tuple(task.name for task in TASKS if task.group == group)

@@ -259,7 +259,7 @@ def _figure(
 def _write(figure: Any, path: Path, kind: str, metadata: Mapping[str, None]) -> None:
     import io
 
-    from ..whole_file import replace_file
+    from ..files import replace_file
 
     buffer = io.BytesIO()
     figure.savefig(buffer, format=kind, metadata=metadata)

@@ -46,7 +46,7 @@ def make_record(**fields: Any) -> Record:
     Raises:
         VPTError: A field is missing or of the wrong kind.
     """
-    from ..training.files import plain
+    from ..files import plain
 
     record: Record = plain({**_OPTIONAL, "config": {}, "versions": {}, **fields})
     reason = _fault(record)

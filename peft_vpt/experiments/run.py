@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..adapters import save_task_adapter
-from ..backbones.image_model import says_its_size
+from ..adapter.verbs import save_task_adapter
+from ..backbones.find import says_its_size
 from ..data import Split, Task, decode, loader
-from ..from_tokens import begin_as_tokens
 from ..inject import count_parameters
 from ..protocols import apply_protocol
 from ..training import DivergedError, Recipe, evaluate, fit
 from ..training.batches import leaves_one
-from ..training.describe import library_versions
+from ..training.checkpoint import library_versions
+from ..training.from_tokens import begin_as_tokens
 from .backbones import device
 from .cost import step, used_bytes
 from .embeddings import class_prototypes, prompt_values

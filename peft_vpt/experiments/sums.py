@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..backbones.image_model import encoder_for
+from ..backbones.find import encoder_for
 from ..data import Split, Task
-from ..data.check import each
+from ..data.loading import each
 from ..errors import VPTError
 
 _CHUNK = 1 << 24

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..backbones.anatomy import Block
-from ..backbones.paths import module_at
+from ..backbones.projection import module_at
 from ..errors import SpecError, UnsupportedArchitectureError
 from .attach import ForwardPatch
 

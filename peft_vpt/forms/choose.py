@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..backbones.paths import module_at
+from ..backbones.projection import module_at
 from ..backbones.windows import mergings, window_parts
 from ..errors import UnsupportedArchitectureError
 from ..prompts import Prompts
 from .add import AddForm
-from .attach import Form
+from .attach import Form, Slot
 from .kv import KeyValueForm
 from .pixel import pixel_forms
 from .pooling import Pooling
-from .slot import Slot
 from .token import OutputCut, TokenForm
 from .window import MergeForm, Stream, WindowForm
 

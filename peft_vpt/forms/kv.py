@@ -12,15 +12,21 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..backbones.anatomy import Attention, Block, first_argument
-from ..backbones.paths import module_at
-from ..backbones.projection import is_plain, per_token
+from ..backbones.projection import is_plain, module_at, per_token
 from ..errors import UnsupportedArchitectureError
 from .attach import ForwardPatch
-from .selfcheck import Watch
 from .softmax import Met, Pair, SoftmaxOverride
 
 if TYPE_CHECKING:
     from ..prompts import Prompts
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from ..backbones.projection import in_width, join
+from .rows import Rows, as_tokens, equal_rows, same_keys
+
+if TYPE_CHECKING:
+    pass
 
 
 Key = tuple[list[Tensor], tuple[Any, ...]]
@@ -253,3 +259,124 @@ def _same(old: Key, new: Key) -> bool:
     return (
         len(old[0]) == len(new[0]) and old[1] == new[1] and all(map(operator.is_, old[0], new[0]))
     )
+
+
+class Watch:
+    """Keep what the modules around one attention are called with, and check it.
+
+    Args:
+        form: Of the attention.
+    """
+
+    def __init__(self, form: KeyValueForm) -> None:
+        self.form = form
+        self.seen: dict[str, Tensor] = {}
+        self._muted = False
+        self._modules = {"block": form.block, "attention": form.owner}
+        if form.attention.norm is not None:
+            self._modules["norm"] = module_at(form.block, form.attention.norm)
+        if form.attention.reduces == "input":
+            self._modules["layer"] = form.attention.projection.modules(form.owner)[0]
+        self._handles = [
+            module.register_forward_pre_hook(self._keep, with_kwargs=True)
+            for module in self._modules.values()
+        ]
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        value = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        if self._muted:
+            return
+        for name, watched in self._modules.items():
+            if watched is module and value is not None:
+                self.seen[name] = value
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Take no notice of calls made for prompts."""
+        self._muted = True
+        try:
+            yield
+        finally:
+            self._muted = False
+
+    def complete(self) -> bool:
+        """Tell whether every module has been called."""
+        return set(self.seen) == set(self._modules)
+
+    @torch.no_grad()
+    def check(self, met: list[Met]) -> None:
+        """Raise unless norm and projections give, for real hidden states, what softmaxes received.
+
+        Raises:
+            UnsupportedArchitectureError: They do not, or the block changes its input in front of
+                its norm in a way that the family does not know.
+        """
+        form, attention = self.form, self.form.attention
+        where = f"block {form.index} ({join(form.path, attention.path)})"
+        hidden = as_tokens(self.seen.get("norm", self.seen["attention"]), form.width)
+        if not attention.behind:
+            block = as_tokens(self.seen["block"], form.width)
+            _require(equal_rows(hidden, block), where, "its norm does not see the block's input")
+        if attention.reduces == "output":
+            _require(_same_heads(form.project(hidden), met), where, "its heads are not as known")
+            return
+        keys, values = form.project(hidden)
+        if attention.reduces == "input":
+            projection, owner = attention.projection, form.owner
+            layer = self._modules["layer"]
+            seen = as_tokens(self.seen["layer"], in_width(layer))
+            keys, values = projection.keys_values(owner, seen)
+        blank = form.project_blank(hidden)
+        found = Rows.match(met, keys, values, blank, attention.heads_axis)
+        problem = "" if found.values_equal() else found.report
+        _require(not problem, where, _unequal("values", problem))
+        problem = same_keys(found, attention.rotates)
+        _require(not problem, where, _unequal("keys", problem))
+
+
+def _same_heads(ours: tuple[Tensor, Tensor], met: list[Met]) -> bool:
+    keys, values = met[0].keys, met[0].values
+    assert values is not None
+    sizes = (keys.shape[-1], values.shape[-1])
+    heads = keys.dim() < 4 or keys.shape[1] % ours[0].shape[1] == 0
+    return heads and sizes == (ours[0].shape[-1], ours[1].shape[-1])
+
+
+def _unequal(name: str, problem: str) -> str:
+    return (
+        f"the {name} that norm and projections give are not those that the softmax receives "
+        f"({problem})"
+    )
+
+
+def _require(true: bool, where: str, problem: str) -> None:
+    if not true:
+        raise UnsupportedArchitectureError(
+            f"self-check of {where}: {problem}, so prompts as extra keys and values would be "
+            "wrong. The block does something that this family does not know."
+        )
+
+
+@contextmanager
+def record(form: KeyValueForm, met: list[Met]) -> Iterator[None]:
+    """Write down the softmaxes that an attention meets, for as long as the `with` block lasts."""
+    target = form.target
+    before = vars(target).get("forward")
+
+    def recorded(*args: object, **kwargs: object) -> object:
+        with form.override(None, met):
+            return (before or type(target).forward.__get__(target))(*args, **kwargs)
+
+    try:
+        target.forward = recorded
+        yield
+    finally:
+        if before is None:
+            del target.forward
+        else:
+            target.forward = before

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backbones.image_model import takes_images
-from ..backbones.paths import module_at
+from ..backbones.find import takes_images
+from ..backbones.projection import module_at
 from ..errors import UnsupportedArchitectureError, VPTError
+from ..rehearsal import undisturbed
 from .attach import ForwardPatch
-from .selfcheck import undisturbed
 
 if TYPE_CHECKING:
-    from ..pixels import PixelPlace
-    from ..prompts import Prompts
+    from ..prompts import PixelPlace, Prompts
 
 
 def pixel_forms(prompts: Prompts, host: nn.Module) -> list[ForwardPatch]:

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.anatomy import Encoder
-from ..backbones.paths import join, module_at
+from ..backbones.projection import join, module_at
 from ..errors import SpecError, UnsupportedArchitectureError
-from ..pixels import PixelPlace
+from ..prompts import PixelPlace
+from ..rehearsal import ENTRANCES, Probe, Trial
 from ..spec import NOWHERE, PromptSpec
 from .add import check_addable
-from .probe import ENTRANCES, Probe, Trial
 
 # How far from a length that breaks the grid another one is looked for.
 _REACH = 32

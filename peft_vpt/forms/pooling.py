@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..backbones.anatomy import Encoder
-from ..backbones.paths import module_at
+from ..backbones.projection import module_at
 from ..errors import VPTError
-from .attach import ForwardPatch
-from .slot import Slot
+from .attach import ForwardPatch, Slot
 
 if TYPE_CHECKING:
     from ..prompts import Prompts

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from ..backbones.anatomy import Encoder
-from ..backbones.inputs import call, dummy_inputs
-from ..backbones.paths import join, module_at
-from ..backbones.projection import in_width
+from ..backbones.projection import module_at
 from ..errors import UnsupportedArchitectureError
-from .compare import Rows, as_tokens, equal_rows, same_keys
+from ..rehearsal import call, dummy_inputs
 from .softmax import Met
 
 if TYPE_CHECKING:
     from .kv import KeyValueForm
+
+from ..prompts import Prompts
+from ..rehearsal import undisturbed
+from .kv import KeyValueForm, Watch, record
+from .token import TokenForm
+from .window import WindowForm
 
 
 def self_check(host: nn.Module, encoder: Encoder, forms: Sequence[KeyValueForm]) -> bool:
@@ -70,107 +74,6 @@ def _run(module: nn.Module, encoder: Encoder, met: dict[int, list[Met]]) -> bool
     return False
 
 
-class Watch:
-    """Keep what the modules around one attention are called with, and check it.
-
-    Args:
-        form: Of the attention.
-    """
-
-    def __init__(self, form: KeyValueForm) -> None:
-        self.form = form
-        self.seen: dict[str, Tensor] = {}
-        self._muted = False
-        self._modules = {"block": form.block, "attention": form.owner}
-        if form.attention.norm is not None:
-            self._modules["norm"] = module_at(form.block, form.attention.norm)
-        if form.attention.reduces == "input":
-            self._modules["layer"] = form.attention.projection.modules(form.owner)[0]
-        self._handles = [
-            module.register_forward_pre_hook(self._keep, with_kwargs=True)
-            for module in self._modules.values()
-        ]
-
-    def close(self) -> None:
-        """Take the hooks off."""
-        for handle in self._handles:
-            handle.remove()
-
-    def _keep(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        value = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        if self._muted:
-            return
-        for name, watched in self._modules.items():
-            if watched is module and value is not None:
-                self.seen[name] = value
-
-    @contextmanager
-    def muted(self) -> Iterator[None]:
-        """Take no notice of calls made for prompts."""
-        self._muted = True
-        try:
-            yield
-        finally:
-            self._muted = False
-
-    def complete(self) -> bool:
-        """Tell whether every module has been called."""
-        return set(self.seen) == set(self._modules)
-
-    @torch.no_grad()
-    def check(self, met: list[Met]) -> None:
-        """Raise unless norm and projections give, for real hidden states, what softmaxes received.
-
-        Raises:
-            UnsupportedArchitectureError: They do not, or the block changes its input in front of
-                its norm in a way that the family does not know.
-        """
-        form, attention = self.form, self.form.attention
-        where = f"block {form.index} ({join(form.path, attention.path)})"
-        hidden = as_tokens(self.seen.get("norm", self.seen["attention"]), form.width)
-        if not attention.behind:
-            block = as_tokens(self.seen["block"], form.width)
-            _require(equal_rows(hidden, block), where, "its norm does not see the block's input")
-        if attention.reduces == "output":
-            _require(_same_heads(form.project(hidden), met), where, "its heads are not as known")
-            return
-        keys, values = form.project(hidden)
-        if attention.reduces == "input":
-            projection, owner = attention.projection, form.owner
-            layer = self._modules["layer"]
-            seen = as_tokens(self.seen["layer"], in_width(layer))
-            keys, values = projection.keys_values(owner, seen)
-        blank = form.project_blank(hidden)
-        found = Rows.match(met, keys, values, blank, attention.heads_axis)
-        problem = "" if found.values_equal() else found.report
-        _require(not problem, where, _unequal("values", problem))
-        problem = same_keys(found, attention.rotates)
-        _require(not problem, where, _unequal("keys", problem))
-
-
-def _same_heads(ours: tuple[Tensor, Tensor], met: list[Met]) -> bool:
-    keys, values = met[0].keys, met[0].values
-    assert values is not None
-    sizes = (keys.shape[-1], values.shape[-1])
-    heads = keys.dim() < 4 or keys.shape[1] % ours[0].shape[1] == 0
-    return heads and sizes == (ours[0].shape[-1], ours[1].shape[-1])
-
-
-def _unequal(name: str, problem: str) -> str:
-    return (
-        f"the {name} that norm and projections give are not those that the softmax receives "
-        f"({problem})"
-    )
-
-
-def _require(true: bool, where: str, problem: str) -> None:
-    if not true:
-        raise UnsupportedArchitectureError(
-            f"self-check of {where}: {problem}, so prompts as extra keys and values would be "
-            "wrong. The block does something that this family does not know."
-        )
-
-
 def _check_count(form: KeyValueForm, watch: Watch, met: list[Met]) -> None:
     if form.all_met(met) and watch.complete():
         return
@@ -183,68 +86,107 @@ def _check_count(form: KeyValueForm, watch: Watch, met: list[Met]) -> None:
     )
 
 
-@contextmanager
-def record(form: KeyValueForm, met: list[Met]) -> Iterator[None]:
-    """Write down the softmaxes that an attention meets, for as long as the `with` block lasts."""
-    target = form.target
-    before = vars(target).get("forward")
+class _Run:
+    """One dummy forward: what norms were called with and what softmaxes received."""
 
-    def recorded(*args: object, **kwargs: object) -> object:
-        with form.override(None, met):
-            return (before or type(target).forward.__get__(target))(*args, **kwargs)
+    def __init__(self, attentions: Sequence[KeyValueForm]) -> None:
+        self.attentions = attentions
+        self.met: list[list[Met]] = [[] for _ in attentions]
+        self.seen: list[dict[str, Tensor]] = []
 
-    try:
-        target.forward = recorded
-        yield
-    finally:
-        if before is None:
-            del target.forward
-        else:
-            target.forward = before
-
-
-# transformers hooks its layers when states are first recorded, and notes here that it has.
-_HOOKED = "_output_capturing_hooks_installed"
+    def go(self, module: nn.Module, image: Any, forms: Sequence[TokenForm]) -> None:
+        with undisturbed(module), ExitStack() as stack:
+            watches = [Watch(form) for form in self.attentions]
+            for form, watch, met in zip(self.attentions, watches, self.met, strict=True):
+                stack.callback(watch.close)
+                stack.enter_context(record(form, met))
+            for token_form in forms:
+                token_form.attach()
+                stack.callback(token_form.detach)
+            call(module, image)
+        self.seen = [watch.seen for watch in watches]
 
 
-@contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no hooks of others; afterwards everything is as it was.
+def check_carried(
+    prompts: Prompts, host: nn.Module, encoder: Encoder, attentions: Sequence[KeyValueForm]
+) -> None:
+    """Run the bare encoder and one with token forms; compare what their softmaxes receive.
 
-    Models write down what they see (a window size clamped to a small image, a table of biases), so
-    the attributes of all modules are put back, and the random state.
+    In the first block of the first span the model's own keys must be those of the bare model; in
+    every block the prompts' keys and values must be what norm and projections give for them, no
+    rotation, no position. Prompts hold any values; the host does not carry the forms yet.
+
+    Raises:
+        UnsupportedArchitectureError: They are not, or the forward with more tokens fails.
     """
-    parts = list(module.modules())
-    saved = [_Saved(part) for part in parts]
-    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    forms = [form for form in prompts.forms if isinstance(form, TokenForm)]
+    met_by = [a for a in attentions if any(form.index == a.index for form in forms)]
+    module = module_at(host, encoder.path)
+    windowed = any(isinstance(form, WindowForm) for form in prompts.forms)
+    if not prompts.checked and (forms or windowed):
+        raise _refusal(encoder, "no dummy input is known that could show it")
+    if not forms:
+        return
+    values = [parameter.detach().clone() for parameter in prompts.parameters()]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in prompts.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator))
     try:
-        for part in parts:
-            part.training = False
-            vars(part).pop(_HOOKED, None)
-            part._forward_hooks, part._forward_pre_hooks = (
-                type(part._forward_hooks)(),
-                type(part._forward_pre_hooks)(),
-            )
-        with torch.random.fork_rng(devices=list(devices)), torch.no_grad():
-            yield
+        _compare(prompts, module, encoder, forms, met_by)
     finally:
-        for state in saved:
-            state.restore()
+        with torch.no_grad():
+            for parameter, value in zip(prompts.parameters(), values, strict=True):
+                parameter.copy_(value)
 
 
-class _Saved:
-    """The attributes of a module, with the contents of its dictionaries."""
+def _compare(
+    prompts: Prompts,
+    module: nn.Module,
+    encoder: Encoder,
+    forms: list[TokenForm],
+    attentions: list[KeyValueForm],
+) -> None:
+    for image in dummy_inputs(module, encoder):
+        bare, carried = _Run(attentions), _Run(attentions)
+        try:
+            bare.go(module, image, ())
+        except Exception:
+            continue
+        try:
+            carried.go(module, image, forms)
+        except Exception as error:
+            raise _refusal(encoder, f"the forward with more tokens fails: {error}") from error
+        problem = _difference(prompts, bare, carried, samples=2)
+        if problem:
+            raise _refusal(encoder, problem)
+        return
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self.attributes = dict(vars(module))
-        self.contents = {k: dict(v) for k, v in vars(module).items() if type(v) is dict}
 
-    def restore(self) -> None:
-        """Put them back, in the same dictionary objects."""
-        own = vars(self.module)
-        own.clear()
-        own.update(self.attributes)
-        for name, content in self.contents.items():
-            own[name].clear()
-            own[name].update(content)
+@torch.no_grad()
+def _difference(prompts: Prompts, bare: _Run, carried: _Run, samples: int) -> str:
+    length = prompts.spec.length
+    for index, form in enumerate(carried.attentions):
+        met, hidden = carried.met[index], carried.seen[index].get("norm")
+        hidden = carried.seen[index]["attention"] if hidden is None else hidden
+        if hidden.shape[0] != samples:
+            return "it packs several images into one sequence, where carried prompts would mix them"
+        if len(met) != 1 or hidden.dim() != 3 or met[0].values is None:
+            return f"block {form.index} does not work on one sequence of tokens"
+        keys, values = form.project(hidden[:, -length:])
+        for ours, theirs in ((keys, met[0].keys), (values, met[0].values)):
+            ours = ours.repeat_interleave(theirs.shape[1] // ours.shape[1], dim=1)
+            if not torch.allclose(ours, theirs[..., -length:, :].to(ours.dtype), 1e-4, 1e-4):
+                return f"block {form.index} rotates or moves the prompts"
+    first = bare.met[0][0].keys
+    own = carried.met[0][0].keys[..., : first.shape[-2], :]
+    if own.shape != first.shape or not torch.allclose(own, first, 1e-4, 1e-4):
+        return "its own tokens change their position"
+    return ""
+
+
+def _refusal(encoder: Encoder, problem: str) -> UnsupportedArchitectureError:
+    return UnsupportedArchitectureError(
+        f"inject_prompts: {encoder.family} cannot carry prompts through several blocks as tokens "
+        f"({problem}). Use deep=True with form='auto', where prompts stay in their block."
+    )

@@ -25,7 +25,6 @@ ADD = {torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__iadd__}
 _SHAPE = {Tensor.view, Tensor.reshape, torch.reshape}
 _WATCHED = {F.scaled_dot_product_attention, torch.einsum, *_MATMUL}
 _SDPA_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale")
-
 Pair = tuple[Tensor, Tensor]
 
 

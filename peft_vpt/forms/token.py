@@ -12,14 +12,14 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..backbones.anatomy import Block, Encoder, is_kind
-from ..backbones.paths import module_at
+from ..backbones.projection import module_at
 from ..errors import VPTError
-from .attach import Form, ForwardPatch
-from .slot import Slot
+from .attach import Form, ForwardPatch, Slot
 from .softmax import ADD, causal_mask, pad_mask
 
 if TYPE_CHECKING:
     from ..prompts import Prompts
+
 
 _MASKS = ("attn_mask", "attention_mask")
 _COLLECTOR = "forward_intermediates"

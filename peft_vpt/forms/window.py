@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..backbones.anatomy import Block, first_argument
 from ..backbones.checkpointing import is_checkpointing, is_reentrant
-from ..backbones.paths import module_at
+from ..backbones.projection import module_at
 from ..backbones.windows import WindowParts, finish, merge, scores
 from ..errors import VPTError
 from .attach import ForwardPatch
@@ -18,6 +18,7 @@ from .softmax import Met, append
 
 if TYPE_CHECKING:
     from ..prompts import Prompts
+
 
 _TAG = "_peft_vpt_prompts"
 

@@ -9,18 +9,18 @@ import torch
 from torch import nn
 
 from ..backbones.anatomy import Encoder
+from ..backbones.find import encoder_for, is_convnet
 from ..backbones.heads import class_count, host_dtype, swap_head
-from ..backbones.image_model import encoder_for, is_convnet
-from ..backbones.paths import module_at
-from ..errors import SpecError
+from ..backbones.projection import module_at
+from ..errors import SpecError, UnsupportedArchitectureError
 from ..hosts import device_of, host_and_prompts, refuse_unfit
 from ..inject import freeze, inject_prompts, inject_spec, watch_input
+from ..rehearsal import dummy_calls
 from ..spec import PromptSpec
 from ..undo import unchanged_on_error
 from .delta import Delta
 from .modules import MlpHead, fill
 from .options import PROMPTED, Protocol
-from .trial import check_head_input
 
 Model = TypeVar("Model", bound=nn.Module)
 # What trains inside blocks, and may have no trained weight in front of them.
@@ -216,3 +216,21 @@ def _classes(
             "classes of its own; give their number."
         )
     return classes
+
+
+def check_head_input(host: nn.Module, encoder: Encoder, protocol: Protocol) -> None:
+    """Raise where the classifier is called with anything but one vector per image.
+
+    Raises:
+        UnsupportedArchitectureError: It is.
+    """
+    if encoder.head is None:
+        return
+    path = encoder.head.paths[0]
+    calls = dummy_calls(host, encoder, [path])
+    shape = () if calls is None else calls.inputs.get(path, ())
+    if shape and not (len(shape) == 2 or (len(shape) == 4 and shape[2:] == (1, 1))):
+        raise UnsupportedArchitectureError(
+            f"apply_protocol({protocol.name!r}): the classifier {path} of {type(host).__name__} "
+            f"is called with {shape}, where one vector per image, (batch, features), is needed."
+        )

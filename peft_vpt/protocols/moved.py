@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from ..backbones.anatomy import Encoder
-from ..backbones.paths import module_at
+from ..backbones.projection import module_at
 from ..backbones.weights import is_packed
 from ..errors import SpecError, UnsupportedArchitectureError
+from ..rehearsal import Calls, dummy_calls
 from .options import Protocol
-from .trial import Calls, dummy_calls
 
 # A table of relative positions carries "bias" in its name and is none.
 _BIAS = re.compile(r"(.*\.)?(bias|[a-z_]*_bias)")

@@ -10,20 +10,19 @@ import torch
 from torch import Tensor, nn
 
 from .. import __version__
-from ..adapter_file import Adapter, read_adapter, write_adapter
-from ..adapter_metadata import SEGMENTER, plain_metrics
-from ..adapters import check_labels, load_task_adapter
+from ..adapter.file import Adapter, read_adapter, write_adapter
+from ..adapter.schema import SEGMENTER, plain_metrics
+from ..adapter.source import file_at, find_adapter
+from ..adapter.verbs import check_labels, load_task_adapter
+from ..backbones.fingerprint import fingerprint
 from ..backbones.identity import default_preprocessing, describe_backbone
 from ..errors import AdapterError, AdapterMismatchError
-from ..fingerprint import fingerprint
 from ..hosts import host_and_prompts, unwrap
 from ..preprocessing import describe_preprocessing
-from ..source import file_at, find_adapter
 from ..spec import NOWHERE
-from .checks import plain_encoder, refuse_unread
 from .evaluation import check_classes
 from .grid import token_map
-from .model import PupHead, Segmenter
+from .model import PupHead, Segmenter, plain_encoder, refuse_unread
 
 _PREFIX = "head.module."
 

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones.anatomy import Encoder, first_argument
-from ..backbones.inputs import dummy_inputs
-from ..backbones.paths import join, module_at
+from ..backbones.projection import join, module_at
 from ..errors import SpecError, UnsupportedArchitectureError
-from ..forms.selfcheck import undisturbed
 from ..hosts import carries, host_and_prompts
+from ..rehearsal import dummy_inputs, undisturbed
 
 Pair = tuple[int, int]
 # Two runs of one image in a batch differ by rounding, of half precision too; shuffled ones by 1.

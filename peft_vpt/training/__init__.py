@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from ..from_tokens import prompts_from_tokens
 from .batches import loader_batch_size
-from .groups import lr_factor, make_optimizer, parameter_groups
+from .from_tokens import prompts_from_tokens
 from .health import DivergedError
 from .loop import Result, fit
 from .losses import class_weights
 from .metrics import classification_metrics, evaluate
-from .presets import paper_grid, preset
-from .recipes import Recipe
+from .optim import lr_factor, make_optimizer, parameter_groups
+from .recipes import Recipe, paper_grid, preset
 from .sweeps import SweepResult, SweepTrial, sweep
 
 __all__ = [

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from ..errors import SpecError, VPTError
 from ..preprocessing import output_logits
+from .batches import pair_of, whole_labels
 from .health import DivergedError
-from .pairs import pair_of, whole_labels
 
 
 def evaluate(model: nn.Module, batches: Iterable[Any], accelerator: Any = None) -> dict[str, float]:

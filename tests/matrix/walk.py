@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from peft_vpt.backbones.anatomy import Encoder
 from peft_vpt.errors import VPTError
 from peft_vpt.inject import inject_prompts, remove_prompts
+
 from . import small_timm, small_transformers
 
 # An effect of prompts below this is none; float64 arithmetic leaves about 1e-13.

@@ -1,0 +1,221 @@
+"""Task adapters: saving prompts and head of a model, and loading them into another.
+
+The file itself, its names, metadata and checksum, is `adapter_file`'s business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from torch import nn
+
+from .. import __version__
+from ..backbones.anatomy import Encoder
+from ..backbones.find import encoder_for
+from ..backbones.fingerprint import fingerprint
+from ..backbones.heads import class_count
+from ..backbones.identity import default_preprocessing, describe_backbone, label_names
+from ..backbones.projection import module_at
+from ..errors import AdapterError, UnsupportedArchitectureError, shown
+from ..hosts import carries, host_and_prompts, parallel_wrapper, refuse_unfit, unwrap
+from ..preprocessing import describe_preprocessing
+from ..prompts import Prompts
+from ..spec import NOWHERE
+from ..undo import describe_decoder, has_decoder
+from .file import Adapter, read_adapter, write_adapter
+from .head import head_tensors
+from .install import install, stored_tensors
+from .match import check_fit
+from .schema import plain_metrics
+from .source import file_at, find_adapter
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save_task_adapter(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    task: str | None = None,
+    labels: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> Path:
+    """Save prompts and head of a prompted model as a task adapter, without touching the network.
+
+    Writes `<path>/adapter.safetensors`, or `path` itself if it ends in `.safetensors`, atomically:
+    a reader sees the old file or the new one. The same adapter gives the same bytes.
+
+    Args:
+        model: A prompted model; DDP and compile wrappers are looked through.
+        path: Folder (made if missing) or file.
+        task: Name of the task.
+        labels: Class names in the order of the outputs. None: those of a transformers config.
+        preprocessing: `size`, `mean`, `std`, `interpolation`, `crop`; a timm data config or a
+            transformers image processor. None: what the backbone says.
+        metrics: JSON values, `{"accuracy": 0.93}` say.
+
+    Returns:
+        Path of the file.
+
+    Raises:
+        NotPromptedError: The model carries no prompts.
+        AdapterError: A value is not finite or not JSON, or the file cannot be written.
+    """
+    host, prompts = host_and_prompts(model, "save_task_adapter")
+    info = prompts.info
+    check_labels(labels, "save_task_adapter")
+    names = (
+        list(labels)
+        if labels is not None
+        else label_names(host, prompts.encoder) or info.get("labels")
+    )
+    metadata = {
+        "spec": None if prompts.spec.location == NOWHERE else prompts.spec.to_dict(),
+        "backbone": _describe_backbone(host, prompts),
+        "head": _describe_head(host, prompts, names),
+        "preprocessing": describe_preprocessing(preprocessing)
+        if preprocessing
+        else info.get("preprocessing") or _preprocessing(host, prompts),
+        "task": task if task is not None else info.get("task"),
+        "metrics": info.get("metrics") if metrics is None else plain_metrics(metrics),
+        "library_version": __version__,
+    }
+    if prompts.delta is not None:
+        metadata["protocol"] = prompts.delta.protocol.to_dict()
+    target = file_at(path, "save_task_adapter")
+    return write_adapter(target, stored_tensors(host, with_head=True), metadata)
+
+
+def load_task_adapter(
+    model: Model,
+    source: str | Path,
+    *,
+    strict: bool | Literal["prompts"] = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Model:
+    """Load a task adapter into a model, in place; a bare model is injected from the file.
+
+    Everything is checked before the model changes. Its head is replaced by the adapter's, or taken
+    out where the adapter was made on a model without one; `requires_grad` is as after injection,
+    gradients are gone, and label names go into a transformers config.
+
+    Args:
+        model: A bare or prompted model; wrappers are looked through.
+        source: Local if it exists, starts with `.`, `/` or `~`, or ends in `.safetensors`;
+            otherwise `owner/name` on the Hugging Face Hub. A local load makes no network call.
+        strict: True: the backbone's weights must be those the adapter was made for. False: another
+            fingerprint is a warning. "prompts": load the prompts alone and keep the model's head.
+        revision: Branch, tag or commit of a Hub repository.
+        token: Access token for the Hub, as in huggingface_hub.
+        cache_dir: Folder of the Hub cache.
+        local_files_only: Take a Hub adapter from the cache only.
+
+    Returns:
+        `model`.
+
+    Raises:
+        AdapterError: The file cannot be read, is damaged or incomplete.
+        AdapterMismatchError: It was made for another backbone or another kind of head; or the model
+            would need other parameters, and is wrapped for data parallelism.
+        UnsupportedArchitectureError: The model cannot take prompts.
+    """
+    check_strict(strict, "load_task_adapter")
+    path = find_adapter(
+        source,
+        call="load_task_adapter",
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+    )
+    adapter, host = read_adapter(path), unwrap(model)
+    encoder = _encoder(host, adapter)
+    spec = check_fit(adapter, host, encoder, strict)
+    prompts_only = strict == "prompts"
+    parallel = parallel_wrapper(model)
+    install(host, adapter, spec, encoder, prompts_only=prompts_only, parallel=parallel)
+    return model
+
+
+def _encoder(host: nn.Module, adapter: Adapter) -> Encoder:
+    """Return the anatomy of a model that shall take an adapter, bare or not."""
+    call = "load_task_adapter"
+    if carries(host):
+        return host_and_prompts(host, call)[1].encoder
+    refuse_unfit(host, call)
+    any_image_model = adapter.spec.location == NOWHERE
+    try:
+        return encoder_for(host, "pad" if any_image_model else adapter.spec.location)
+    except UnsupportedArchitectureError as error:
+        reason = str(error).removeprefix("inject_prompts: ").replace("inject_prompts(", f"{call}(")
+        raise UnsupportedArchitectureError(f"{call}: {adapter.path}: {reason}") from error
+
+
+def check_strict(strict: Any, call: str) -> None:
+    """Refuse another value of `strict` than the three that there are."""
+    if not isinstance(strict, bool) and not (isinstance(strict, str) and strict == "prompts"):
+        raise AdapterError(f"{call}(strict={shown(strict)}): must be True, False or 'prompts'.")
+
+
+def check_labels(labels: Any, call: str) -> None:
+    """Refuse label names that are no list of strings."""
+    if labels is None:
+        return
+    listed = isinstance(labels, Sequence) and not isinstance(labels, str | bytes)
+    if not listed or not all(isinstance(label, str) for label in labels):
+        raise AdapterError(f"{call}(labels={shown(labels)}): give a list of names.")
+
+
+def _describe_backbone(host: nn.Module, prompts: Prompts) -> dict[str, Any]:
+    values = describe_backbone(host, prompts.encoder)
+    moved = prompts.delta is not None and prompts.delta.protocol.moves
+    found = prompts.delta.fingerprint if moved else fingerprint(host, prompts.encoder)
+    return values | {"fingerprint": found}
+
+
+def _preprocessing(host: nn.Module, prompts: Prompts) -> dict[str, Any] | None:
+    """Return what the backbone says, with the size of the images that the prompts call for."""
+    found = default_preprocessing(host, prompts.encoder)
+    if found is None or prompts.spec.location != "pad" or prompts.place is None:
+        return found
+    return found | {"size": list(prompts.place.image[1:])}
+
+
+def _describe_head(
+    host: nn.Module, prompts: Prompts, labels: list[str] | None
+) -> dict[str, Any] | None:
+    head = prompts.encoder.head
+    if has_decoder(prompts):
+        described = describe_decoder(host, prompts.encoder)
+        _check_count(labels, described["classes"])
+        return described | {"labels": labels}
+    if head is None or not head_tensors(host, prompts.encoder):
+        return None
+    module = module_at(host, head.paths[0])
+    classes = class_count(host, head)
+    _check_count(labels, classes)
+    extra: dict[str, Any] = {}
+    if not isinstance(module, nn.Linear):
+        extra["class"] = type(module).__name__
+    elif module.bias is None:
+        extra["bias"] = False
+    return {
+        "classes": classes,
+        "labels": labels,
+        "in_features": int(getattr(module, "in_features", head.width)),
+        "reads": prompts.encoder.reads(prompts.spec.pooling),
+        **extra,
+    }
+
+
+def _check_count(labels: list[str] | None, classes: int) -> None:
+    if labels is not None and len(labels) != classes:
+        raise AdapterError(
+            f"save_task_adapter(labels=...): {len(labels)} names for a head of {classes} classes."
+        )

@@ -1,0 +1,321 @@
+"""Task adapters on the Hugging Face Hub: pushing them, and building the backbone they name."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from .. import __version__
+from ..adapter.file import FILE_NAME, Adapter, read_adapter
+from ..adapter.schema import is_segmenter
+from ..adapter.source import check_hub_options, find_adapter, hub_errors
+from ..adapter.verbs import check_strict, load_task_adapter
+from ..backbones.find import says_its_size
+from ..errors import AdapterError, AdapterMismatchError
+from ..hosts import host_and_prompts
+from ..inject import count_parameters
+from ..preprocessing import image_processor, per_channel, timm_transform
+from .backbone import (
+    build_backbone,
+    check_name,
+    default_processor,
+    head_elements,
+    loads_by_name,
+    match_head,
+)
+from .card import LIBRARY, write_card
+from .push import CALL as _CALL
+from .push import adapter_to_push, check_names, dataset_names, what_is_said
+
+_LOAD = "load_backbone_with_adapter"
+
+
+def push_task_adapter(
+    model: nn.Module | str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    commit_message: str | None = None,
+    endpoint: str | None = None,
+    create_pr: bool = False,
+    license: str | None = None,
+    datasets: str | Sequence[str] | None = None,
+    base_model: str | None = None,
+    base_revision: str | None = None,
+    task: str | None = None,
+    labels: Sequence[str] | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+) -> str:
+    """Push a task adapter to the Hugging Face Hub: file, config.json and card in one commit.
+
+    The repository and the branch are made if missing. A card that somebody edited keeps its text.
+
+    Args:
+        model: A prompted model, or a saved adapter (file or folder).
+        repo_id: `owner/name`.
+        private: Make a new repository private. None: the owner's default.
+        token: Access token; None: the one that is logged in.
+        revision: Branch to push to. None: `main`.
+        commit_message: Title of the commit.
+        endpoint: Address of another Hub.
+        create_pr: Open a pull request in place of a commit.
+        license: Licence id for the card.
+        datasets: Dataset ids for the card.
+        base_model: Hub id of the backbone, where the model does not know it.
+        base_revision: Commit of the backbone's repository.
+        task: As in `save_task_adapter`; so are `labels`, `preprocessing` and `metrics`.
+        labels: Class names.
+        preprocessing: What images went through.
+        metrics: JSON values.
+
+    Returns:
+        URL of the commit, or of the pull request.
+
+    Raises:
+        NotPromptedError: The model carries no prompts.
+        AdapterError: The adapter cannot be saved, or the Hub refuses; the Hub is then unchanged but
+            for an empty new repository, or a new branch without a new commit.
+    """
+    from huggingface_hub import HfApi
+
+    check_names(model, repo_id, base_model, base_revision)
+    check_hub_options(_CALL, revision, token)
+    said = what_is_said(task, labels, preprocessing, metrics)
+    names = dataset_names(datasets)
+    with tempfile.TemporaryDirectory() as folder:
+        adapter = adapter_to_push(model, Path(folder), said, base_model, base_revision)
+        data = adapter.path.read_bytes()
+    _warn_if_lost(adapter)
+    total = count_parameters(model).total if isinstance(model, nn.Module) else None
+    api = HfApi(endpoint, token, library_name=LIBRARY, library_version=__version__)
+    write: Any = partial(write_card, adapter, repo_id, license=license, datasets=names, total=total)
+    # Once in vain, so that what is wrong here leaves no repository behind.
+    _operations(data, adapter, write())
+    errors = partial(hub_errors, _CALL, repo_id, token, pushing=True)
+    with errors():
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit, former = _former_card(api, repo_id, revision, create_pr)
+    card = write(former=former)
+    with errors():
+        done = api.create_commit(
+            repo_id,
+            _operations(data, adapter, card),
+            commit_message=commit_message or _title(adapter),
+            revision=revision,
+            create_pr=create_pr,
+            parent_commit=commit,
+        )
+    return str(done.pr_url or done.commit_url)
+
+
+def load_backbone_with_adapter(
+    source: str | Path,
+    *,
+    backbone: str | None = None,
+    strict: bool | Literal["prompts"] = True,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> tuple[nn.Module, Any]:
+    """Build the backbone that an adapter names, load the adapter, and return both ready for use.
+
+    Args:
+        source: As in `load_task_adapter`; so are `strict`, `token`, `cache_dir`.
+        backbone: Hub id of the backbone, in place of the one in the file.
+        strict: Whether the backbone's weights must be those of the file.
+        revision: Revision of the adapter's repository. The backbone's stands in the file.
+        token: Access token, for adapter and backbone.
+        cache_dir: Folder of the Hub cache, for both.
+        local_files_only: Take both from the cache.
+
+    Returns:
+        The model in eval mode, and its preprocessing: for timm a transform (PIL image to tensor
+        `(3, H, W)`), for transformers an image processor.
+
+    Raises:
+        AdapterError: The file names no backbone, or one of both cannot be had.
+        AdapterMismatchError: The backbone's weights are others.
+    """
+    check_strict(strict, _LOAD)
+    if backbone is not None:
+        check_name(backbone)
+    hub: dict[str, Any] = {
+        "token": token,
+        "cache_dir": cache_dir,
+        "local_files_only": local_files_only,
+    }
+    path = find_adapter(source, call=_LOAD, revision=revision, **hub)
+    adapter = read_adapter(path, _LOAD)
+    made_for, images = adapter.metadata["backbone"], adapter.metadata["preprocessing"]
+    name = made_for["hub_id"] if backbone is None else backbone
+    _check_named(adapter, name, strict)
+    at = made_for["revision"] if name == made_for["hub_id"] else None
+    if images is not None:
+        # Before anything large is downloaded.
+        per_channel(images)
+    model = backbone_for(adapter, name, revision=at, with_head=strict != "prompts", **hub)
+    load_task_adapter(model, path, strict=strict)
+    if images is None:
+        processor = default_processor(made_for["library"], model, name, at, **hub)
+        return model.eval(), _sized(processor, model)
+    make = timm_transform if made_for["library"] == "timm" else image_processor
+    return model.eval(), make(images)
+
+
+def backbone_for(
+    adapter: Adapter,
+    name: str,
+    *,
+    library: str | None = None,
+    with_head: bool = True,
+    **options: Any,
+) -> nn.Module:
+    """Build a backbone by its name, for the images and with the head that an adapter calls for.
+
+    Args:
+        adapter: The adapter that is going to be loaded.
+        name: Hub id, or timm's own name.
+        library: "timm" or "transformers"; None: the adapter's.
+        with_head: Whether its head is going to be loaded too.
+        options: Of `build_backbone`.
+
+    Raises:
+        AdapterError: The model cannot be had.
+    """
+    made_for, images = adapter.metadata["backbone"], adapter.metadata["preprocessing"]
+    own = library in (None, made_for["library"])
+    sized = images is not None and "size" in images
+    padded = adapter.spec.location == "pad"
+    model = build_backbone(
+        library or made_for["library"],
+        name,
+        architecture=made_for["architecture"] if own else None,
+        image_size=tuple(images["size"]) if sized and not padded else None,
+        classes=_classes(adapter) if with_head else None,
+        **options,
+    )
+    if padded and sized:
+        model = says_its_size(model, images["size"])
+    if with_head:
+        match_head(model, adapter)
+    return model
+
+
+def _check_named(adapter: Adapter, name: str | None, strict: bool | str) -> None:
+    """Refuse an adapter whose backbone nobody names, and one that makes no model of one backbone.
+
+    Raises:
+        AdapterError: It is of the one kind.
+        AdapterMismatchError: It is of the other.
+    """
+    made_for = adapter.metadata["backbone"]
+    if name is None:
+        raise AdapterError(
+            f"{_LOAD}: {adapter.path}: it does not say which repository its backbone "
+            f"({made_for['library']} {made_for['architecture']}) comes from; pass backbone=, or "
+            "build the model yourself and call load_task_adapter(model, ...)."
+        )
+    if is_segmenter(adapter.metadata["head"]) and strict != "prompts":
+        raise AdapterMismatchError(
+            f"{_LOAD}: {adapter.path}: it holds the decoder of a Segmenter, which a backbone has "
+            "no place for; build the backbone, and call "
+            "peft_vpt.segmentation.load_segmenter(backbone, source)."
+        )
+
+
+def _classes(adapter: Adapter) -> int | None:
+    """Return the number of outputs to build a model with, None where its head is replaced later."""
+    head = adapter.metadata["head"]
+    replaced = head is None or "class" not in head or is_segmenter(head)
+    if replaced or (adapter.protocol is not None and adapter.protocol.kind == "mlp"):
+        return None
+    # More than the file holds is refused when it is loaded, so that no memory need go to it.
+    return int(head["classes"]) if head["classes"] <= head_elements(adapter) else None
+
+
+def _sized(processor: Any, model: nn.Module) -> Any:
+    """Let a transformers processor make images of the size that pixel prompts call for."""
+    place = host_and_prompts(model, _LOAD)[1].place
+    if place is not None and hasattr(processor, "image_mean"):
+        height, width = place.image[1:]
+        processor.size = {"height": height, "width": width}
+        processor.do_center_crop = False
+    return processor
+
+
+def _warn_if_lost(adapter: Adapter) -> None:
+    """Warn where nobody could load the adapter by its name, since a backbone's head is another."""
+    head = adapter.metadata["head"]
+    if adapter.metadata["backbone"]["hub_id"] is None or is_segmenter(head):
+        return
+    if not loads_by_name(adapter):
+        kind = head.get("class") or "linear layer"
+        warnings.warn(
+            f"{_CALL}: its head ({kind}, which reads {head['reads']!r}) is none that the backbone "
+            "of that name can have, so load_backbone_with_adapter, and the card's code, will "
+            "refuse it; who builds such a model can call load_task_adapter(model, ...).",
+            stacklevel=3,
+        )
+
+
+def _title(adapter: Adapter) -> str:
+    return f"Task adapter {adapter.metadata['task'] or ''}".strip()
+
+
+def _former_card(
+    api: Any, repo_id: str, revision: str | None, create_pr: bool
+) -> tuple[str, str | None]:
+    """Return the last commit of a branch, and its README or None.
+
+    The branch is made if missing, but not for a pull request, whose target it is.
+    """
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        LocalEntryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    with tempfile.TemporaryDirectory() as folder:
+        for attempt in (0, 1):
+            try:
+                commit = str(api.repo_info(repo_id, revision=revision).sha)
+                path = api.hf_hub_download(repo_id, "README.md", revision=commit, cache_dir=folder)
+                return commit, Path(path).read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise AdapterError(
+                    f"{_CALL}: {repo_id}/README.md is not UTF-8: {error}. Mend it first."
+                ) from error
+            except LocalEntryNotFoundError:
+                # The Hub was not reached, which says nothing of what stands there.
+                raise
+            except EntryNotFoundError:
+                return commit, None
+            except RevisionNotFoundError:
+                if attempt or revision is None or create_pr:
+                    raise
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+    raise AssertionError("the loop above returns or raises")
+
+
+def _operations(data: bytes, adapter: Adapter, card: str) -> list[Any]:
+    from huggingface_hub import CommitOperationAdd
+
+    rendered = json.dumps(adapter.metadata, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    try:
+        files = {FILE_NAME: data, "config.json": rendered.encode(), "README.md": card.encode()}
+    except UnicodeEncodeError as error:
+        raise AdapterError(
+            f"{_CALL}: task, labels or metrics hold a character that no file can: {error}."
+        ) from error
+    return [CommitOperationAdd(name, content) for name, content in files.items()]
