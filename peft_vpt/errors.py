@@ -1,14 +1,44 @@
-"""The errors of the library: every one is a `ValueError` whose message says what to do next."""
+"""The errors of the library, as data: what was called, what is wrong, what to do."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+_VALUE = 80
+_PLAIN = (str, bytes, int, float, Path, list, tuple, dict, set, range, type(None))
+_LONGEST = 600
+# Code in a message stands between backticks, so that the shell can put its own words there.
+CODE = re.compile(r"`([^`\n]+)`")
+
 
 class VPTError(ValueError):
-    """Base of everything that this library raises on purpose."""
+    """Base of everything that this library raises on purpose.
+
+    `str()` joins the parts into one sentence: `call(name=value): path: problem; advice.` Whoever
+    wants to know what happened reads the parts, never the sentence.
+
+    Args:
+        call: What was called: "inject_prompts".
+        problem: What is wrong, or what would be right: a clause without a full stop. Code in it and
+            in the advice stands between backticks, which `str()` leaves out.
+        advice: What to do. One with a capital letter is a sentence of its own.
+        facts: Whatever a handler may want to know. Two are shown: `given`, a mapping of arguments
+            to the values given (`...` for one that is not shown); `path`, the file.
+    """
+
+    def __init__(self, call: str, problem: str = "", advice: str = "", **facts: Any) -> None:
+        super().__init__(call, problem, advice)
+        self.call, self.problem, self.advice, self.facts = call, problem, advice, facts
+
+    def __str__(self) -> str:
+        """Return the sentence for somebody who calls from Python."""
+        given = self.facts.get("given")
+        shows = [f"{n}={'...' if v is ... else shown(v)}" for n, v in (given or {}).items()]
+        call = f"{self.call}({', '.join(shows)})" if shows else self.call
+        return sentence(call, self.facts.get("path"), self.problem, self.advice)
 
 
 class UnsupportedArchitectureError(VPTError):
@@ -35,8 +65,14 @@ class AdapterMismatchError(AdapterError):
     """A sound task adapter file that was made for another backbone or another head."""
 
 
-_VALUE = 80
-_LONGEST = 600
+def sentence(call: str, path: Any, problem: str, advice: str) -> str:
+    """Join the parts of an error, without the backticks around code."""
+    text = ": ".join(str(part) for part in (call, path, CODE.sub(r"\1", problem)) if part)
+    if advice:
+        joint = " " if text.endswith((".", "?", "!")) else ". " if advice[0].isupper() else "; "
+        text += joint + CODE.sub(r"\1", advice)
+    # A worker of a DataLoader raises its error again with a whole traceback as the only part.
+    return text if not problem or text.endswith((".", "?", "!")) else f"{text}."
 
 
 def cut(text: str, most: int = _LONGEST) -> str:
@@ -47,9 +83,7 @@ def cut(text: str, most: int = _LONGEST) -> str:
 
 def shown(value: Any) -> str:
     """Return a value for a message: plain ones, cut where they are long, of others the type."""
-    if not isinstance(value, str | bytes | int | float | Path | None):
-        return f"<{type(value).__name__}>"
-    return cut(repr(value), _VALUE)
+    return cut(repr(value), _VALUE) if isinstance(value, _PLAIN) else f"<{type(value).__name__}>"
 
 
 def listing(items: Sequence[str], most: int = 10) -> str:
