@@ -60,15 +60,10 @@ def number(
     """Return a rule for finite numbers of a range; `above`, `below`: without its ends."""
 
     def fits(value: Any) -> bool:
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-        ):
+        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
             return False
-        return (least < value if above else least <= value) and (
-            value < most if below else value <= most
-        )
+        over = least < value if above else least <= value
+        return over and (value < most if below else value <= most)
 
     ends = [f"{'>' if above else '>='} {least:g}"] if least > -math.inf else []
     ends += [f"{'<' if below else '<='} {most:g}"] if most < math.inf else []
