@@ -62,8 +62,9 @@ def number(
     def fits(value: Any) -> bool:
         if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
             return False
-        over = least < value if above else least <= value
-        return over and (value < most if below else value <= most)
+        given = float(value)
+        over = least < given if above else least <= given
+        return over and (given < most if below else given <= most)
 
     ends = [f"{'>' if above else '>='} {least:g}"] if least > -math.inf else []
     ends += [f"{'<' if below else '<='} {most:g}"] if most < math.inf else []
