@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hub_server import Hub, client
+from support.hub_server import Hub, client
 from test_hub import HF_BASE, LABELS, REPO, TIMM_BASE, TOKEN, hf_vit, prompted, timm_vit
 from test_hub import upload_backbone as upload
 from zoo import image, logits

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hub_server import Hub, client
+from support.hub_server import Hub, client
 from test_hub import (
     HF_BASE,
     LABELS,

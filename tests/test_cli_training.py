@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hub_server import Hub, client
 from PIL import Image
+from support.hub_server import Hub, client
 from test_hub import HF_BASE, TIMM_BASE, TOKEN, hf_vit, timm_vit, upload_backbone
 from torch import nn
 

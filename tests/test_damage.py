@@ -22,11 +22,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import damage
 import pytest
 import torch
-from damage import Case, Tensors
 from safetensors.torch import save_file
+from support import damage
+from support.damage import Case, Tensors
 from torch import nn
 from zoo import build, image, logits
 

@@ -91,7 +91,7 @@ def test_push_and_load_offline_prints_the_card(monkeypatch, capsys):
 
 
 def test_push_and_load_through_a_hub(monkeypatch, tmp_path, capsys):
-    from hub_server import Hub, client
+    from support.hub_server import Hub, client
     from test_hub import TIMM_BASE, TOKEN, timm_vit, upload_backbone
 
     script = ROOT / "examples" / "push_and_load.py"

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hub_server import Hub, client
+from support.hub_server import Hub, client
 from torch import nn
 from zoo import image, logits, perturb
 

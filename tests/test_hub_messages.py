@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hub_server import Hub, client
+from support.hub_server import Hub, client
 from test_hub import HF_BASE, REPO, TOKEN, hf_vit, prompted, timm_vit, upload_backbone
 from torch import nn
 

@@ -14,7 +14,6 @@ from pathlib import Path
 import httpx2
 import pytest
 import torch
-from hub_server import Hub, client
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -35,6 +34,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from support.hub_server import Hub, client
 
 TOKEN, REPO = "hf_right", "user/pets"
 WEIGHTS = bytes(range(256)) * 4096

@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import damage
 import pytest
 import torch
+from support import damage
 from test_adapters import out, trained
 from torch import nn
 from zoo import build, image, logits

@@ -7,10 +7,10 @@ from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
-import oracles
 import pytest
 import torch
-from oracles import (
+from support import oracles
+from support.oracles import (
     CLASS,
     GRID,
     MAPS,

@@ -9,10 +9,10 @@ import re
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
-from hub_store import Commit, File, HubError, Repo, card_faults
+from support.hub_store import Commit, File, HubError, Repo, card_faults
 
 if TYPE_CHECKING:
-    from hub_server import Hub
+    from support.hub_server import Hub
 
 _ID, _REV = r"(?P<repo_id>[^/]+(?:/[^/]+)?)", r"(?P<revision>[^/]+)"
 _MODEL = f"/api/models/{_ID}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from hub_server import Hub
+    from support.hub_server import Hub
 
 # The discard port: nothing listens there.
 _DEAD = "http://127.0.0.1:9"

@@ -40,9 +40,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
-from hub_api import Api
-from hub_client import client
-from hub_store import Commit, File, HubError, Repo
+from support.hub_api import Api
+from support.hub_client import client
+from support.hub_store import Commit, File, HubError, Repo
 
 _JSON = "application/json; charset=utf-8"
 
