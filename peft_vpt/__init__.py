@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .adapter.verbs import load_task_adapter, save_task_adapter
     from .errors import VPTError
+    from .files import __version__ as __version__
     from .hub.verbs import push_task_adapter
     from .inject import (
         count_parameters,
@@ -23,9 +24,8 @@ if TYPE_CHECKING:
     from .protocols import apply_protocol
     from .spec import PromptSpec
 
-
-__version__ = "0.1.0"
 _HOMES = {
+    "__version__": "files",
     "apply_protocol": "protocols",
     "PromptSpec": "spec",
     "VPTError": "errors",

@@ -12,6 +12,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+# Of this library, as every file that it writes says.
+__version__ = "0.1.0"
+
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
     """Write plain values as one indented JSON object."""

@@ -11,7 +11,6 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from .. import __version__
 from ..backbones.anatomy import Encoder
 from ..backbones.find import encoder_for
 from ..backbones.fingerprint import fingerprint
@@ -19,6 +18,7 @@ from ..backbones.heads import class_count
 from ..backbones.identity import default_preprocessing, describe_backbone, label_names
 from ..backbones.projection import module_at
 from ..errors import AdapterError, UnsupportedArchitectureError, shown
+from ..files import __version__
 from ..hosts import carries, host_and_prompts, parallel_wrapper, refuse_unfit, unwrap
 from ..preprocessing import describe_preprocessing
 from ..prompts import Prompts

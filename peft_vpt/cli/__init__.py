@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from .. import __version__
+from ..files import __version__
 from . import adapters as files
 from . import adapters as hub
 from . import compare, cost, predict, supported, sweep, train

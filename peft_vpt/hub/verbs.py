@@ -12,13 +12,13 @@ from typing import Any, Literal
 
 from torch import nn
 
-from .. import __version__
 from ..adapter.file import FILE_NAME, Adapter, read_adapter
 from ..adapter.schema import is_segmenter
 from ..adapter.source import check_hub_options, find_adapter, hub_errors
 from ..adapter.verbs import check_strict, load_task_adapter
 from ..backbones.find import says_its_size
 from ..errors import AdapterError, AdapterMismatchError
+from ..files import __version__
 from ..hosts import host_and_prompts
 from ..inject import count_parameters
 from ..preprocessing import image_processor, per_channel, timm_transform

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
 from ..adapter.file import Adapter, read_adapter, write_adapter
 from ..adapter.schema import SEGMENTER, plain_metrics
 from ..adapter.source import file_at, find_adapter
@@ -17,6 +16,7 @@ from ..adapter.verbs import check_labels, load_task_adapter
 from ..backbones.fingerprint import fingerprint
 from ..backbones.identity import default_preprocessing, describe_backbone
 from ..errors import AdapterError, AdapterMismatchError
+from ..files import __version__
 from ..hosts import host_and_prompts, unwrap
 from ..preprocessing import describe_preprocessing
 from ..spec import NOWHERE

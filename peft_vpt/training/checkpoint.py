@@ -15,9 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import __version__
 from ..errors import SpecError, VPTError, cut
-from ..files import plain, replace_file, write_json, write_lines
+from ..files import __version__, plain, replace_file, write_json, write_lines
 from ..hosts import unwrap
 from ..inject import count_parameters
 from .optim import owner_of
