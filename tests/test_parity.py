@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 from typing import Any
 
 import pytest
 import reference
 import torch
+from support.pairs import pairwise
 from torch import Tensor, nn
 from zoo import NAMES, build, image, logits
 
@@ -18,24 +20,37 @@ LENGTH = 3
 DEPTH = 3
 # Same numbers in another order of summation: a few thousand roundings of 1e-16 each.
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-12}
-SCHEDULES: list[dict[str, Any]] = [
-    {"deep": True},
-    {"deep": False},
-    {"deep": False, "layers": (0, 1, 2)},
-    {"deep": False, "layers": (0, 2)},
-    {"deep": True, "layers": (0, 1)},
-    {"deep": True, "layers": (2,)},
-    {"deep": False, "layers": (1,)},
-]
-SPANS = [
-    [(0, 0), (1, 1), (2, 2)],
-    [(0, 2)],
-    [(0, 0), (1, 1), (2, 2)],
-    [(0, 1), (2, 2)],
-    [(0, 0), (1, 1)],
-    [(2, 2)],
-    [(1, 2)],
-]
+# Options of a schedule as (deep, layers), and the spans that they mean.
+SCHEDULES = {
+    (True, None): [(0, 0), (1, 1), (2, 2)],
+    (False, None): [(0, 2)],
+    (False, (0, 1, 2)): [(0, 0), (1, 1), (2, 2)],
+    (False, (0, 2)): [(0, 1), (2, 2)],
+    (True, (0, 1)): [(0, 0), (1, 1)],
+    (True, (2,)): [(2, 2)],
+    (False, (1,)): [(1, 2)],
+}
+DEEP = SCHEDULES[True, None]
+POOLINGS = ("cls", "image", "prompt", "global")
+# Without a single classifier every pooling is refused, see test_bad_input.py.
+HEADLESS = [n for n in NAMES if "distilled" in n or "model" in n]
+REFUSED = {
+    (name, pooling): "no CLS token"
+    if pooling == "cls" and "dinov2" not in name
+    else "set num_classes"
+    for name, pooling in product(NAMES, POOLINGS)
+    if "dinov2" in name
+    or (
+        pooling == "cls"
+        and name in ("timm/gap", "timm/gap-norm-before", "timm/map", "transformers/siglip")
+    )
+}
+
+
+def possible(name: str, schedule: tuple[bool, Any], pooling: str) -> bool:
+    if pooling in ("prompt", "global") and SCHEDULES[schedule][-1][1] != DEPTH - 1:
+        return False
+    return pooling == "default" or (name not in HEADLESS and (name, pooling) not in REFUSED)
 
 
 def run(model: nn.Module, pixels: Tensor) -> Tensor:
@@ -126,60 +141,56 @@ def compare(
     return model
 
 
-@pytest.mark.parametrize("form", ["auto", "token"])
-@pytest.mark.parametrize(("schedule", "spans"), list(zip(SCHEDULES, SPANS, strict=True)), ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "schedule", "form", "dropout", "pooling"),
+    pairwise(
+        case
+        for case in product(NAMES, SCHEDULES, ("auto", "token"), (0.0, 0.4), ("default", *POOLINGS))
+        if possible(case[0], case[1], case[4])
+    ),
+)
 def test_every_family_and_schedule(
-    name: str, schedule: dict[str, Any], spans: list[tuple[int, int]], form: str
+    name: str, schedule: tuple[bool, Any], form: str, dropout: float, pooling: str
 ) -> None:
-    compare(name, spans, form=form, **schedule)
+    """In training the masks of dropout are the same."""
+    deep, layers = schedule
+    compare(
+        name,
+        SCHEDULES[schedule],
+        training=dropout > 0,
+        deep=deep,
+        layers=layers,
+        form=form,
+        dropout=dropout,
+        pooling=pooling,
+    )
 
 
-@pytest.mark.parametrize("project", [None, 7])
-@pytest.mark.parametrize("sharing", ["none", "inter", "intra", "all"])
-@pytest.mark.parametrize("form", ["kv", "token"])
-@pytest.mark.parametrize("name", ["timm/cls", "timm/map", "transformers/dinov2"])
+@pytest.mark.parametrize(("name", "pooling"), REFUSED)
+def test_a_pooling_that_a_head_cannot_read_is_refused(name: str, pooling: str) -> None:
+    with pytest.raises(SpecError, match=REFUSED[name, pooling]):
+        compare(name, DEEP, pooling=pooling)
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "sharing", "project"),
+    pairwise(
+        product(
+            ("timm/cls", "timm/map", "transformers/dinov2"),
+            ("kv", "token"),
+            ("none", "inter", "intra", "all"),
+            (None, 7),
+        )
+    ),
+)
 def test_sharing_and_projection(name: str, form: str, sharing: str, project: int | None) -> None:
-    compare(name, SPANS[0], form=form, sharing=sharing, project=project)
-
-
-@pytest.mark.parametrize("pooling", ["cls", "image", "prompt", "global"])
-@pytest.mark.parametrize(
-    ("schedule", "spans"), list(zip(SCHEDULES[:4], SPANS[:4], strict=True)), ids=str
-)
-@pytest.mark.parametrize("name", NAMES)
-def test_pooling(
-    name: str, schedule: dict[str, Any], spans: list[tuple[int, int]], pooling: str
-) -> None:
-    if any(part in name for part in ("distilled", "model")):
-        pytest.skip("no single classifier: refused, see test_bad_input.py")
-    without_cls = name in ("timm/gap", "timm/gap-norm-before", "timm/map", "transformers/siglip")
-    wide = "dinov2" in name
-    if without_cls and pooling == "cls":
-        with pytest.raises(SpecError, match="no CLS token"):
-            compare(name, spans, pooling=pooling, **schedule)
-    elif wide:
-        with pytest.raises(SpecError, match="set num_classes"):
-            compare(name, spans, pooling=pooling, **schedule)
-    else:
-        compare(name, spans, pooling=pooling, **schedule)
-
-
-@pytest.mark.parametrize("form", ["auto", "token"])
-@pytest.mark.parametrize(
-    ("schedule", "spans"), list(zip(SCHEDULES[:4], SPANS[:4], strict=True)), ids=str
-)
-@pytest.mark.parametrize("name", NAMES)
-def test_dropout_with_the_same_masks(
-    name: str, schedule: dict[str, Any], spans: list[tuple[int, int]], form: str
-) -> None:
-    compare(name, spans, training=True, dropout=0.4, form=form, **schedule)
+    compare(name, DEEP, form=form, sharing=sharing, project=project)
 
 
 @pytest.mark.parametrize("name", [n for n in NAMES if n.startswith("transformers/")])
 def test_eager_attention(name: str) -> None:
     # The softmax of transformers' eager attention is float32 inside.
-    compare(name, SPANS[0], attention="eager", tolerance={"rtol": 1e-5, "atol": 1e-5})
+    compare(name, DEEP, attention="eager", tolerance={"rtol": 1e-5, "atol": 1e-5})
 
 
 @pytest.mark.parametrize(
@@ -188,5 +199,5 @@ def test_eager_attention(name: str) -> None:
 def test_unfused_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = pytest.importorskip("timm.layers.config")
     monkeypatch.setattr(config, "_USE_FUSED_ATTN", 0)
-    model = compare(name, SPANS[0])
+    model = compare(name, DEEP)
     assert not any(m.fused_attn for m in model.modules() if hasattr(m, "fused_attn"))
