@@ -276,6 +276,7 @@ def test_the_largest_images_are_written(tmp_path: Path) -> None:
     for images in ({"size": [4096, 4096]}, {"size": [409, 409], "crop": 0.1}, {"crop": 10}):
         values = damage.metadata(PromptSpec(length=2)) | {"preprocessing": images}
         write_adapter(tmp_path / "a.safetensors", tensors, values)
+        assert read_adapter(tmp_path / "a.safetensors").metadata["preprocessing"] == images
 
 
 def test_a_newer_file_asks_for_an_update(tmp_path: Path) -> None:

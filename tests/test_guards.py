@@ -46,7 +46,8 @@ def test_the_self_check_notices_in_every_precision(dtype: torch.dtype) -> None:
 def test_half_precision_passes_with_rotations() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         for name in ("timm/vit_tiny_patch16_dinov3_qkvb", "transformers/DINOv3ViTModel"):
-            inject_prompts(build(name)[0].to(dtype), 2)
+            model = inject_prompts(build(name)[0].to(dtype), 2)
+            assert model.prompts.checked
 
 
 def test_a_rotation_is_one_of_channel_pairs() -> None:
