@@ -89,26 +89,18 @@ def unmap(tokens: Tensor, like: Tensor) -> Tensor:
     return tokens.transpose(1, 2).unflatten(2, like.shape[2:])
 
 
-ROWS = Layout(
-    lambda x: x.flatten(1, -2), same, lambda x: x.flatten(1, -2), lambda x, h: x.reshape(h.shape)
-)
+def rows(first: int, last: int, enter: Callable[[Tensor], Tensor]) -> Layout:
+    """Join axes on the way in and out."""
+    flat = partial(torch.flatten, start_dim=first, end_dim=last)
+    return Layout(flat, enter, flat, lambda x, h: x.reshape(h.shape))
+
+
+ROWS = rows(1, -2, same)
 MAPS = Layout(as_tokens, as_map, as_tokens, unmap)
 # `(batch, height, width, dim)`, as one row of pixels.
-GRID = Layout(
-    lambda x: x.flatten(1, 2),
-    lambda x: x.unsqueeze(1),
-    lambda x: x.flatten(1, 2),
-    lambda x, h: x.reshape(h.shape),
-)
+GRID = rows(1, 2, lambda x: x.unsqueeze(1))
 # `(batch, windows, tokens, dim)`: a window is a sample.
-WINDOWS = Layout(
-    lambda x: x.flatten(0, 1),
-    lambda x: x.unsqueeze(1),
-    lambda x: x.flatten(0, 1),
-    lambda x, h: x.reshape(h.shape),
-)
-
-
+WINDOWS = rows(0, 1, lambda x: x.unsqueeze(1))
 # Tokens of which a class token, given apart, is the query: nothing to cut.
 CLASS = Layout(same, same, same, lambda x, h: x)
 
@@ -370,10 +362,11 @@ def attend(
     more_keys: Tensor,
     more_values: Tensor,
     *,
-    scale: float | Tensor,
+    scale: float | Tensor | None = None,
     bias: Tensor | float = 0.0,
 ) -> Tensor:
-    """Return `softmax([Q K^T * scale + bias, Q K_p^T * scale]) [V; V_p]`."""
+    """Return `softmax([Q K^T * scale + bias, Q K_p^T * scale]) [V; V_p]`, scale 1 / sqrt(width)."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     own = query @ keys.mT * scale + bias
     scores = torch.cat([own, (query @ more_keys.mT * scale).expand(*own.shape[:-1], -1)], dim=-1)
     weights = scores.softmax(-1)
@@ -488,8 +481,7 @@ def swin(block: Any, prompt: Tensor, hidden: Tensor) -> Tensor:
 
     def one(window: Tensor, mask: Tensor) -> Tensor:
         query, keys, values = thirds(attn.qkv(window), count)
-        scale = query.shape[-1] ** -0.5
-        mixed = attend(query, keys, values, more_keys, more_values, scale=scale, bias=bias + mask)
+        mixed = attend(query, keys, values, more_keys, more_values, bias=bias + mask)
         return attn.proj(fold(mixed))
 
     hidden = hidden + Shifted(block.window_size, block.shift_size)(block.norm1(hidden), one)
@@ -561,8 +553,7 @@ def mask_units(attn: Any, tokens: Tensor, hidden: Tensor) -> Tensor:
     for window in range(number):
         query, keys, values = thirds(attn.qkv(hidden[:, window::number]), count)
         query = query.unflatten(2, (stride, -1)).amax(2)
-        scale = attn.head_dim**-0.5
-        out.append(fold(attend(query, keys, values, more_keys, more_values, scale=scale)))
+        out.append(fold(attend(query, keys, values, more_keys, more_values)))
     return attn.proj(torch.stack(out, dim=2).flatten(1, 2))
 
 
@@ -577,18 +568,30 @@ def pooled_windows(attn: Any, tokens: Tensor, hidden: Tensor) -> Tensor:
         pooled = F.max_pool2d(unmap(fold(query), hidden.permute(0, 3, 1, 2)), stride)
         height, width = pooled.shape[2:]
         query = heads(as_tokens(pooled), count)
-    scale = query.shape[-1] ** -0.5
-    out = fold(attend(query, keys, values, more_keys, more_values, scale=scale))
+    out = fold(attend(query, keys, values, more_keys, more_values))
     return attn.proj(out.unflatten(1, (height, width)))
 
 
-def decomposed(query: Tensor, by_row: Tensor, by_column: Tensor, size: tuple[int, int]) -> Tensor:
-    """SAM's bias: queries times embeddings of the distances in rows and in columns."""
-    high, wide = size
-    grid = query.unflatten(2, size)
-    y, x = torch.arange(high), torch.arange(wide)
-    down = torch.einsum("bnhwc,hkc->bnhwk", grid, by_row[y[:, None] - y + high - 1])
-    right = torch.einsum("bnhwc,wkc->bnhwk", grid, by_column[x[:, None] - x + wide - 1])
+def decomposed(
+    query: Tensor, by_row: Tensor, by_column: Tensor, size: Any, others: Any = None
+) -> Tensor:
+    """SAM's and MViT's bias: queries times embeddings of distances to keys in rows and columns.
+
+    Args:
+        query: `(batch, heads, tokens, dim)`.
+        by_row: `(distances, dim)`.
+        by_column: The same of columns.
+        size: Of the grid of queries.
+        others: Of that of keys, where it is coarser or finer.
+    """
+    tables = []
+    for own, far, table in zip(size, others or size, (by_row, by_column), strict=True):
+        mine = torch.arange(own)[:, None] * max(far / own, 1.0)
+        theirs = torch.arange(far) * max(own / far, 1.0)
+        tables.append(table[(mine - theirs + (far - 1) * max(own / far, 1.0)).long()])
+    grid = query.unflatten(2, tuple(size))
+    down = torch.einsum("bnhwc,hkc->bnhwk", grid, tables[0])
+    right = torch.einsum("bnhwc,wkc->bnhwk", grid, tables[1])
     return (down.unsqueeze(-1) + right.unsqueeze(-2)).flatten(4).flatten(2, 3)
 
 
@@ -604,18 +607,13 @@ def sam(attn: Any, tokens: Tensor, hidden: Tensor) -> Tensor:
 
 def local(attn: Any, tokens: Tensor, grid: Tensor) -> Tensor:
     """Attend window by window on a padded map; return tokens."""
-    height, width = grid.shape[1:3]
+    _, *more = thirds(attn.qkv(tokens), attn.num_heads)
     side = named_one_of(attn, "ws window_size")
-    grid = pad_to(grid, (side, side))
-    _, more_keys, more_values = thirds(attn.qkv(tokens), attn.num_heads)
-    out = torch.zeros_like(grid)
-    for rows, columns in windows(grid.shape[1], grid.shape[2], (side, side)):
-        part = grid[:, rows, columns]
-        query, keys, values = thirds(attn.qkv(part.flatten(1, 2)), attn.num_heads)
-        scale = query.shape[-1] ** -0.5
-        mixed = attend(query, keys, values, more_keys, more_values, scale=scale)
-        out[:, rows, columns] = fold(mixed).reshape(part.shape)
-    return attn.proj(out[:, :height, :width].flatten(1, 2))
+
+    def one(window: Tensor, _: Tensor) -> Tensor:
+        return fold(attend(*thirds(attn.qkv(window), attn.num_heads), *more))
+
+    return attn.proj(Shifted((side, side), (0, 0))(grid, one).flatten(1, 2))
 
 
 def twins_windows(attn: Any, tokens: Tensor, hidden: Tensor, size: tuple[int, int]) -> Tensor:
@@ -638,7 +636,7 @@ def reduced(attn: Any, tokens: Tensor, hidden: Tensor, size: tuple[int, int]) ->
     if pool is not None:
         keys, tokens = attn.act(keys), attn.act(tokens)
     own, more = halves(attn.kv(keys), count), halves(attn.kv(tokens), count)
-    return attn.proj(fold(attend(query, *own, *more, scale=query.shape[-1] ** -0.5)))
+    return attn.proj(fold(attend(query, *own, *more)))
 
 
 def nextvit(attn: Any, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -647,17 +645,8 @@ def nextvit(attn: Any, tokens: Tensor, hidden: Tensor) -> Tensor:
     if attn.sr is not None:
         keys = attn.norm(attn.sr(hidden.mT)).mT
         tokens = attn.norm(tokens.mT).mT
-    query, *rest = (
-        heads(layer(x), attn.num_heads)
-        for layer, x in (
-            (attn.q, hidden),
-            (attn.k, keys),
-            (attn.v, keys),
-            (attn.k, tokens),
-            (attn.v, tokens),
-        )
-    )
-    return attn.proj(fold(attend(query, *rest, scale=query.shape[-1] ** -0.5)))
+    parts = (attn.q(hidden), attn.k(keys), attn.v(keys), attn.k(tokens), attn.v(tokens))
+    return attn.proj(fold(attend(*(heads(part, attn.num_heads) for part in parts))))
 
 
 def mvit(attn: Any, tokens: Tensor, hidden: Tensor, size: list[int]) -> tuple[Tensor, list[int]]:
@@ -680,24 +669,11 @@ def mvit(attn: Any, tokens: Tensor, hidden: Tensor, size: list[int]) -> tuple[Te
     more_keys = attn.norm_k(more_keys) if attn.norm_k is not None else more_keys
     more_values = attn.norm_v(more_values) if attn.norm_v is not None else more_values
     prefix = query.shape[2] - sizes[0][0] * sizes[0][1]
-    bias = mvit_bias(attn, query[:, :, prefix:], sizes[0], sizes[1])
+    bias = decomposed(query[:, :, prefix:], attn.rel_pos_h, attn.rel_pos_w, *sizes[:2])
     bias = F.pad(bias, (prefix, 0, prefix, 0))
     out = attend(query, keys, values, more_keys, more_values, scale=attn.scale, bias=bias)
     out = out + query if attn.residual_pooling else out
     return attn.proj(fold(out)), sizes[0]
-
-
-def mvit_bias(attn: Any, query: Tensor, size: list[int], other: list[int]) -> Tensor:
-    """Return queries times embeddings of distances to keys on a coarser or finer grid."""
-    tables = []
-    for own, far, table in zip(size, other, (attn.rel_pos_h, attn.rel_pos_w), strict=True):
-        mine = torch.arange(own)[:, None] * max(far / own, 1.0)
-        theirs = torch.arange(far) * max(own / far, 1.0)
-        tables.append(table[(mine - theirs + (far - 1) * max(own / far, 1.0)).long()])
-    grid = query.unflatten(2, tuple(size))
-    down = torch.einsum("bnhwc,hkc->bnhwk", grid, tables[0])
-    right = torch.einsum("bnhwc,wkc->bnhwk", grid, tables[1])
-    return (down.unsqueeze(-1) + right.unsqueeze(-2)).flatten(4).flatten(2, 3)
 
 
 def multi_query(attn: Any, tokens: Tensor, hidden: Tensor) -> Tensor:
@@ -712,7 +688,7 @@ def multi_query(attn: Any, tokens: Tensor, hidden: Tensor) -> Tensor:
         for name, part in layer.named_children():
             passed = passed if name == "down_conv" else on_tokens(part, passed)
         more.append(passed.unsqueeze(1))
-    out = fold(attend(query, *own, *more, scale=query.shape[-1] ** -0.5))
+    out = fold(attend(query, *own, *more))
     return attn.output(out.transpose(1, 2).unflatten(2, area))
 
 
@@ -725,8 +701,7 @@ def convolved(attn: Any, tokens: Tensor, hidden: Tensor) -> Tensor:
         passed = passed if layer is None else on_tokens(layer, passed)
     query, keys, values = head_first(as_tokens(attn.pwise(first)), attn.num_heads)
     _, more_keys, more_values = head_first(on_tokens(attn.pwise, passed), attn.num_heads)
-    scale = query.shape[-1] ** -0.5
-    out = fold(attend(query, keys, values, more_keys, more_values, scale=scale))
+    out = fold(attend(query, keys, values, more_keys, more_values))
     whole = attn.upsampling(attn.o_proj(out.transpose(1, 2).unflatten(2, first.shape[2:])))
     return whole[..., : hidden.shape[2], : hidden.shape[3]]
 
@@ -763,7 +738,7 @@ def gated(attn: Any, tokens: Tensor, hidden: Tensor) -> Tensor:
     query, keys, values = as_tokens(attn.q(hidden)), as_tokens(attn.k(hidden)), as_tokens(value)
     more_keys = on_tokens(attn.k, tokens)
     more_values, _ = on_tokens(attn.v_gate, tokens).sigmoid().chunk(2, dim=-1)
-    out = attend(query, keys, values, more_keys, more_values, scale=query.shape[-1] ** -0.5)
+    out = attend(query, keys, values, more_keys, more_values)
     return attn.proj(unmap(out, hidden) * gate)
 
 
@@ -788,8 +763,7 @@ def positional(attn: Any, tokens: Tensor, hidden: Tensor) -> Tensor:
     query, keys = halves(attn.qk(hidden), count)
     _, more_keys = halves(attn.qk(tokens), count)
     values, more_values = heads(attn.v(hidden), count), heads(attn.v(tokens), count)
-    scale = query.shape[-1] ** -0.5
-    content = attend(query, keys, values, more_keys, more_values, scale=scale)
+    content = attend(query, keys, values, more_keys, more_values)
     places = attn.pos_proj(attn.get_rel_indices(hidden.shape[1])).permute(0, 3, 1, 2)
     gate = attn.gating_param.view(1, -1, 1, 1).sigmoid()
     return attn.proj(fold((1 - gate) * content + gate * (places.softmax(-1) @ values)))
@@ -818,10 +792,8 @@ def swin_transformers(
 
     def one(window: Tensor, mask: Tensor) -> Tensor:
         query, keys, values = (heads(layer(window), count) for layer in layers)
-        scale = query.shape[-1] ** -0.5
-        return out(
-            fold(attend(query, keys, values, more_keys, more_values, scale=scale, bias=bias + mask))
-        )
+        mixed = attend(query, keys, values, more_keys, more_values, bias=bias + mask)
+        return out(fold(mixed))
 
     grid = block.layernorm_before(hidden).unflatten(1, size)
     shift = (block.shift_size, block.shift_size)
@@ -878,7 +850,6 @@ def reduced_transformers(
         attend(
             *(heads(x, count) for x in (query(hidden), key(keys), value(keys))),
             *(heads(x, count) for x in (key(tokens), value(tokens))),
-            scale=(query.out_features // count) ** -0.5,
         )
     )
     for name in ("o_proj", "proj"):
