@@ -28,21 +28,24 @@ Example:
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import itertools
 import json
 import re
 import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote
 
-from support.hub_api import Api
 from support.hub_client import client
-from support.hub_store import Commit, File, HubError, Repo
 
 _JSON = "application/json; charset=utf-8"
 
@@ -150,6 +153,398 @@ class Hub:
                     entry[3] -= 1
                     return int(entry[2])
         return None
+
+
+# --- what it holds -----------------------------------------------------------------------------
+
+ATTRIBUTES = b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"
+_FRONT = re.compile(r"\A---[ \t]*\r?\n(.*?)(?:^|\n)---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
+_RELATIONS = ("adapter", "finetune", "quantized", "merge")
+_REPO_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
+_count = itertools.count()
+
+
+class HubError(Exception):
+    """An answer that is no success: status, X-Error-Code, message, further headers."""
+
+    def __init__(self, status: int, message: str, code: str = "", **headers: str) -> None:
+        super().__init__(message)
+        self.status, self.code, self.headers = status, code, headers
+
+
+@dataclass(frozen=True)
+class File:
+    """Content of one path, and whether it is kept in LFS."""
+
+    data: bytes
+    lfs: bool = False
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
+
+    @property
+    def pointer(self) -> bytes:
+        text = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\n"
+        return f"{text}size {len(self.data)}\n".encode()
+
+    @property
+    def oid(self) -> str:
+        blob = self.pointer if self.lfs else self.data
+        return hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest()
+
+    @property
+    def etag(self) -> str:
+        """What preupload and download name the content by."""
+        return self.sha256 if self.lfs else self.oid
+
+    def item(self, path: str) -> dict[str, Any]:
+        found: dict[str, Any] = {"type": "file", "oid": self.oid, "path": path}
+        found["size"] = len(self.data)
+        if self.lfs:
+            lfs = {"oid": self.sha256, "size": len(self.data), "pointerSize": len(self.pointer)}
+            found["lfs"] = lfs
+        return found
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One commit: its id, its title and the whole tree."""
+
+    oid: str
+    title: str
+    date: str
+    files: Mapping[str, File]
+    parent: Commit | None = None
+
+
+@dataclass
+class Repo:
+    """A repository. `granted` is None, or the tokens that a gated one lets in."""
+
+    id: str
+    private: bool = False
+    granted: set[str] | None = None
+    heads: dict[str, Commit] = field(default_factory=dict)
+    known: dict[str, Commit] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.add("main", "initial commit", {".gitattributes": File(ATTRIBUTES)})
+
+    def at(self, revision: str) -> Commit:
+        """Return a commit by branch, pull request or full id."""
+        found = self.heads.get(revision) or self.known.get(revision)
+        if found is None:
+            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        return found
+
+    def add(self, branch: str, title: str, files: Mapping[str, File]) -> Commit:
+        """Put a commit with this tree on a branch."""
+        now = datetime.now(timezone.utc)
+        date = now.strftime("%Y-%m-%dT%H:%M:%S.") + f"{now.microsecond // 1000:03d}Z"
+        oid = hashlib.sha1(f"{self.id} {next(_count)}".encode()).hexdigest()
+        commit = Commit(oid, title, date, dict(files), self.heads.get(branch))
+        self.heads[branch] = self.known[oid] = commit
+        return commit
+
+    def log(self, revision: str) -> Iterator[Commit]:
+        """Walk from a commit to the first one."""
+        commit: Commit | None = self.at(revision)
+        while commit is not None:
+            yield commit
+            commit = commit.parent
+
+    def info(self, commit: Commit) -> dict[str, Any]:
+        first = list(self.log(commit.oid))[-1]
+        readme = commit.files.get("README.md", File(b"")).data.decode(errors="replace")
+        card = front_matter(readme)
+        card = card if isinstance(card, dict) else {}
+        known = {k: card[k] for k in ("library_name", "pipeline_tag") if k in card}
+        return known | {
+            "_id": hashlib.sha1(self.id.encode()).hexdigest()[:24],
+            "id": self.id,
+            "modelId": self.id,
+            "author": self.id.partition("/")[0],
+            "sha": commit.oid,
+            "private": self.private,
+            "gated": False if self.granted is None else "manual",
+            "disabled": False,
+            "lastModified": commit.date,
+            "createdAt": first.date,
+            "downloads": 0,
+            "likes": 0,
+            "tags": list(card.get("tags") or ()),
+            "cardData": card,
+            "siblings": [{"rfilename": path} for path in sorted(commit.files)],
+        }
+
+
+def front_matter(text: str) -> Any:
+    """Return what the YAML block of a card says: None without one, an exception if not YAML."""
+    import yaml
+
+    found = _FRONT.match(text)
+    if found is None:
+        return None
+    try:
+        return yaml.safe_load(found[1])
+    except yaml.YAMLError as error:
+        return error
+
+
+def card_faults(text: str) -> tuple[list[str], list[str]]:
+    """Return errors and warnings about the metadata of a card."""
+    data = front_matter(text)
+    if data is None:
+        return [], ["empty or missing yaml metadata in repo card"]
+    if not isinstance(data, dict):
+        return [f"the metadata must be a YAML mapping: {data}"], []
+    errors = [f'"{key}" must be text' for key in _TEXT if not _is_text(data.get(key, "-"))]
+    errors += [
+        f'"{key}" must be text or a list of texts'
+        for key in _TEXTS
+        if not all(_is_text(value) for value in _listed(data.get(key, "-")))
+    ]
+    if not isinstance(data.get("tags", []), list):
+        errors.append('"tags" must be an array')
+    if data.get("base_model_relation", "adapter") not in _RELATIONS:
+        errors.append(f'"base_model_relation" must be one of {_RELATIONS}')
+    if not _LICENSE.fullmatch(str(data.get("license", "other"))):
+        errors.append(f'"license" {data["license"]!r} is not a licence id')
+    for key in ("base_model", "datasets"):
+        for name in _listed(data.get(key, "-")):
+            if not _REPO_ID.fullmatch(str(name)):
+                errors.append(f'"{key}" with value {name!r} is not valid: use an id of the Hub')
+    return errors + list(_index_faults(data.get("model-index", []))), []
+
+
+_TEXT = ("library_name", "pipeline_tag", "license", "license_name", "license_link")
+_TEXTS = ("base_model", "datasets", "metrics", "language", "tags")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _index_faults(index: Any) -> Iterator[str]:
+    if not isinstance(index, list):
+        yield '"model-index" must be an array'
+        return
+    for i, model in enumerate(index):
+        where = f"model-index[{i}]"
+        if not isinstance(model, dict) or not _is_text(model.get("name")):
+            yield f'"{where}.name" is required'
+        elif not isinstance(model.get("results"), list):
+            yield f'"{where}.results" must be an array'
+        else:
+            for j, result in enumerate(model["results"]):
+                yield from _result_faults(f"{where}.results[{j}]", result)
+
+
+def _result_faults(where: str, result: Any) -> Iterator[str]:
+    if not isinstance(result, dict):
+        yield f'"{where}" must be a mapping'
+        return
+    for key, names in (("task", ("type",)), ("dataset", ("type", "name"))):
+        part = result.get(key)
+        for name in names:
+            if not isinstance(part, dict) or not _is_text(part.get(name)):
+                yield f'"{where}.{key}.{name}" is required'
+    metrics = result.get("metrics")
+    if not isinstance(metrics, list) or not metrics:
+        yield f'"{where}.metrics" must be a non-empty array'
+        return
+    for metric in metrics:
+        if not isinstance(metric, dict) or not _is_text(metric.get("type")):
+            yield f'"{where}.metrics.type" is required'
+        elif metric.get("value") is None:
+            yield f'"{where}.metrics.value" is required'
+
+
+# --- its endpoints -----------------------------------------------------------------------------
+
+_ID, _REV = r"(?P<repo_id>[^/]+(?:/[^/]+)?)", r"(?P<revision>[^/]+)"
+_MODEL = f"/api/models/{_ID}"
+_ROUTES = [
+    ("POST", "/api/repos/create", "create"),
+    ("POST", "/api/validate-yaml", "validate"),
+    ("GET", f"{_MODEL}/revision/{_REV}", "info"),
+    ("POST", f"{_MODEL}/branch/{_REV}", "branch"),
+    ("POST", f"{_MODEL}/preupload/{_REV}", "preupload"),
+    ("POST", f"{_MODEL}/commit/{_REV}", "commit"),
+    ("GET", _MODEL, "info"),
+    ("POST", rf"/{_ID}\.git/info/lfs/objects/batch", "batch"),
+    ("PUT", "/lfs-objects/(?P<sha256>[0-9a-f]{64})", "store"),
+    ("POST", f"/lfs-verify/{_ID}", "verify"),
+    ("GET", f"/{_ID}/resolve/{_REV}/(?P<path>.+)", "resolve"),
+]
+_LFS_TYPE = {"Content-Type": "application/vnd.git-lfs+json"}
+
+
+class Api:
+    """The endpoints, for one request."""
+
+    def __init__(self, hub: Hub, headers: Any, query: dict[str, list[str]], body: bytes) -> None:
+        self.hub, self.query, self.raw = hub, query, body
+        scheme, _, token = headers.get("Authorization", "").partition(" ")
+        self.token = token if scheme == "Bearer" else ""
+
+    def call(self, method: str, path: str) -> tuple[int, Any, dict[str, str]]:
+        for verb, pattern, name in _ROUTES:
+            found = re.fullmatch(pattern, path)
+            if found and (verb == method or (verb, method) == ("GET", "HEAD")):
+                result = getattr(self, name)(
+                    **{k: unquote(v) for k, v in found.groupdict().items()}
+                )
+                return result if isinstance(result, tuple) else (200, result, {})
+        raise HubError(404, f"no such endpoint: {method} {path}")
+
+    @property
+    def body(self) -> Any:
+        return json.loads(self.raw)
+
+    def authorize(self, code: str = "") -> None:
+        """Let only accepted tokens write."""
+        if not self.token:
+            raise HubError(401, "Invalid username or password.", code)
+        if self.token not in self.hub.tokens:
+            raise HubError(403, "You don't have the rights to write here")
+
+    def repo(self, repo_id: str, write: bool = False) -> Repo:
+        """Return a repository that the caller may see; others look missing."""
+        found = self.hub.repos.get(repo_id)
+        if found is None or (found.private and self.token not in self.hub.tokens):
+            status = 404 if self.token else 401
+            message = "Repository not found" if self.token else "Invalid username or password."
+            raise HubError(status, message, "RepoNotFound")
+        if write:
+            # On https the client takes any 401 of a repository for a missing one; on http it
+            # goes by the code.
+            self.authorize("RepoNotFound")
+        return found
+
+    def create(self) -> Any:
+        self.authorize()
+        body = self.body
+        repo_id = f"{body.get('organization') or self.hub.user}/{body['name']}"
+        url = f"{self.hub.url}/{repo_id}"
+        if repo_id in self.hub.repos:
+            return 409, {"error": "You already created this model repo", "url": url}, {}
+        private = body.get("visibility") == "private" or bool(body.get("private"))
+        self.hub.repos[repo_id] = Repo(repo_id, private)
+        return {"url": url, "name": repo_id, "id": hashlib.sha1(url.encode()).hexdigest()[:24]}
+
+    def validate(self) -> Any:
+        errors, warnings = card_faults(self.body["content"])
+        listed = {"errors": errors, "warnings": warnings}
+        found = {name: [{"message": text} for text in texts] for name, texts in listed.items()}
+        return (400, found | {"error": "\n".join(errors)}, {}) if errors else found
+
+    def info(self, repo_id: str, revision: str = "main") -> Any:
+        repo = self.repo(repo_id)
+        return repo.info(repo.at(revision))
+
+    def branch(self, repo_id: str, revision: str) -> Any:
+        repo = self.repo(repo_id, write=True)
+        if revision.startswith("refs/"):
+            raise HubError(400, f"Invalid reference for a branch: {revision}")
+        if revision in repo.heads:
+            raise HubError(409, f"Reference already exists: refs/heads/{revision}")
+        start = self.body.get("startingPoint") if self.raw else None
+        repo.heads[revision] = repo.at(start or "main")
+        return {}
+
+    def preupload(self, repo_id: str, revision: str) -> Any:
+        commit = self.repo(repo_id, write=True).at(revision)
+        files = [self._mode(commit, asked) for asked in self.body["files"]]
+        return {"files": files, "commitOid": commit.oid}
+
+    def _mode(self, commit: Commit, asked: dict[str, Any]) -> dict[str, Any]:
+        path = asked["path"]
+        mode = "lfs" if self.hub.is_lfs(path, asked["size"]) else "regular"
+        answer = {"path": path, "uploadMode": mode, "shouldIgnore": False}
+        return answer | ({"oid": commit.files[path].etag} if path in commit.files else {})
+
+    def commit(self, repo_id: str, revision: str) -> Any:
+        repo = self.repo(repo_id, write=True)
+        lines = [json.loads(line) for line in self.raw.splitlines() if line.strip()]
+        header = lines[0]["value"]
+        if revision not in repo.heads:
+            raise HubError(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+        head = repo.heads[revision]
+        if header.get("parentCommit") not in (None, head.oid):
+            raise HubError(412, "A commit has happened since. Please refresh and try again.")
+        files = dict(head.files)
+        for line in lines[1:]:
+            self._apply(line["key"], line["value"], files)
+        pull = {}
+        if self.query.get("create_pr") == ["1"]:
+            number = 1 + sum(name.startswith("refs/pr/") for name in repo.heads)
+            revision = f"refs/pr/{number}"
+            repo.heads[revision] = head
+            url = f"{self.hub.url}/{repo_id}/discussions/{number}"
+            pull = {"pullRequestUrl": url, "pullRequestNum": number}
+        oid = repo.add(revision, header["summary"], files).oid
+        answer = {"success": True, "commitOid": oid, "hookOutput": ""}
+        return answer | {"commitUrl": f"{self.hub.url}/{repo_id}/commit/{oid}"} | pull
+
+    def _apply(self, key: str, value: dict[str, Any], files: dict[str, File]) -> None:
+        path = value["path"]
+        if key == "file":
+            files[path] = File(base64.b64decode(value["content"]))
+        elif key == "lfsFile":
+            if value["oid"] not in self.hub.lfs:
+                raise HubError(400, f"LFS pointer pointed to a file that does not exist: {path}")
+            files[path] = File(self.hub.lfs[value["oid"]], lfs=True)
+        else:
+            raise HubError(400, f"unknown key of a commit: {key}")
+
+    def batch(self, repo_id: str) -> Any:
+        self.repo(repo_id, write=True)
+        objects = []
+        for wanted in self.body["objects"]:
+            answer = {"oid": wanted["oid"], "size": wanted["size"]}
+            if wanted["oid"] not in self.hub.lfs:
+                upload = {"href": f"{self.hub.url}/lfs-objects/{wanted['oid']}", "header": {}}
+                verify = {"href": f"{self.hub.url}/lfs-verify/{repo_id}", "header": {}}
+                answer |= {"authenticated": True, "actions": {"upload": upload, "verify": verify}}
+            objects.append(answer)
+        return 200, {"transfer": "basic", "objects": objects}, _LFS_TYPE
+
+    def store(self, sha256: str) -> Any:
+        if hashlib.sha256(self.raw).hexdigest() != sha256:
+            raise HubError(400, "the content's sha256 is another")
+        self.hub.lfs[sha256] = self.raw
+        return 200, b"", {}
+
+    def verify(self, repo_id: str) -> Any:
+        self.repo(repo_id, write=True)
+        if len(self.hub.lfs.get(self.body["oid"], b"")) != self.body["size"]:
+            raise HubError(404, "no such object")
+        return {}
+
+    def resolve(self, repo_id: str, revision: str, path: str) -> Any:
+        repo = self.repo(repo_id)
+        if repo.granted is not None and self.token not in repo.granted:
+            status, who = (403, "you are not in the authorized list") if self.token else (401, "")
+            raise HubError(status, f"Access to model {repo_id} is restricted. {who}", "GatedRepo")
+        commit = repo.at(revision)
+        file = commit.files.get(path)
+        if file is None:
+            raise HubError(404, "Entry not found", "EntryNotFound", X_Repo_Commit=commit.oid)
+        headers = {"X-Repo-Commit": commit.oid, "ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
+        if file.lfs:
+            headers["X-Linked-Etag"] = f'"{file.sha256}"'
+            headers["X-Linked-Size"] = str(len(file.data))
+        return 200, file.data, headers | {"Content-Type": "application/octet-stream"}
+
+
+# --- the server --------------------------------------------------------------------------------
 
 
 class _Server(ThreadingHTTPServer):
