@@ -1,12 +1,20 @@
-"""The global random number generators, seeded for a while."""
+"""Seeds that follow from what they are for, and global generators seeded for a while."""
 
 from __future__ import annotations
 
+import hashlib
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+
+
+def derive(*parts: Any) -> int:
+    """Return a seed below 2**32 that follows from the parts."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big")
 
 
 @contextmanager

@@ -400,15 +400,32 @@ def test_the_order_of_images_is_new_in_every_epoch() -> None:
     from peft_vpt.training.batches import training_loader
 
     given = DataLoader(Colours(), batch_size=4, shuffle=True, generator=torch.Generator())
-    _, order = training_loader(given, seed=3)
+    order: Any = training_loader(given, seed=3).sampler
     epochs = []
-    for order.epoch in (0, 1, 1):
+    for epoch in (0, 1, 1):
         torch.rand(5)
-        epochs.append([index for _, index in order])
-    assert sorted(epochs[0]) == list(range(24))
-    assert epochs[0] != epochs[1]
+        order.set_epoch(epoch)
+        epochs.append(list(order))
+    assert sorted(index for index, _ in epochs[0]) == list(range(24))
+    assert not set(epochs[0]) & set(epochs[1])
+    assert [index for index, _ in epochs[0]] != [index for index, _ in epochs[1]]
     assert epochs[1] == epochs[2]
-    assert [index for _, index in training_loader(given, seed=4)[1]] != epochs[0]
+    assert list(training_loader(given, seed=4).sampler) != epochs[0]
+
+
+def test_images_are_drawn_by_one_seed_whatever_the_loader() -> None:
+    """The recipe's, also where the loader has an order of its own."""
+    from peft_vpt.data import Split
+    from peft_vpt.data import loader as own_loader
+    from peft_vpt.training.batches import training_loader
+
+    held = Split((), (0, 1, 2), torch.zeros(3, 3, 4, 4))
+    own = own_loader(held, None, batch_size=3, shuffle=True, seed=9)
+    mine = training_loader(own, seed=3)
+    assert mine.dataset is own.dataset
+    foreign = DataLoader(own.dataset, batch_size=3, shuffle=True, generator=torch.Generator())
+    assert list(mine.sampler) == list(training_loader(foreign, seed=3).sampler)
+    assert list(mine.sampler) != list(own.sampler)
 
 
 def test_mixed_precision() -> None:

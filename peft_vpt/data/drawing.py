@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import RandomSampler, Sampler
 
 from ..errors import SpecError
+from ..randomness import derive, seeded
 
 Key = tuple[int, int]
 
@@ -84,31 +85,37 @@ def _counts(
 
 
 class EpochSampler(Sampler[Key]):
-    """Keys `(index, draw)` of all images in random order; `draw` seeds the image's transform.
+    """Keys `(index, draw)` in the order of an epoch; `draw` seeds the image's transform.
 
-    Order and draws follow from the generator alone, so they are the same with any number of
-    workers, and when an epoch is begun again in its middle. `set_epoch` fixes them by seed and
-    epoch (accelerate calls it); without it every pass draws on.
+    Both follow from seed, epoch and index alone, so they are the same with any number of workers
+    and processes, and when an epoch is begun again in its middle. `set_epoch` says which epoch the
+    next pass is (accelerate calls it); without it, each pass is that of the next epoch.
 
     Args:
-        count: Number of images.
+        inner: The order of indices: another sampler, a random one drawn anew for each epoch, or a
+            number of images, all of which come in random order.
         seed: Of all epochs.
     """
 
-    def __init__(self, count: int, seed: int) -> None:
+    def __init__(self, inner: Sampler[int] | int, seed: int) -> None:
         check_counts("loader", seed=(seed, 0))
-        self._count, self._seed = count, seed
-        self.generator = torch.Generator()
-        self.set_epoch(0)
+        if isinstance(inner, int):
+            inner = RandomSampler(range(inner), generator=torch.Generator())
+        self.inner, self._seed, self._epoch = inner, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         """Make the next pass that of an epoch."""
-        self.generator.manual_seed(random.Random(f"{self._seed}/{epoch}").getrandbits(63))
+        self._epoch = epoch
 
     def __len__(self) -> int:
-        return self._count
+        return len(self.inner)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Key]:
-        order = torch.randperm(self._count, generator=self.generator).tolist()
-        draws = torch.randint(2**31, (self._count,), generator=self.generator).tolist()
-        return iter(list(zip(order, draws, strict=True)))
+        epoch, self._epoch = self._epoch, self._epoch + 1
+        drawn = derive(self._seed, "order", epoch)
+        own = getattr(self.inner, "generator", None)
+        with seeded(drawn):
+            if isinstance(own, torch.Generator):
+                own.manual_seed(drawn)
+            order = list(self.inner)
+        return ((index, derive(self._seed, "image", epoch, index)) for index in order)

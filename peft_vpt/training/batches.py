@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..data.drawing import check_counts
+from ..data.drawing import EpochSampler, Key, check_counts
 from ..errors import SpecError, VPTError
 from ..randomness import seeded
 from .recipes import Recipe
 
-Key = tuple[int, int]
 _KEPT = (
     "num_workers",
     "collate_fn",
@@ -31,52 +29,25 @@ _KEPT = (
 )
 
 
-class Order(Sampler[Key]):
-    """Keys `(epoch, index)` in the order of an epoch, the same whenever the epoch is begun.
-
-    Args:
-        sampler: The caller's; a random one is drawn anew from seed and epoch.
-        seed: The recipe's.
-    """
-
-    def __init__(self, sampler: Sampler[int], seed: int) -> None:
-        self.sampler, self._seed = sampler, seed
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        assert isinstance(self.sampler, Sized)
-        return len(self.sampler)
-
-    def __iter__(self) -> Iterator[Key]:
-        drawn = derive(self._seed, "order", self.epoch)
-        own = getattr(self.sampler, "generator", None)
-        with seeded(drawn):
-            if isinstance(own, torch.Generator):
-                own.manual_seed(drawn)
-            indices = list(self.sampler)
-        return iter([(self.epoch, index) for index in indices])
-
-
 class Drawn(Dataset[Any]):
-    """A dataset whose random transforms depend on seed, epoch and index alone.
+    """A dataset whose random transforms follow from the draw in an `EpochSampler`'s key."""
 
-    So they are the same with any number of workers and processes, and after a resume.
-    """
-
-    def __init__(self, dataset: Any, seed: int) -> None:
-        self.dataset, self._seed = dataset, seed
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, key: Key) -> Any:
-        epoch, index = key
-        with seeded(derive(self._seed, "image", epoch, index)):
+        index, draw = key
+        with seeded(draw):
             return self.dataset[index]
 
 
-def training_loader(loader: Any, seed: int) -> tuple[DataLoader[Any], Order]:
-    """Return a loader like the given one with `Order` and `Drawn` in it.
+def training_loader(loader: Any, seed: int) -> DataLoader[Any]:
+    """Return a loader like the given one whose order and draws follow from seed and epoch.
+
+    Datasets of this library know draws; any other is wrapped.
 
     Raises:
         SpecError: It has no map-style dataset, no batch size, or no images.
@@ -93,13 +64,14 @@ def training_loader(loader: Any, seed: int) -> tuple[DataLoader[Any], Order]:
             f"fit(train=...): the DataLoader has {len(loader.sampler)} images and makes no batch"  # type: ignore[arg-type]
             f"{' of ' + str(loader.batch_size) if loader.drop_last else ''}; give it more images."
         )
-    order = Order(loader.sampler, seed)  # type: ignore[arg-type]
+    sampler: Any = loader.sampler
+    own = isinstance(sampler, EpochSampler)
     return DataLoader(
-        Drawn(loader.dataset, seed),
+        loader.dataset if own else Drawn(loader.dataset),
         batch_size=loader.batch_size,
-        sampler=order,
+        sampler=EpochSampler(sampler.inner if own else sampler, seed),
         **{name: getattr(loader, name) for name in _KEPT},
-    ), order
+    )
 
 
 def leaves_one(model: nn.Module, images: int, batch: int) -> bool:
@@ -183,12 +155,6 @@ def loader_batch_size(recipe: Recipe, accumulation: int = 1) -> int:
             f"batch_size a multiple of {parts}."
         )
     return recipe.batch_size // parts
-
-
-def derive(*parts: Any) -> int:
-    """Return a seed below 2**32 that follows from the parts."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "big")
 
 
 def seed_step(seed: int) -> None:

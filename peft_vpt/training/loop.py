@@ -19,9 +19,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from ..errors import SpecError
 from ..files import write_lines
+from ..randomness import derive
 from .batches import (
     Padding,
-    derive,
     leaves_one,
     norms_over_one_value,
     pair_of,
@@ -118,7 +118,7 @@ def fit(
     check_options(recipe, evaluate_every, checkpoint_every, accumulation, data)
     check_model_and_val(model, val)
     check_folder(folder)
-    loader, order = training_loader(train, recipe.seed)
+    loader = training_loader(train, recipe.seed)
     accelerator = make_accelerator(
         accelerator,
         mixed_precision,
@@ -128,7 +128,7 @@ def fit(
         unused=trains_backbone(model),
     )
     check_last_batch(model, loader, accelerator.num_processes)
-    run = _Run(model, recipe, accelerator, order, accumulation)
+    run = _Run(model, recipe, accelerator, accumulation)
     run.loss = Loss(recipe, labels, len(loader.dataset))  # type: ignore[arg-type]
     with wrapped(model, accelerator) as run.model, Bars(accelerator, progress) as run.bars:
         run.prepare(loader, val, data=data, folder=folder)
@@ -147,18 +147,17 @@ class _Run:
     loss: Loss
 
     def __init__(
-        self, model: nn.Module, recipe: Recipe, accelerator: Any, order: Any, accumulation: int
+        self, model: nn.Module, recipe: Recipe, accelerator: Any, accumulation: int
     ) -> None:
         self.host = self.model = model
-        self.recipe, self.accelerator, self.order = recipe, accelerator, order
-        self.accumulation = accumulation
+        self.recipe, self.accelerator, self.accumulation = recipe, accelerator, accumulation
         self.folder: Path | None = None
         self.at = Position()
 
     def prepare(self, loader: Any, val: Any, *, data: Any, folder: str | Path | None) -> None:
         """Make everything that training needs; nothing is written."""
         self.unchecked = {"train": loader, "val": val}
-        self.padding = Padding(len(self.order), loader.batch_size, self.accelerator)
+        self.padding = Padding(len(loader.sampler), loader.batch_size, self.accelerator)
         self.loader = self.accelerator.prepare_data_loader(loader)
         parallel = self.accelerator.num_processes > 1 and hasattr(val, "dataset")
         self.val = self.accelerator.prepare_data_loader(val) if parallel else val
@@ -177,7 +176,7 @@ class _Run:
             trained=self.tensors,
             loader={
                 "images": len(loader.dataset),
-                "sampler": type(self.order.sampler).__name__,
+                "sampler": type(loader.sampler.inner).__name__,
                 "steps_per_epoch": self.steps,
                 "accumulation": self.accumulation,
                 **counted,
@@ -225,9 +224,9 @@ class _Run:
         """Yield the batches of each step that is left of an epoch."""
         from accelerate import skip_first_batches
 
-        self.order.epoch = epoch
         done = self.at.step - epoch * self.steps
         loader = skip_first_batches(self.loader, done * self.accumulation) if done else self.loader
+        loader.set_epoch(epoch)
         batches = iter(loader)
         while group := list(islice(batches, self.accumulation)):
             yield [pair_of(batch, "fit", soft=True) for batch in group]
