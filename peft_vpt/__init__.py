@@ -21,12 +21,12 @@ if TYPE_CHECKING:
         remove_prompts,
         trainable_parameters,
     )
-    from .protocols import apply_protocol
+    from .protocols.apply import apply_protocol
     from .spec import PromptSpec
 
 _HOMES = {
     "__version__": "files",
-    "apply_protocol": "protocols",
+    "apply_protocol": "protocols.apply",
     "PromptSpec": "spec",
     "VPTError": "errors",
     "count_parameters": "inject",

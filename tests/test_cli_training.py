@@ -28,14 +28,13 @@ pytest.importorskip("optuna")
 import timm
 from safetensors.torch import load_file, save_file
 
-from peft_vpt import inject_prompts, load_task_adapter, save_task_adapter
+from peft_vpt import apply_protocol, inject_prompts, load_task_adapter, save_task_adapter
 from peft_vpt.adapter.file import read_adapter
 from peft_vpt.cli import main
 from peft_vpt.cli import sweep as search
 from peft_vpt.cli.compare import Backbone
 from peft_vpt.data import Transform, loader, open_task
 from peft_vpt.experiments.records import read_records
-from peft_vpt.protocols import apply_protocol
 from peft_vpt.training import (
     DivergedError,
     classification_metrics,

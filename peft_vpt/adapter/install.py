@@ -15,7 +15,7 @@ from ..errors import AdapterMismatchError, SpecError, UnsupportedArchitectureErr
 from ..hosts import carries, host_and_prompts
 from ..inject import freeze, inject_spec, remove_prompts
 from ..prompts import Prompts
-from ..protocols import apply_delta
+from ..protocols.apply import apply_delta
 from ..protocols.delta import given_features
 from ..protocols.options import Protocol
 from ..spec import PromptSpec

@@ -117,7 +117,7 @@ class _Setting:
         import torch
 
         from ..backbones.find import says_its_size
-        from ..protocols import apply_protocol
+        from ..protocols.apply import apply_protocol
 
         torch.manual_seed(0)
         model = says_its_size(self.bare(), self.size)

@@ -301,7 +301,7 @@ def _model(plan: Plan, task: Task, seed: int) -> tuple[nn.Module, dict[str, Any]
 
     from ..backbones.find import says_its_size
     from ..data import preprocessing_for
-    from ..protocols import apply_protocol
+    from ..protocols.apply import apply_protocol
 
     torch.manual_seed(seed)
     model = build(plan.model, plan.weights, plan.size, plan.offline)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..backbones.find import encoder_for
 from ..errors import SpecError, VPTError
-from ..protocols import apply_protocol
+from ..protocols.apply import apply_protocol
 from ..rehearsal import Probe
 from ..training.from_tokens import MOST_IMAGES, fewest_tokens
 from .variants import FROM_IMAGES, Variant

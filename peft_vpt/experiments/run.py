@@ -15,7 +15,7 @@ from ..adapter.verbs import save_task_adapter
 from ..backbones.find import says_its_size
 from ..data import Split, Task, decode, loader
 from ..inject import count_parameters
-from ..protocols import apply_protocol
+from ..protocols.apply import apply_protocol
 from ..training import DivergedError, Recipe, evaluate, fit
 from ..training.batches import leaves_one
 from ..training.checkpoint import library_versions

@@ -20,7 +20,7 @@ from ..data.warps import IGNORE
 from ..errors import SpecError, UnsupportedArchitectureError, VPTError
 from ..hosts import carries, host_and_prompts, refuse_unfit, unwrap
 from ..inject import freeze
-from ..protocols import apply_inside
+from ..protocols.apply import apply_inside
 from ..protocols.options import Protocol
 from ..undo import claim_decoder, unchanged_on_error
 from .evaluation import check_classes

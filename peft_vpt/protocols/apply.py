@@ -1,0 +1,236 @@
+"""Transfer protocols: the paper's rivals of prompts, on the same models and in the same files."""
+
+from __future__ import annotations
+
+from inspect import signature
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from ..backbones.anatomy import Encoder
+from ..backbones.find import encoder_for, is_convnet
+from ..backbones.heads import class_count, host_dtype, swap_head
+from ..backbones.projection import module_at
+from ..errors import SpecError, UnsupportedArchitectureError
+from ..hosts import device_of, host_and_prompts, refuse_unfit
+from ..inject import freeze, inject_prompts, inject_spec, watch_input
+from ..rehearsal import dummy_calls
+from ..spec import PromptSpec
+from ..undo import unchanged_on_error
+from .delta import Delta
+from .modules import MlpHead, fill
+from .options import PROMPTED, Protocol
+
+Model = TypeVar("Model", bound=nn.Module)
+# What trains inside blocks, and may have no trained weight in front of them.
+_INSIDE = ("adapter", "bias", "partial")
+_OWN = ("reduction", "keep_original")
+
+
+def apply_protocol(
+    model: Model,
+    name: str,
+    *,
+    num_classes: int | None = None,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> Model:
+    """Make a model train by one of the paper's protocols, in place; the same object comes back.
+
+    "linear": the head. "full": everything. "partial-k": the last k blocks (stages of a ConvNet),
+    what stands behind them, and the head. "mlp-k": a head of k layers. "bias": all bias terms.
+    "adapter": a bottleneck behind every feed-forward layer. "sidetune": a small network beside the
+    backbone. "cls": the CLS token. "vpt-shallow", "vpt-deep", "vpt+bias", "prompt-fixed": prompts.
+    The head always trains. The backbone stays in eval mode but for what trains as a whole.
+    A failed call leaves the model as it was.
+
+    `save_task_adapter`, `load_task_adapter` and `remove_prompts` take the model as they take a
+    prompted one.
+
+    Args:
+        model: As in `inject_prompts`; ConvNets too, where the protocol has a place in them.
+        name: The protocol.
+        num_classes: As in `inject_prompts`.
+        generator: Seeds what is new.
+        options: Of prompts: those of `inject_prompts`; on a ConvNet, `location` is "pad". Of
+            "adapter": `reduction` (8). Of "full": `keep_original` (False); without it the model
+            cannot be put back. Of "sidetune": `features`, a module from pixels to maps of 256
+            channels.
+
+    Returns:
+        `model`.
+
+    Raises:
+        SpecError: An unknown name, a wrong option, or nothing would train.
+        AlreadyPromptedError: A protocol or prompts are in place.
+        UnsupportedArchitectureError: The protocol has no place in this model.
+
+    Source: Jia et al. 2022, sections 4.1, A.1 and B.
+    """
+    refuse_unfit(model, "apply_protocol")
+    with unchanged_on_error(model, ()):
+        apply_inside(model, name, num_classes=num_classes, generator=generator, **options)
+        _refuse_idle(model, name, num_classes)
+    return model
+
+
+def apply_inside(
+    model: Model,
+    name: str,
+    *,
+    num_classes: int | None = None,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> Model:
+    """Do the work of `apply_protocol`; what trains may be outside the model, a decoder say.
+
+    A call that raises may leave the model changed.
+    """
+    own = {key: options.pop(key) for key in _OWN if key in options}
+    protocol = Protocol(name, **own)
+    refuse_unfit(model, "apply_protocol")
+    if not isinstance(generator, torch.Generator | None):
+        raise SpecError(
+            f"apply_protocol({name!r}, generator={generator!r}): must be a torch.Generator."
+        )
+    if protocol.kind in PROMPTED:
+        return _with_prompts(model, protocol, num_classes, generator, options)
+    features = options.pop("features", None) if protocol.kind == "sidetune" else None
+    if options:
+        raise SpecError(f"apply_protocol({name!r}): has no options {', '.join(sorted(options))}.")
+    encoder = encoder_for(model, "pad")
+    return apply_delta(
+        model,
+        protocol,
+        PromptSpec.none(),
+        encoder,
+        num_classes=num_classes,
+        generator=generator,
+        features=features,
+    )
+
+
+def apply_delta(
+    model: Model,
+    protocol: Protocol,
+    spec: PromptSpec,
+    encoder: Encoder,
+    *,
+    num_classes: int | None = None,
+    head_bias: bool = True,
+    generator: torch.Generator | None = None,
+    features: nn.Module | None = None,
+) -> Model:
+    """Do the work of `apply_protocol` for a protocol and an anatomy that are at hand."""
+    delta = Delta(protocol, model, encoder, features)
+    if protocol.kind in ("mlp", "sidetune"):
+        check_head_input(model, encoder, protocol)
+    classes = num_classes
+    if protocol.kind == "mlp":
+        classes = _classes(model, encoder, protocol, num_classes)
+    inject_spec(model, spec, encoder, num_classes=classes, head_bias=head_bias, generator=generator)
+    if protocol.kind == "mlp" and encoder.head is not None:
+        linear: Any = module_at(model, encoder.head.paths[0])
+        with torch.device("meta"):
+            head = MlpHead(linear.in_features, linear.out_features, protocol.number)
+        fill(head, linear.weight.device, linear.weight.dtype, generator)
+        swap_head(model, encoder.head, head)
+    return _put(model, delta, encoder, generator)
+
+
+def _put(model: Model, delta: Delta, encoder: Encoder, generator: torch.Generator | None) -> Model:
+    """Attach the state of a protocol to a model that carries a `Prompts`, empty or not."""
+    prompts = host_and_prompts(model, "apply_protocol")[1]
+    dtype = host_dtype(module_at(model, encoder.start))
+    delta.materialise(device_of(model, encoder), dtype, generator)
+    delta.attach(model, prompts)
+    prompts.delta = delta
+    if prompts.first_block is None and encoder.blocks and delta.protocol.kind in _INSIDE:
+        inside = [i for i, b in enumerate(encoder.blocks) if b.path in delta.trained_paths]
+        prompts.first_block = min(inside, default=0)
+        watch_input(prompts, model)
+    freeze(model, encoder)
+    prompts.train(model.training)
+    return model
+
+
+def _with_prompts(
+    model: Model,
+    protocol: Protocol,
+    num_classes: int | None,
+    generator: torch.Generator | None,
+    options: dict[str, Any],
+) -> Model:
+    """Inject prompts by the protocol's name, and biases beside them for "vpt+bias"."""
+    fixed = PROMPTED[protocol.kind]
+    wrong = [key for key in options if key in fixed and options[key] != fixed[key]]
+    # The reach of the prompts is in the name of these alone.
+    wrong = [key for key in wrong if key != "deep" or protocol.kind in ("vpt-shallow", "vpt-deep")]
+    if wrong:
+        raise SpecError(
+            f"apply_protocol({protocol.name!r}, {wrong[0]}={options[wrong[0]]!r}): the name says "
+            f"{wrong[0]}={fixed[wrong[0]]!r}."
+        )
+    encoder = encoder_for(model, "pad")
+    if is_convnet(model, encoder):
+        options = {"location": "pad"} | options
+    known = set(signature(inject_prompts).parameters) - {"model"}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise SpecError(
+            f"apply_protocol({protocol.name!r}): prompts have no options {', '.join(unknown)}."
+        )
+    delta = Delta(protocol, model, encoder) if protocol.moves else None
+    inject_prompts(model, **{**fixed, **options}, num_classes=num_classes, generator=generator)
+    return model if delta is None else _put(model, delta, encoder, generator)
+
+
+def _refuse_idle(model: nn.Module, name: str, num_classes: int | None) -> None:
+    """Raise where nothing at all would train."""
+    if any(p.requires_grad for p in model.parameters()):
+        return
+    head = host_and_prompts(model, "apply_protocol")[1].encoder.head
+    raise SpecError(
+        f"apply_protocol({name!r}, num_classes={num_classes!r}): nothing would train, since "
+        f"{type(model).__name__} has no classifier"
+        + (
+            "; give num_classes."
+            if head is not None
+            else ". Use its image classification class, or a protocol that trains the backbone."
+        )
+    )
+
+
+def _classes(
+    model: nn.Module, encoder: Encoder, protocol: Protocol, num_classes: int | None
+) -> int:
+    if encoder.head is None or encoder.headless:
+        raise SpecError(
+            f"apply_protocol({protocol.name!r}): {type(model).__name__} has {encoder.headless}."
+        )
+    classes = class_count(model, encoder.head) if num_classes is None else num_classes
+    if classes == 0:
+        raise SpecError(
+            f"apply_protocol({protocol.name!r}, num_classes={num_classes}): the model has no "
+            "classes of its own; give their number."
+        )
+    return classes
+
+
+def check_head_input(host: nn.Module, encoder: Encoder, protocol: Protocol) -> None:
+    """Raise where the classifier is called with anything but one vector per image.
+
+    Raises:
+        UnsupportedArchitectureError: It is.
+    """
+    if encoder.head is None:
+        return
+    path = encoder.head.paths[0]
+    calls = dummy_calls(host, encoder, [path])
+    shape = () if calls is None else calls.inputs.get(path, ())
+    if shape and not (len(shape) == 2 or (len(shape) == 4 and shape[2:] == (1, 1))):
+        raise UnsupportedArchitectureError(
+            f"apply_protocol({protocol.name!r}): the classifier {path} of {type(host).__name__} "
+            f"is called with {shape}, where one vector per image, (batch, features), is needed."
+        )
