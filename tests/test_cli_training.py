@@ -616,7 +616,7 @@ def test_sweep_chooses_on_val_and_judges_on_test(
     tried = {settings_of(record): record["metrics"]["top1"] for record in runs("val")}
     assert sorted(tried) == sorted((length, rate) for length in (1, 2) for rate in RATES)
     best = min(tried, key=lambda key: (-tried[key], key[1], key[0]))
-    final = runs("test")
+    final = sorted(runs("test"), key=lambda record: record["seed"])
     assert [settings_of(record) for record in final] == [best, best]
     assert [record["seed"] for record in final] == [0, 1]
     assert {record["config"]["train"] for record in final} == {"trainval"}
@@ -746,10 +746,12 @@ def test_a_trial_that_diverges_is_told_and_not_chosen(
     monkeypatch.setattr(run, "run_once", shaky)
     out = call(capsys, *SWEEP, "--lengths", "1")[0]
     assert out.count("diverged") == 1
-    assert [record["metrics"].get("diverged") for record in runs("val")] == [None, None, 1.0]
-    assert all(settings_of(record)[1] != RATES[2] for record in runs("test"))
-    assert [record["metrics"].get("diverged") for record in runs("test")] == [None, 1.0]
-    assert [record.get("failure") for record in runs("test")] == [None, "the loss is nan"]
+    diverged = {settings_of(record)[1]: record["metrics"].get("diverged") for record in runs("val")}
+    assert diverged == {RATES[0]: None, RATES[1]: None, RATES[2]: 1.0}
+    final = sorted(runs("test"), key=lambda record: record["seed"])
+    assert all(settings_of(record)[1] != RATES[2] for record in final)
+    assert [record["metrics"].get("diverged") for record in final] == [None, 1.0]
+    assert [record.get("failure") for record in final] == [None, "the loss is nan"]
 
 
 def one_class() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -46,10 +45,16 @@ def run(objective: Any, folder: Path, grid: Any = GRID, **options: Any) -> Sweep
     return sweep(objective, grid, folder=folder, progress=False, **options)
 
 
-def test_every_point_once_in_order(tmp_path: Path) -> None:
+def missed(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the points that are not among the calls, each of which was one of a point."""
+    assert all(calls.count(settings) == 1 and settings in POINTS for settings in calls)
+    return [point for point in POINTS if point not in calls]
+
+
+def test_every_point_once(tmp_path: Path) -> None:
     objective = Counted()
     result = run(objective, tmp_path)
-    assert objective.calls == POINTS
+    assert missed(objective.calls) == []
     assert [t.params for t in result.trials] == POINTS
     assert [t.value for t in result.trials] == [value_of(p) for p in POINTS]
     assert result.best.params == {"base_lr": 0.1, "weight_decay": 0.0}
@@ -76,17 +81,17 @@ def test_an_interrupted_sweep_goes_on(error: BaseException, tmp_path: Path) -> N
     with pytest.raises(type(error)):
         run(first, tmp_path)
     result = run(second, tmp_path)
-    assert second.calls == POINTS[2:]
+    assert missed(second.calls) == [point for point in POINTS if point in first.calls[:2]]
     assert [t.value for t in result.trials] == [value_of(p) for p in POINTS]
 
 
 def test_a_trial_that_diverged_is_done(tmp_path: Path) -> None:
-    objective = Counted(DivergedError("fit: epoch 1: the loss is nan"), at=2)
+    objective = Counted(DivergedError("fit", "epoch 1: the loss is nan"), at=2)
     result = run(objective, tmp_path)
-    assert objective.calls == POINTS
-    assert result.trials[1].value is None
-    assert result.trials[1].failure == "fit: epoch 1: the loss is nan"
-    assert run(Counted(RuntimeError(), at=1), tmp_path).trials[1].failure is not None
+    assert missed(objective.calls) == []
+    (trial,) = (t for t in result.trials if t.params == objective.calls[1])
+    assert (trial.value, trial.failure) == (None, "fit: epoch 1: the loss is nan.")
+    assert run(Counted(RuntimeError(), at=1), tmp_path).trials == result.trials
 
     def nothing(settings: dict[str, Any]) -> float:
         raise DivergedError("the loss is inf")
@@ -111,11 +116,11 @@ def test_another_grid_or_other_settings_are_refused(tmp_path: Path) -> None:
         ({"grid": {}}, "grid"),
         ({"grid": {"base_lr": []}}, "base_lr"),
         ({"grid": {"base_lr": [0.1, 0.1]}}, "different"),
+        ({"grid": {"deep": [1, True]}}, "different"),
         ({"grid": {"base_lr": [float("nan")]}}, "base_lr"),
         ({"grid": {"base_lr": 0.1}}, "base_lr"),
         ({"grid": {"size": [(1, 2)]}}, "size"),
         ({"name": "a/b"}, "name"),
-        ({"patience": 0}, "patience"),
         ({"storage": "sqlite://"}, "either folder"),
         ({"folder": None}, "either folder"),
         ({"settings": {"x": {1, 2}}}, "settings"),
@@ -146,7 +151,7 @@ def test_a_database_serves_as_well(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         sweep(first, GRID, storage=storage, progress=False)
     sweep(second, GRID, storage=storage, progress=False)
-    assert second.calls == POINTS[3:]
+    assert missed(second.calls) == [point for point in POINTS if point in first.calls[:3]]
 
 
 # Several processes
@@ -165,15 +170,6 @@ result = sweep(objective, {"a": list(range(6)), "b": [0.5, 0.25]}, folder=folder
 print(result.best.params)
 """
 ALL = sorted(repr({"a": a, "b": b}) for a in range(6) for b in (0.5, 0.25))
-
-
-def states(folder: Path) -> list[str]:
-    from optuna import load_study
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
-    storage = JournalStorage(JournalFileBackend(str(folder / "sweep.journal")))
-    return [trial.state.name for trial in load_study(study_name="sweep", storage=storage).trials]
 
 
 def start(folder: Path, seconds: float) -> Any:
@@ -197,7 +193,10 @@ def test_two_workers_do_each_trial_once(tmp_path: Path) -> None:
         out, err = worker.communicate(timeout=120)
         assert worker.returncode == 0, err
         assert out.strip() == "{'a': 5, 'b': 0.5}"
-    assert sorted(calls(tmp_path)) == ALL
+    found = calls(tmp_path)
+    # Whoever is free at the end runs the point that the other is still at.
+    assert sorted(set(found)) == ALL
+    assert len(found) <= len(ALL) + 1
     assert len(list(tmp_path.glob("calls-*"))) == 2
 
 
@@ -219,56 +218,17 @@ def test_a_killed_worker_leaves_its_trial_to_others(tmp_path: Path) -> None:
     assert sorted(set(calls(tmp_path))) == ALL
     again = [line for line in ALL if calls(tmp_path).count(line) > 1]
     assert again == [before[-1]]
-    assert "RUNNING" not in states(tmp_path)
 
 
-def test_two_workers_that_queue_the_same_point() -> None:
-    """The one with the lower number keeps it; the other takes up the point if that one dies."""
-    import optuna
+def test_a_point_that_runs_twice_counts_once(tmp_path: Path) -> None:
+    """As where a worker that seemed dead is not: the first result stays."""
+    inner: list[SweepResult] = []
 
-    from peft_vpt.training.sweeps import OWNER, POINT, claim, open_points, worker
+    def slow(settings: dict[str, Any]) -> float:
+        if not inner:
+            inner.append(run(lambda settings: 1.0, tmp_path, {"a": [1]}))
+        return 2.0
 
-    study = optuna.create_study(direction="maximize")
-    with worker() as one, worker() as two:
-        for _ in range(2):
-            study.enqueue_trial({"a": 1}, user_attrs={POINT: 0})
-        first = claim(study, one, 60)
-        assert first.number == 0
-        assert claim(study, two, 60) is None
-        assert open_points(study.trials, 1, two, 60) == []
-        # An empty queue gives a trial of no point.
-        assert claim(study, two, 60) is None
-        first.set_user_attr(OWNER, {**one, "token": "gone"})
-        assert open_points(study.trials, 1, two, 60) == [0]
-        study.enqueue_trial({"a": 1}, user_attrs={POINT: 0})
-        second = claim(study, two, 60)
-        study.tell(second, 1.0)
-        study.enqueue_trial({"a": 1}, user_attrs={POINT: 0})
-        assert claim(study, one, 60) is None
-
-
-def test_a_worker_elsewhere_is_given_patience(tmp_path: Path) -> None:
-    """Without a process to look for, the age of its last sign of life decides."""
-    import optuna
-
-    from peft_vpt.training.sweeps import OWNER, is_alive, worker
-
-    study = optuna.create_study()
-    trial = study.ask()
-    with worker() as me:
-        trial.set_user_attr(OWNER, {**me, "host": "another"})
-        running = study.trials[0]
-        assert is_alive(running, me, patience=60)
-        assert not is_alive(running, me, patience=1e-9)
-        trial.set_user_attr(OWNER, me)
-        assert is_alive(study.trials[0], me, patience=1e-9)
-        trial.set_user_attr(OWNER, {**me, "pid": 2**22 + 1})
-        assert not is_alive(study.trials[0], me, patience=60)
-        trial.set_user_attr(OWNER, {**me, "token": "of a call that was interrupted"})
-        assert not is_alive(study.trials[0], me, patience=60)
-
-
-def test_signs_of_life_are_given(tmp_path: Path) -> None:
-    run(lambda settings: time.sleep(0.2) or 1.0, tmp_path, {"base_lr": [0.1]}, patience=0.5)
-    lines = [json.loads(line) for line in (tmp_path / "sweep.journal").read_text().splitlines()]
-    assert sum("beat" in line.get("user_attr", {}) for line in lines) >= 2
+    result = run(slow, tmp_path, {"a": [1]})
+    assert result.trials == inner[0].trials
+    assert result.best.value == 1.0

@@ -93,9 +93,9 @@ def sweep(
     """Choose settings on val, train with the best ones on train and val, and judge on test.
 
     Start the same command in several shells, on machines that share the folder: each takes runs of
-    its own. What was stopped goes on by the same command, and nothing is run twice.
+    its own. What was stopped goes on by the same command; what is done is not run again.
     """
-    need_packages(CALL, "accelerate", "optuna", "psutil", "timm")
+    need_packages(CALL, "accelerate", "optuna", "timm")
     choices = {
         "length": None if lengths is None else counts(lengths, "--lengths"),
         "reduction": None if reductions is None else counts(reductions, "--reductions"),

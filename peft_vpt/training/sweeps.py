@@ -6,21 +6,17 @@ import itertools
 import json
 import math
 import os
-import platform
-import secrets
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from threading import Event, Thread
 from typing import Any
 
 from ..errors import SpecError
 from .health import DivergedError
 
-_POLL = 0.5
+_FAILURE = "failure"
+_FIRST_TIE = "base_lr"
 
 
 @dataclass(frozen=True)
@@ -62,15 +58,15 @@ def sweep(
     name: str = "sweep",
     storage: Any = None,
     settings: Mapping[str, Any] | None = None,
-    patience: float = 300.0,
     progress: bool = True,
 ) -> SweepResult:
-    """Run an objective on every point of a grid, each one once, and return when all are done.
+    """Run an objective on every point of a grid, and return when all are done.
 
     Several workers share a sweep: each calls this function with the same folder (or storage) and
-    name. A worker that is killed leaves its trial to the others, or to the next call. What is
-    finished is never run again. A trial that diverged counts as finished, without a value; any
-    other error ends the worker and leaves the point open.
+    name. The points come in an order that Optuna's `GridSampler` shuffles. What is finished is
+    never run again. Where every point has been begun, a worker that is free runs one that is not
+    done, since whoever began it may be dead; the first result counts. A trial that diverged counts
+    as finished, without a value; any other error ends the worker and leaves the point open.
 
     Args:
         objective: From the settings of a point to what shall be high: top1 on val.
@@ -81,7 +77,6 @@ def sweep(
             share a database.
         settings: What else the results depend on (recipe, data), JSON values: a study of other
             settings is refused.
-        patience: Seconds without a sign of life after which a worker on another machine is dead.
         progress: Show a progress bar on a terminal.
 
     Raises:
@@ -91,47 +86,70 @@ def sweep(
     Source: Jia et al. 2022, section A.1 (grid search on val).
     """
     points = grid_points(grid)
-    check_sweep(folder, storage, name, patience)
-    with _quiet(), worker() as me:
+    _check_options(folder, storage, name)
+    with _quiet(), _bar(name, len(points), progress) as show:
         study = _open(folder, storage, name, grid, settings)
-        with _bar(name, len(points), progress) as show:
-            while (done := _settled(study)).keys() < set(range(len(points))):
-                show(len(done))
-                bury_dead(study, me, patience)
-                trials = study.get_trials(deepcopy=False)
-                free = open_points(trials, len(points), me, patience)
-                if not free and not is_queued(trials):
-                    time.sleep(_POLL)
-                    continue
-                if free:
-                    study.enqueue_trial(points[free[0]], user_attrs={POINT: free[0]})
-                trial = claim(study, me, patience)
-                if trial is not None:
-                    _run(study, trial, objective, grid, patience)
-            show(len(points))
-    return _result(points, done, grid, name)
+        while len(done := _settled(study)) < len(points):
+            show(len(done))
+            _run(study, objective, grid)
+        show(len(points))
+    return _result([(params, done[_key(params)]) for params in points], grid, name)
 
 
-def _run(
-    study: Any,
-    trial: Any,
-    objective: Callable[[dict[str, Any]], float],
-    grid: Mapping[str, Sequence[Any]],
-    patience: float,
-) -> None:
-    """Run one trial and tell the study how it went, whatever happens."""
+def _run(study: Any, objective: Callable[..., float], grid: Mapping[str, Sequence[Any]]) -> None:
+    """Run one trial; an error that is not about training leaves it open for another worker."""
     from optuna.trial import TrialState
 
-    value = None
+    trial = study.ask()
+    settings = {key: trial.suggest_categorical(key, list(grid[key])) for key in grid}
     try:
-        settings = {key: trial.suggest_categorical(key, list(grid[key])) for key in grid}
-        with signs_of_life(trial, patience):
-            value = finite(objective(dict(settings)), settings)
+        study.tell(trial, finite(objective(dict(settings)), settings))
     except DivergedError as error:
-        trial.set_user_attr(FAILURE, str(error))
-    finally:
-        state = TrialState.FAIL if value is None else TrialState.COMPLETE
-        study.tell(trial, value, state=state, skip_if_finished=True)
+        trial.set_user_attr(_FAILURE, str(error))
+        study.tell(trial, state=TrialState.FAIL)
+
+
+def _settled(study: Any) -> dict[str, Any]:
+    """Return the trial that came first to a result, diverging included, of each point."""
+    done = [
+        trial
+        for trial in study.get_trials(deepcopy=False)
+        if trial.state.is_finished() and (trial.value is not None or _FAILURE in trial.user_attrs)
+    ]
+    found: dict[str, Any] = {}
+    for trial in sorted(done, key=lambda trial: trial.datetime_complete):
+        found.setdefault(_key(trial.params), trial)
+    return found
+
+
+def _key(params: Mapping[str, Any]) -> str:
+    return json.dumps(params, sort_keys=True)
+
+
+def _result(
+    done: Sequence[tuple[dict[str, Any], Any]], grid: Mapping[str, Sequence[Any]], name: str
+) -> SweepResult:
+    trials = [
+        SweepTrial(
+            params, trial.value, trial.duration.total_seconds(), trial.user_attrs.get(_FAILURE)
+        )
+        for params, trial in done
+    ]
+    keys = sorted(grid, key=lambda key: key != _FIRST_TIE)
+
+    def rank(trial: SweepTrial) -> tuple[float, ...]:
+        return (-(trial.value or 0.0), *(_size(trial.params[key], grid[key]) for key in keys))
+
+    valued = [trial for trial in trials if trial.value is not None]
+    if not valued:
+        problem = f"training diverged at every point, at the first with: {trials[0].failure}"
+        raise DivergedError("sweep", problem, given={"name": name})
+    return SweepResult(min(valued, key=rank), tuple(trials))
+
+
+def _size(value: Any, values: Sequence[Any]) -> float:
+    numbers = all(isinstance(v, int | float) for v in values)
+    return float(value) if numbers else float(list(values).index(value))
 
 
 def _open(
@@ -144,14 +162,20 @@ def _open(
     try:
         wanted = json.dumps(about, sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise SpecError(
-            f"sweep(settings=...): must be plain, finite JSON values: {error}"
-        ) from error
+        problem = f"must be plain, finite JSON values: {error}"
+        raise SpecError("sweep", problem, given={"settings": ...}) from error
+
+    class Grid(optuna.samplers.GridSampler):
+        def after_trial(self, *about: Any) -> None:
+            """Do not stop the study's own loop, which does not run here."""
+
+    sampler = Grid(grid, seed=0)
+    # One shuffled order for all workers; what each takes from the points left over, by chance.
+    sampler.reseed_rng()
     study = optuna.create_study(
         study_name=name,
         storage=_journal(Path(folder), name) if folder is not None else storage,
-        # Never asked: every trial comes with its values.
-        sampler=optuna.samplers.RandomSampler(seed=0),
+        sampler=sampler,
         direction="maximize",
         load_if_exists=True,
     )
@@ -159,8 +183,10 @@ def _open(
         study.set_user_attr("about", wanted)
     if study.user_attrs["about"] != wanted:
         raise SpecError(
-            f"sweep(name={name!r}): the study there is of {study.user_attrs['about']}, this call "
-            f"is of {wanted}. Use another name or folder."
+            "sweep",
+            f"the study there is of {study.user_attrs['about']}, this call is of {wanted}",
+            "Use another name or folder",
+            given={"name": name},
         )
     return study
 
@@ -172,53 +198,15 @@ def _journal(folder: Path, name: str) -> Any:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.journal"
     lock = JournalFileOpenLock(str(path))
-    _drop_torn_line(path, lock)
-    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
-
-
-def _drop_torn_line(path: Path, lock: Any) -> None:
-    """Cut off a last line that a killed worker left unfinished, or no one could read the file."""
     lock.acquire()
     try:
+        # Behind half a line, which a killed worker may leave, nobody could write.
         with path.open("ab+") as file:
             file.seek(0)
-            content = file.read()
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                file.truncate(whole)
+            file.truncate(file.read().rfind(b"\n") + 1)
     finally:
         lock.release()
-
-
-def _settled(study: Any) -> dict[int, Any]:
-    """Return the trial with the result of each point that is done."""
-    found: dict[int, Any] = {}
-    for trial in study.get_trials(deepcopy=False):
-        if is_settled(trial) and POINT in trial.user_attrs:
-            found.setdefault(trial.user_attrs[POINT], trial)
-    return found
-
-
-def _result(
-    points: list[dict[str, Any]],
-    done: Mapping[int, Any],
-    grid: Mapping[str, Sequence[Any]],
-    name: str,
-) -> SweepResult:
-    trials = []
-    for point, params in enumerate(points):
-        trial = done[point]
-        seconds = trial.duration.total_seconds() if trial.duration is not None else 0.0
-        failure = trial.user_attrs.get(FAILURE)
-        trials.append(SweepTrial(params, None if failure else trial.value, seconds, failure))
-    valued = [trial for trial in trials if trial.value is not None]
-    if not valued:
-        raise DivergedError(
-            f"sweep(name={name!r}): training diverged at every point, the first time with: "
-            f"{trials[0].failure}"
-        )
-    best = min(valued, key=lambda trial: rank(trial.value or 0.0, trial.params, grid))
-    return SweepResult(best, tuple(trials))
+    return JournalStorage(JournalFileBackend(str(path), lock_obj=lock))
 
 
 @contextmanager
@@ -227,7 +215,7 @@ def _quiet() -> Iterator[None]:
     import optuna
 
     before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         yield
     finally:
@@ -245,159 +233,6 @@ def _bar(name: str, total: int, wanted: bool) -> Iterator[Callable[[int], None]]
         yield lambda done: progress.update(task, completed=done)
 
 
-POINT, OWNER, BEAT, FAILURE = "point", "owner", "beat", "failure"
-# Workers of this process, which lives on when one of them was interrupted.
-_ACTIVE: set[str] = set()
-
-
-@contextmanager
-def worker() -> Iterator[dict[str, Any]]:
-    """Yield who works here while the `with` block runs, so that others can tell if it lives."""
-    me = _this_process()
-    _ACTIVE.add(me["token"])
-    try:
-        yield me
-    finally:
-        _ACTIVE.remove(me["token"])
-
-
-def _this_process() -> dict[str, Any]:
-    import psutil  # type: ignore[import-untyped,unused-ignore]
-
-    try:
-        # Two containers may share a host name, and count processes apart.
-        space = os.readlink("/proc/self/ns/pid")
-    except OSError:
-        space = ""
-    return {
-        "host": platform.node(),
-        "space": space,
-        "pid": os.getpid(),
-        "born": psutil.Process().create_time(),
-        "token": secrets.token_hex(8),
-    }
-
-
-def is_settled(trial: Any) -> bool:
-    """Tell whether a trial has a result, diverging included, so that its point is done."""
-    from optuna.trial import TrialState
-
-    failed = trial.state == TrialState.FAIL and FAILURE in trial.user_attrs
-    return bool(trial.state == TrialState.COMPLETE or failed)
-
-
-def is_alive(trial: Any, me: Mapping[str, Any], patience: float) -> bool:
-    """Tell whether somebody works on a running trial.
-
-    A process of this machine is looked for; elsewhere a sign of life must be younger than
-    `patience` seconds.
-    """
-    owner = trial.user_attrs.get(OWNER)
-    if owner is not None and all(owner[key] == me[key] for key in ("host", "space")):
-        here = owner["pid"] == me["pid"] and owner["born"] == me["born"]
-        return owner["token"] in _ACTIVE if here else _runs(owner)
-    began = trial.datetime_start or datetime.now()
-    beat = float(trial.user_attrs.get(BEAT, began.timestamp()))
-    return time.time() - beat < patience
-
-
-def open_points(trials: Sequence[Any], count: int, me: Any, patience: float) -> list[int]:
-    """Return the points of a grid that nobody has done, does or is about to do."""
-    held = [t for t in trials if is_settled(t) or _is_held(t, me, patience)]
-    taken = {trial.user_attrs.get(POINT) for trial in held}
-    return [point for point in range(count) if point not in taken]
-
-
-def is_queued(trials: Sequence[Any]) -> bool:
-    """Tell whether a trial waits, maybe of a worker that died before it took it up."""
-    from optuna.trial import TrialState
-
-    return any(t.state == TrialState.WAITING and POINT in t.user_attrs for t in trials)
-
-
-def claim(study: Any, me: Mapping[str, Any], patience: float) -> Any:
-    """Take a trial of the study's queue, and keep it if nobody else has its point.
-
-    Two workers may queue a point at the same moment. The storage gives all trials one order, so
-    that each sees the other's; the one with the lower number keeps the point. (Optuna's own grid
-    sampler lets workers run the last points of a grid twice.)
-
-    Returns:
-        The trial; None: another worker was faster.
-    """
-    from optuna.trial import TrialState
-
-    trial = study.ask()
-    trial.set_user_attr(OWNER, dict(me))
-    point = trial.user_attrs.get(POINT)
-    rivals = [
-        other
-        for other in study.get_trials(deepcopy=False)
-        if other.user_attrs.get(POINT) == point and other.number != trial.number
-    ]
-    before = [other for other in rivals if other.number < trial.number]
-    taken = any(map(is_settled, rivals)) or any(_is_held(t, me, patience) for t in before)
-    # A queue that another worker has emptied gives a trial without a point.
-    if point is None or taken:
-        study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-        return None
-    return trial
-
-
-def bury_dead(study: Any, me: Any, patience: float) -> None:
-    """Mark trials as failed whose workers are gone, so that their points are open again."""
-    from optuna.trial import TrialState
-
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if not is_alive(trial, me, patience):
-            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-
-
-@contextmanager
-def signs_of_life(trial: Any, patience: float) -> Iterator[None]:
-    """Let a thread note the time on a trial while the `with` block runs."""
-    stop = Event()
-
-    def beat() -> None:
-        while not stop.wait(patience / 10):
-            try:
-                trial.set_user_attr(BEAT, time.time())
-            except Exception:
-                # A sign that is missed is made up for by the next one.
-                continue
-
-    thread = Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-
-
-def _is_held(trial: Any, me: Mapping[str, Any], patience: float) -> bool:
-    """Tell whether a trial waits in the queue or is worked on."""
-    from optuna.trial import TrialState
-
-    if trial.state == TrialState.RUNNING:
-        return is_alive(trial, me, patience)
-    return bool(trial.state == TrialState.WAITING)
-
-
-def _runs(owner: Mapping[str, Any]) -> bool:
-    import psutil
-
-    try:
-        process = psutil.Process(int(owner["pid"]))
-        dead = process.status() == psutil.STATUS_ZOMBIE
-        return not dead and abs(process.create_time() - float(owner["born"])) < 1.0
-    except psutil.NoSuchProcess:
-        return False
-
-
-_FIRST_TIE = "base_lr"
-
-
 def grid_points(grid: Any) -> list[dict[str, Any]]:
     """Return the settings at every point of a grid, the last setting changing first.
 
@@ -405,45 +240,37 @@ def grid_points(grid: Any) -> list[dict[str, Any]]:
         SpecError: Values that a study cannot keep, or one twice.
     """
     if not isinstance(grid, Mapping) or not grid:
-        raise SpecError(f"sweep(grid={grid!r}): must be a mapping of settings to values.")
+        problem = "must be a mapping of settings to values"
+        raise SpecError("sweep", problem, given={"grid": grid})
     for key, values in grid.items():
         listed = isinstance(values, Sequence) and not isinstance(values, str) and values
         plain = listed and all(
-            v is None or isinstance(v, str | bool | int) or _is_finite(v) for v in values
+            isinstance(v, str | int | None) or (isinstance(v, float) and math.isfinite(v))
+            for v in values
         )
-        if not isinstance(key, str) or not plain or len(set(map(repr, values))) < len(values):
-            raise SpecError(
-                f"sweep(grid[{key!r}]={values!r}): must be a list of different numbers, texts, "
-                "booleans or None."
-            )
+        if not isinstance(key, str) or not plain or len(set(values)) < len(values):
+            problem = "must be a list of different numbers, texts, booleans or None"
+            raise SpecError("sweep", problem, given={f"grid[{key!r}]": values})
     return [dict(zip(grid, row, strict=True)) for row in itertools.product(*grid.values())]
 
 
-def check_sweep(folder: Any, storage: Any, name: Any, patience: Any) -> None:
+def _check_options(folder: Any, storage: Any, name: Any) -> None:
     """Check the plain options of `sweep`.
 
     Raises:
         SpecError: One is wrong, or the process is one of a distributed launch.
     """
     if (folder is None) == (storage is None):
-        raise SpecError("sweep: give either folder, for a journal file there, or storage.")
+        raise SpecError("sweep", "give either folder, for a journal file there, or storage")
     if not isinstance(name, str) or not name or set(name) & set("/\\\0") or name.startswith("."):
-        raise SpecError(f"sweep(name={name!r}): must be text that can name a file.")
-    if not _is_finite(patience) or patience <= 0:
-        raise SpecError(f"sweep(patience={patience!r}): must be a number of seconds > 0.")
+        raise SpecError("sweep", "must be text that can name a file", given={"name": name})
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise SpecError(
-            "sweep: the processes of one distributed launch train one model together and cannot "
-            "each take trials. Start each worker by itself, with the same folder."
+            "sweep",
+            "the processes of one distributed launch train one model together and cannot each take "
+            "trials",
+            "Start each worker by itself, with the same folder",
         )
-
-
-def rank(
-    value: float, params: Mapping[str, Any], grid: Mapping[str, Sequence[Any]]
-) -> tuple[float, ...]:
-    """Return a key that sorts the best trial first: high value, then small settings."""
-    keys = sorted(grid, key=lambda key: key != _FIRST_TIE)
-    return (-value, *(_size(params[key], grid[key]) for key in keys))
 
 
 def finite(value: Any, settings: Mapping[str, Any]) -> float:
@@ -458,16 +285,6 @@ def finite(value: Any, settings: Mapping[str, Any]) -> float:
     except (TypeError, ValueError, OverflowError, RuntimeError):
         number = math.nan
     if not math.isfinite(number):
-        raise SpecError(
-            f"sweep: the objective returned {value!r} at {settings}; it must be a finite number."
-        )
+        problem = f"the objective returned {value!r} at {settings}; it must be a finite number"
+        raise SpecError("sweep", problem)
     return number
-
-
-def _size(value: Any, values: Sequence[Any]) -> float:
-    numbers = all(isinstance(v, int | float) for v in values)
-    return float(value) if numbers else float(list(values).index(value))
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
