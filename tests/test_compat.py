@@ -15,7 +15,14 @@ import torch.multiprocessing as mp
 from torch import nn
 from zoo import build, image, logits
 
-from peft_vpt import count_parameters, inject_prompts, is_prompted, trainable_parameters
+from peft_vpt import (
+    count_parameters,
+    disable_prompts,
+    inject_prompts,
+    is_prompted,
+    remove_prompts,
+    trainable_parameters,
+)
 
 MODELS = ["timm/cls", "timm/map", "timm/parallel-things", "transformers/vit", "transformers/clip"]
 OPTIONS: list[dict[str, Any]] = [{}, {"deep": False}, {"pooling": "image"}, {"pooling": "global"}]
@@ -32,20 +39,21 @@ def prompted(name: str, options: dict[str, Any], dtype: torch.dtype = torch.floa
     return inject_prompts(build(name, dtype), 3, generator=generator, **({"dropout": 0} | options))
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+def saved_and_loaded(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "twin_of", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded]
+)
 @pytest.mark.parametrize(("name", "options"), SOME)
-def test_copies_are_equal_and_independent(name: str, options: dict[str, Any], how: str) -> None:
+def test_copies_are_equal_and_independent(name: str, options: dict[str, Any], twin_of: Any) -> None:
     model = prompted(name, options)
     expected = logits(model(image()))
-    if how == "deepcopy":
-        twin = copy.deepcopy(model)
-    elif how == "pickle":
-        twin = pickle.loads(pickle.dumps(model))
-    else:
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        twin = torch.load(buffer, weights_only=False)
+    twin = twin_of(model)
     assert torch.equal(logits(twin(image())), expected)
     logits(twin(image())).sum().backward()
     assert all(p.grad is None for p in model.parameters())
@@ -55,8 +63,6 @@ def test_copies_are_equal_and_independent(name: str, options: dict[str, Any], ho
             parameter.neg_()
     assert not torch.equal(logits(twin(image())), expected)
     assert torch.equal(logits(model(image())), expected)
-    from peft_vpt import remove_prompts
-
     bare = build(name)
     assert torch.equal(logits(remove_prompts(twin)(image())), logits(bare(image())))
     for key in ("_keys_to_ignore_on_save", "forward", "prompts"):
@@ -105,7 +111,9 @@ def test_gradient_checkpointing_recomputes_and_reaches_every_prompt(
         block = model.blocks[2]
     else:
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        model.train()
+        # In front of training, and in the midst of it.
+        if dropout:
+            model.train()
         inner = getattr(model, "vit", None) or model.dinov2
         block = (inner.layers if hasattr(inner, "layers") else inner.encoder.layer)[2]
     try:
@@ -312,17 +320,21 @@ def test_accelerate_prepares_trains_and_unwraps(tmp_path: Any) -> None:
     assert accelerator.unwrap_model(wrapped) is model
 
 
-def test_offloaded_by_accelerate() -> None:
+@pytest.mark.parametrize("first", ["inject", "offload"])
+def test_offloaded_by_accelerate(first: str) -> None:
     accelerate = pytest.importorskip("accelerate")
+    expected = prompted("timm/cls", {}, torch.float32)(image(dtype=torch.float32))
     model = build("timm/cls", torch.float32)
-    expected = inject_prompts(
-        copy.deepcopy(model), 3, generator=torch.Generator().manual_seed(0), num_classes=None
-    )(image(dtype=torch.float32))
-    inject_prompts(model, 3, generator=torch.Generator().manual_seed(0))
-    accelerate.cpu_offload(model, execution_device="cpu")
+    steps = {
+        "inject": lambda: inject_prompts(
+            model, 3, generator=torch.Generator().manual_seed(0), dropout=0
+        ),
+        "offload": lambda: accelerate.cpu_offload(model, execution_device="cpu"),
+    }
+    for step in sorted(steps, key=lambda step: step != first):
+        steps[step]()
     with torch.no_grad():
-        out = model(image(dtype=torch.float32))
-    torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(model(image(dtype=torch.float32)), expected)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -334,21 +346,7 @@ def test_cuda() -> None:
     torch.testing.assert_close(out.cpu(), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_enabled_after_train_recomputes(*, reentrant: bool) -> None:
-    model = prompted("transformers/vit", {}).train()
-    expected = gradients(model)
-    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    with counted_forwards(model.vit.layers[2].mlp) as calls:
-        got = gradients(model)
-    assert len(calls) == 2
-    for n, grad in expected.items():
-        torch.testing.assert_close(got[n], grad, rtol=1e-9, atol=1e-12, msg=n)
-
-
 def test_disabling_under_checkpointing_with_gradients_is_refused() -> None:
-    from peft_vpt import disable_prompts
-
     model = prompted("timm/cls", {})
     model.set_grad_checkpointing()
     with disable_prompts(model):
@@ -356,13 +354,3 @@ def test_disabling_under_checkpointing_with_gradients_is_refused() -> None:
             model(image())
         with torch.no_grad():
             assert torch.isfinite(model(image())).all()
-
-
-def test_injection_into_an_offloaded_model() -> None:
-    accelerate = pytest.importorskip("accelerate")
-    model = build("timm/cls", torch.float32)
-    expected = prompted("timm/cls", {}, torch.float32)(image(dtype=torch.float32))
-    accelerate.cpu_offload(model, execution_device="cpu")
-    inject_prompts(model, 3, generator=torch.Generator().manual_seed(0), dropout=0)
-    with torch.no_grad():
-        torch.testing.assert_close(model(image(dtype=torch.float32)), expected)
