@@ -63,8 +63,12 @@ def encoder_for(host: nn.Module, location: str) -> Encoder:
             return encoder
         if _HINT in str(error):
             raise
+        advice = f"{error.advice}. " if error.advice else ""
         raise UnsupportedArchitectureError(
-            f"{error} {_HINT} works for every image model."
+            error.call,
+            error.problem,
+            f"{advice}{_HINT} works for every image model.",
+            **error.facts,
         ) from error
 
 
@@ -257,10 +261,13 @@ def find_encoder(host: nn.Module) -> Encoder:
     if len(found) + len(others) > 1:
         paths = [path for path, _, _ in found]
         raise UnsupportedArchitectureError(
-            f"inject_prompts: {_name(host)} holds several encoders: "
-            f"{', '.join(repr(p) for p in sorted(paths + others))}. Pass the one to prompt, "
-            + " or ".join(f"inject_prompts(model.{path})" for path in paths)
-            + "; then only that submodule is frozen and counted."
+            "inject_prompts",
+            f"{_name(host)} holds several encoders: "
+            f"{', '.join(repr(p) for p in sorted(paths + others))}",
+            "Pass the one to prompt, "
+            + " or ".join(f"`inject_prompts(model.{path})`" for path in paths)
+            + "; then only that submodule is frozen and counted",
+            paths=paths,
         )
     path, module, family = found[0]
     encoder: Encoder = family.describe(host, path, module)

@@ -115,8 +115,11 @@ def _try_deep(model: nn.Module, inputs: Any, result: Result) -> None:
     try:
         inject_prompts(model, 2, dropout=0.0)
     except VPTError as refusal:
-        result.status, result.reason = "refused", str(refusal)
-        _try_encoders(model, result)
+        result.status, result.reason = "refused", refusal.problem or str(refusal)
+        # Of several encoders each may be prompted alone.
+        paths = refusal.facts.get("paths")
+        if paths and all(_accepts(model.get_submodule(path)) for path in paths):
+            result.status = "submodule"
         return
     encoder: Encoder = model.prompts.encoder  # type: ignore[assignment, union-attr]
     result.family, result.skipped = encoder.family, encoder.skipped
@@ -136,15 +139,6 @@ def _try_deep(model: nn.Module, inputs: Any, result: Result) -> None:
     with torch.no_grad():
         if not torch.equal(output(model, inputs), bare):
             raise AssertionError("remove_prompts leaves a trace")
-
-
-def _try_encoders(model: nn.Module, result: Result) -> None:
-    """Where a model holds several encoders, see whether each of them can be prompted alone."""
-    if "holds several encoders" not in result.reason:
-        return
-    paths = [part.partition(")")[0] for part in result.reason.split("inject_prompts(model.")[1:]]
-    if paths and all(_accepts(model.get_submodule(path)) for path in paths):
-        result.status = "submodule"
 
 
 def _is_silent(parameter: nn.Parameter) -> bool:
