@@ -9,11 +9,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .backbones.anatomy import Encoder, first_conv_kernel
+from .backbones.anatomy import Encoder, first_conv_kernel, first_floating
 from .backbones.checkpointing import outermost_checkpoint
 from .backbones.find import encoder_for
-from .backbones.heads import host_dtype, replace_head
-from .backbones.projection import module_at
+from .backbones.heads import replace_head
 from .errors import SpecError, VPTError
 from .forms.attach import Form, ForwardPatch
 from .forms.choose import build_forms, every_attention
@@ -156,13 +155,13 @@ def inject_spec(
                 "inject_prompts(init=...): the model is on the meta device, where values are lost; "
                 "materialise it first."
             )
-    prompts.to(device=device, dtype=host_dtype(module_at(model, encoder.start)))
+    prompts.to(device=device, dtype=first_floating(model.get_submodule(encoder.start)).dtype)
     if not _on_meta(model):
         check_host(prompts, model)
     if prompts.checked or not (encoder.known and encoder.plain):
         check_carried(prompts, model, encoder, every_attention(prompts, model))
     if device.type != "meta":
-        kernel = first_conv_kernel(module_at(model, encoder.path))
+        kernel = first_conv_kernel(model.get_submodule(encoder.path))
         initialise(prompts, kernel, values, generator)
 
     # From here on the model changes, and nothing may fail.
@@ -285,8 +284,8 @@ def freeze(model: nn.Module, encoder: Encoder) -> None:
     A transformers checkpoint then holds what trains.
     """
     model.requires_grad_(False)
-    for path in encoder.head.paths if encoder.head is not None else ():
-        module_at(model, path).requires_grad_(True)
+    for path in encoder.head_paths:
+        model.get_submodule(path).requires_grad_(True)
     prompts = host_and_prompts(model, "freeze")[1]
     for name, parameter in model.named_parameters():
         if name in prompts.undo.get("decoder", ()) and parameter.is_floating_point():
@@ -311,7 +310,7 @@ def watch_input(prompts: Prompts, model: nn.Module) -> None:
     if prompts.first_block is None:
         return
     first = prompts.encoder.blocks[prompts.first_block].path
-    gate = module_at(model, prompts.encoder.gate or outermost_checkpoint(model, first))
+    gate = model.get_submodule(prompts.encoder.gate or outermost_checkpoint(model, first))
     prompts.undo["handles"].append(
         gate.register_forward_pre_hook(prompts.require_input_grad, with_kwargs=True)
     )

@@ -21,7 +21,6 @@ from .backbones.checkpointing import (
     keeps_training_flag,
     refuse_cut_off,
 )
-from .backbones.projection import module_at
 from .errors import SpecError, VPTError
 from .spec import NOWHERE, PromptSpec, xavier_bound
 
@@ -94,7 +93,7 @@ class Prompts(nn.Module):
     def _register(self, name: str, values: Tensor) -> None:
         owner, _, last = name.rpartition(".")
         parameter = nn.Parameter(values, requires_grad=self.spec.train_prompts)
-        module_at(self, owner).register_parameter(last, parameter)
+        self.get_submodule(owner).register_parameter(last, parameter)
 
     def stored(self, entry: int) -> Tensor:
         """Return the parameter behind an entry block: `(length or 1, dim or project)`."""
@@ -133,7 +132,7 @@ class Prompts(nn.Module):
         """Put patches of pixels through the frozen patch projection: `(length, dim)`."""
         assert self.pixel is not None
         assert self.place is not None
-        conv: Any = module_at(self._host[0], self.place.conv)
+        conv: Any = self._host[0].get_submodule(self.place.conv)
         tokens: Tensor = conv(self.pixel("patches").to(conv.weight.dtype)).flatten(1)
         return tokens
 
@@ -156,7 +155,7 @@ class Prompts(nn.Module):
 
     def sharded(self) -> bool:
         """Tell whether FSDP brings and takes the host's weights, unseen by version counters."""
-        parts = (self._host[0], module_at(self._host[0], self.encoder.start))
+        parts = (self._host[0], self._host[0].get_submodule(self.encoder.start))
         names = ("FSDPModule", "FullyShardedDataParallel")
         return any(is_kind(part, name) for part in parts for name in names)
 
@@ -197,8 +196,8 @@ class Prompts(nn.Module):
         return {n: p for n, p in self.named_parameters() if not n.startswith("delta.")}
 
     def _head_modules(self) -> Iterator[nn.Module]:
-        for path in self.encoder.head.paths if self.encoder.head else ():
-            yield from module_at(self._host[0], path).modules()
+        for path in self.encoder.head_paths:
+            yield from self._host[0].get_submodule(path).modules()
         # A decoder that trains whole does so with its dropout and statistics.
         inside = (self.encoder.path, "prompts")
         for path, module in self._host[0].named_modules() if "decoder" in self.undo else ():
@@ -246,7 +245,7 @@ class Prompts(nn.Module):
         """Let layers whose checkpointing was enabled after `train()` recompute."""
         if not host.training:
             return
-        blocks = [module_at(host, block.path) for block in self.encoder.blocks]
+        blocks = [host.get_submodule(block.path) for block in self.encoder.blocks]
         for module in blocks or host.modules():
             if keeps_training_flag(module) and not module.training:
                 module.training = True

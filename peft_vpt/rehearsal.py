@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from .backbones.anatomy import Encoder, first_argument
+from .backbones.anatomy import Encoder, first_argument, first_floating
 from .backbones.find import ImageFacts, image_facts, image_path
-from .backbones.projection import module_at
 from .hosts import carries, host_and_prompts
 
 if TYPE_CHECKING:
@@ -50,7 +49,7 @@ class Probe:
         self.host = host
         self.encoder = encoder
         self.path = image_path(host, encoder)
-        self.module: Any = module_at(host, self.path)
+        self.module: Any = host.get_submodule(self.path)
         self.facts: ImageFacts = image_facts(self.module, encoder.library)
         self._device = device
 
@@ -62,7 +61,7 @@ class Probe:
     def run(self, size: tuple[int, int], entries: tuple[int, ...] = ()) -> Trial:
         """Run one image of a size through the encoder: eval, no gradients, no hooks of others."""
         trial = Trial(size)
-        like = next(p for p in self.module.parameters() if p.is_floating_point())
+        like = first_floating(self.module)
         image = torch.rand(1, self.facts.channels, *size, generator=torch.Generator())
         with undisturbed(self.module):
             self._watch(trial, entries)
@@ -97,7 +96,7 @@ class Probe:
             if isinstance(module, nn.Conv2d):
                 module.register_forward_pre_hook(meets_image(path))
         for index in entries:
-            block = module_at(self.host, self.encoder.blocks[index].path)
+            block = self.host.get_submodule(self.encoder.blocks[index].path)
             block.register_forward_pre_hook(meets_hidden(index), with_kwargs=True)
 
     def _watch_entrance(self, trial: Trial) -> Callable[[], None]:
@@ -176,8 +175,8 @@ def dummy_calls(host: nn.Module, encoder: Encoder, paths: Iterable[str]) -> Call
     """
     if any(p.is_meta for p in host.parameters()):
         return None
-    watched = {path: module_at(host, path) for path in paths}
-    inner = module_at(host, encoder.path)
+    watched = {path: host.get_submodule(path) for path in paths}
+    inner = host.get_submodule(encoder.path)
     bare = host_and_prompts(host, "apply_protocol")[1].disable() if carries(host) else nullcontext()
     with undisturbed(host), bare:
         calls = Calls()
@@ -260,7 +259,7 @@ def _patches(module: nn.Module) -> dict[str, Any]:
 
 def _random(module: nn.Module, shape: tuple[int, ...]) -> Tensor:
     image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    like = next(p for p in module.parameters() if p.is_floating_point())
+    like = first_floating(module)
     return image.to(device=like.device, dtype=like.dtype)
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.find import encoder_for
-from ..backbones.projection import module_at
 from ..errors import SpecError, UnsupportedArchitectureError, VPTError
 from ..hosts import carries, host_and_prompts, unwrap
 from ..training.metrics import place
@@ -176,4 +175,4 @@ def _head(host: nn.Module) -> nn.Module:
         raise UnsupportedArchitectureError(
             f"features: {type(host).__name__} has {what}, so there is no one place in front of it."
         )
-    return module_at(host, encoder.head.paths[0])
+    return host.get_submodule(encoder.head.paths[0])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..adapter.verbs import load_task_adapter
-from ..backbones.projection import module_at
+from ..backbones.anatomy import is_below
 from ..data import loader
 from ..errors import SpecError, VPTError
 from ..forms.kv import KeyValueForm
@@ -42,12 +42,12 @@ def member(model: nn.Module) -> Member:
         NotPromptedError: The model carries no prompts and no protocol.
     """
     host, prompts = host_and_prompts(model, "member")
-    heads = prompts.encoder.head.paths if prompts.encoder.head else ()
+    heads = prompts.encoder.head_paths
     moved = {place.name for place in prompts.delta.places.values()} if prompts.delta else set()
     return {
         name: tensor.detach().clone()
         for name, tensor in host.state_dict().items()
-        if name.startswith("prompts.") or name in moved or _below(name, heads)
+        if name.startswith("prompts.") or name in moved or is_below(name, *heads)
     }
 
 
@@ -190,10 +190,10 @@ def _each_its_head(
     host: nn.Module, prompts: Prompts, members: Sequence[Mapping[str, Tensor]]
 ) -> Iterator[None]:
     """Let each part of the batch go through its member's head."""
-    paths = prompts.encoder.head.paths if prompts.encoder.head else ()
+    paths = prompts.encoder.head_paths
     handles = []
     for path in paths:
-        head = module_at(host, path)
+        head = host.get_submodule(path)
         copies = [_head(head, path, values) for values in members]
 
         def swap(
@@ -215,7 +215,7 @@ def _head(head: nn.Module, path: str, values: Mapping[str, Tensor]) -> nn.Module
     single = copy.deepcopy(head)
     single._forward_hooks.clear()
     single._forward_pre_hooks.clear()
-    own = {n.removeprefix(f"{path}."): t for n, t in values.items() if _below(n, (path,))}
+    own = {n.removeprefix(f"{path}."): t for n, t in values.items() if is_below(n, path)}
     single.load_state_dict(own)
     return single
 
@@ -232,10 +232,6 @@ def _check(members: Sequence[Mapping[str, Tensor]], host: nn.Module) -> None:
                 f"ensemble_logits: member {index} differs from the model in {wrong[0]} "
                 f"({len(wrong)} tensors in all); members need the same prompts and classes."
             )
-
-
-def _below(name: str, paths: Sequence[str]) -> bool:
-    return any(name == path or name.startswith(f"{path}.") for path in paths)
 
 
 # Enough to see classes apart; t-SNE takes minutes from about ten thousand points on.

@@ -47,7 +47,7 @@ def model_sum(model: nn.Module) -> str:
     A classifier that a checkpoint lacks is drawn anew whenever the model is built.
     """
     encoder = encoder_for(model, "pad")
-    heads = () if encoder.head is None else tuple(f"{path}." for path in encoder.head.paths)
+    heads = tuple(f"{path}." for path in encoder.head_paths)
     total, count = 0, 0
     for name, tensor in sorted(model.state_dict().items()):
         if not name.startswith(heads or "\0"):

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..backbones.anatomy import Block
-from ..backbones.projection import module_at
 from ..errors import SpecError, UnsupportedArchitectureError
 from .attach import ForwardPatch
 
@@ -22,7 +21,7 @@ class AddForm(ForwardPatch):
     """
 
     def __init__(self, prompts: Prompts, host: nn.Module, block: Block, *, index: int) -> None:
-        super().__init__(module_at(host, block.path))
+        super().__init__(host.get_submodule(block.path))
         self._links = (prompts,)
         self.index = index
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..backbones.projection import module_at
 from ..backbones.windows import mergings, window_parts
 from ..errors import UnsupportedArchitectureError
 from ..prompts import Prompts
@@ -71,7 +70,7 @@ def _window_forms(
     """
     encoder = prompts.encoder
     blocks = encoder.blocks[span[0] : span[1] + 1]
-    parts = [window_parts(module_at(model, block.path)) for block in blocks]
+    parts = [window_parts(model.get_submodule(block.path)) for block in blocks]
     if None in parts or prompts.spec.pooling != "default":
         raise UnsupportedArchitectureError(
             f"inject_prompts: {encoder.family} has no one sequence of tokens that could carry "
@@ -94,7 +93,7 @@ def _window_forms(
         if part is not None
     ]
     between = {block.stage for block in blocks}
-    mergers = mergings(module_at(model, encoder.path))[min(between) : max(between)]
+    mergers = mergings(model.get_submodule(encoder.path))[min(between) : max(between)]
     return forms + [MergeForm(prompts, merger, stream) for merger in mergers]
 
 

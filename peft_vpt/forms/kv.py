@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..backbones.anatomy import Attention, Block, first_argument
-from ..backbones.projection import is_plain, module_at, per_token
+from ..backbones.projection import is_plain, per_token
 from ..errors import UnsupportedArchitectureError
 from .attach import ForwardPatch
 from .softmax import Met, Pair, SoftmaxOverride
@@ -54,8 +54,8 @@ class KeyValueForm(ForwardPatch):
     def __init__(
         self, prompts: Prompts, host: nn.Module, block: Block, attention: Attention, *, index: int
     ) -> None:
-        module = module_at(host, block.path)
-        super().__init__(module_at(module, attention.target))
+        module = host.get_submodule(block.path)
+        super().__init__(module.get_submodule(attention.target))
         self._links = (prompts, module)
         self.index = index
         self.path = block.path
@@ -169,12 +169,12 @@ class KeyValueForm(ForwardPatch):
     @property
     def owner(self) -> nn.Module:
         """The attention module that holds the projections."""
-        return module_at(self.block, self.attention.path)
+        return self.block.get_submodule(self.attention.path)
 
     def project(self, hidden: Tensor) -> Pair:
         """Norm and project `(batch, tokens, dim)` as the block does in front of its softmax."""
         if self.attention.norm is not None:
-            hidden = per_token(module_at(self.block, self.attention.norm), hidden)
+            hidden = per_token(self.block.get_submodule(self.attention.norm), hidden)
         projection, owner = self.attention.projection, self.owner
         return projection.keys_values(owner, projection.prepare(owner, hidden))
 
@@ -193,7 +193,7 @@ class KeyValueForm(ForwardPatch):
     def _modules_met(self) -> list[nn.Module]:
         norm = self.attention.norm
         layers = self.attention.projection.modules(self.owner)
-        return ([module_at(self.block, norm)] if norm is not None else []) + layers
+        return ([self.block.get_submodule(norm)] if norm is not None else []) + layers
 
     def _may_cache(self, modules: list[nn.Module]) -> bool:
         """Only where nothing could change K_p without being seen in the key."""
@@ -274,7 +274,7 @@ class Watch:
         self._muted = False
         self._modules = {"block": form.block, "attention": form.owner}
         if form.attention.norm is not None:
-            self._modules["norm"] = module_at(form.block, form.attention.norm)
+            self._modules["norm"] = form.block.get_submodule(form.attention.norm)
         if form.attention.reduces == "input":
             self._modules["layer"] = form.attention.projection.modules(form.owner)[0]
         self._handles = [

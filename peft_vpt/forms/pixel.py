@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..backbones.anatomy import first_floating
 from ..backbones.find import takes_images
-from ..backbones.projection import module_at
 from ..errors import UnsupportedArchitectureError, VPTError
 from ..rehearsal import undisturbed
 from .attach import ForwardPatch
@@ -29,8 +29,8 @@ def pixel_forms(prompts: Prompts, host: nn.Module) -> list[ForwardPatch]:
     if place is None or prompts.spec.location == "prepend-pixel":
         return []
     if prompts.spec.location == "concat-channel":
-        return [ChannelForm(prompts, module_at(host, place.conv))]
-    module = module_at(host, place.module)
+        return [ChannelForm(prompts, host.get_submodule(place.conv))]
+    module = host.get_submodule(place.module)
     return [BorderForm(prompts, module, method) for method in place.entrances]
 
 
@@ -44,7 +44,7 @@ def check_host(prompts: Prompts, host: nn.Module) -> None:
     forms = [form for form in prompts.forms if isinstance(form, BorderForm)]
     if place is None or not forms or not place.module or not takes_images(host):
         return
-    like = next(p for p in host.parameters() if p.is_floating_point())
+    like = first_floating(host)
     with undisturbed(host), ExitStack() as stack:
         for form in forms:
             form.attach()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.anatomy import Encoder
-from ..backbones.projection import join, module_at
+from ..backbones.projection import join
 from ..errors import SpecError, UnsupportedArchitectureError
 from ..prompts import PixelPlace
 from ..rehearsal import ENTRANCES, Probe, Trial
@@ -137,7 +137,7 @@ def _patches(probe: Probe, spec: PromptSpec) -> PixelPlace:
         )
     trial = _worked(probe.first(small=True), probe, spec)
     place = _at_conv(probe, spec, trial)
-    conv: Any = module_at(probe.host, place.conv)
+    conv: Any = probe.host.get_submodule(place.conv)
     if place.width != probe.encoder.blocks[0].width or any((*_padding(conv), *_dilated(conv))):
         raise UnsupportedArchitectureError(
             f"{_call(spec)}: the convolution that meets the image in {probe.name} ({place.conv}) "
@@ -152,7 +152,7 @@ def _dilated(conv: nn.Conv2d) -> tuple[int, ...]:
 
 def _at_conv(probe: Probe, spec: PromptSpec, trial: Trial) -> PixelPlace:
     """Return the place at the one plain convolution that meets the image."""
-    facts, convs = probe.facts, [module_at(probe.module, path) for path in trial.convs]
+    facts, convs = probe.facts, [probe.module.get_submodule(path) for path in trial.convs]
     if len(convs) != 1 or not _is_plain_conv(convs[0]):
         raise UnsupportedArchitectureError(
             f"{_call(spec)}: needs exactly one plain torch.nn.Conv2d over the image, in "
@@ -208,7 +208,7 @@ def _check_seen(probe: Probe, trial: Trial, spec: PromptSpec) -> None:
 
 def _unseen(probe: Probe, trial: Trial) -> int:
     """Return how many pixels at the end of a side no window of the first convolution reaches."""
-    conv: Any = module_at(probe.module, trial.convs[0]) if trial.convs else None
+    conv: Any = probe.module.get_submodule(trial.convs[0]) if trial.convs else None
     if conv is None or not _is_plain_conv(conv):
         return 0
     sides = zip(

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..backbones.anatomy import Encoder
-from ..backbones.projection import module_at
 from ..errors import VPTError
 from .attach import ForwardPatch, Slot
 
@@ -25,7 +24,7 @@ class Pooling(ForwardPatch):
 
     def __init__(self, prompts: Prompts, host: nn.Module, encoder: Encoder, own: Slot) -> None:
         last = encoder.blocks[-1].path
-        super().__init__(module_at(host, encoder.final_norm or last))
+        super().__init__(host.get_submodule(encoder.final_norm or last))
         self._links = (prompts, host)
         self._prefix = encoder.prefix_tokens
         self._after = encoder.norm_after_pool
@@ -44,7 +43,7 @@ class Pooling(ForwardPatch):
         """Stand in front of the norm and of the head."""
         super().attach()
         host = self._links[1]
-        self._hooked = (module_at(host, self._head),)
+        self._hooked = (host.get_submodule(self._head),)
         self._handles = [
             self._hooked[0].register_forward_pre_hook(self.pool),
             host.register_forward_pre_hook(self.begin),
@@ -59,7 +58,7 @@ class Pooling(ForwardPatch):
 
     def begin(self, host: nn.Module, args: Any) -> None:
         """Forward pre-hook of the host: from here on tokens are kept."""
-        head = module_at(host, self._head)
+        head = host.get_submodule(self._head)
         if head is not self._hooked[0]:
             # Somebody has put another head there, timm's reset_classifier say.
             self._handles[0].remove()
@@ -99,7 +98,7 @@ class Pooling(ForwardPatch):
             )
         pooled = self._pooled(kept[-1]).mean(dim=1)
         if self._after is not None:
-            pooled = module_at(host, self._after)(pooled)
+            pooled = host.get_submodule(self._after)(pooled)
         return (pooled, *args[1:])
 
     def _pooled(self, tokens: Tensor) -> Tensor:

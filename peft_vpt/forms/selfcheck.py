@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.anatomy import Encoder
-from ..backbones.projection import module_at
 from ..errors import UnsupportedArchitectureError
 from ..rehearsal import call, dummy_inputs
 from .softmax import Met
@@ -38,7 +37,7 @@ def self_check(host: nn.Module, encoder: Encoder, forms: Sequence[KeyValueForm])
         UnsupportedArchitectureError: The forward fails, an attention meets no softmax or several,
             or keys and values differ.
     """
-    module = module_at(host, encoder.path)
+    module = host.get_submodule(encoder.path)
     met: dict[int, list[Met]] = {id(form): [] for form in forms}
     with undisturbed(module), ExitStack() as stack:
         watches = [Watch(form) for form in forms]
@@ -121,7 +120,7 @@ def check_carried(
     """
     forms = [form for form in prompts.forms if isinstance(form, TokenForm)]
     met_by = [a for a in attentions if any(form.index == a.index for form in forms)]
-    module = module_at(host, encoder.path)
+    module = host.get_submodule(encoder.path)
     windowed = any(isinstance(form, WindowForm) for form in prompts.forms)
     if not prompts.checked and (forms or windowed):
         raise _refusal(encoder, "no dummy input is known that could show it")

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from ..backbones.anatomy import Block, Encoder, is_kind
-from ..backbones.projection import module_at
 from ..errors import VPTError
 from .attach import Form, ForwardPatch, Slot
 from .softmax import ADD, causal_mask, pad_mask
@@ -44,7 +43,7 @@ class TokenForm(ForwardPatch):
         reason: str,
         own: Slot,
     ) -> None:
-        super().__init__(module_at(host, block.path))
+        super().__init__(host.get_submodule(block.path))
         self._links = (prompts,)
         self._own = own
         self.entry = entry
@@ -177,7 +176,7 @@ class OutputCut(Form):
 
     def __init__(self, prompts: Prompts, host: nn.Module, encoder: Encoder, own: Slot) -> None:
         super().__init__()
-        self._links: tuple[Prompts, Any] = (prompts, module_at(host, encoder.path))
+        self._links: tuple[Prompts, Any] = (prompts, host.get_submodule(encoder.path))
         self._host = (host,)
         self._prefix = encoder.prefix_tokens
         self._own = own
@@ -190,7 +189,7 @@ class OutputCut(Form):
             setattr(self._links[1], _COLLECTOR, self.intermediates)
             return
         first = encoder.blocks[0].path.split(".")
-        around = [module_at(host, ".".join(first[:end])) for end in range(len(first))]
+        around = [host.get_submodule(".".join(first[:end])) for end in range(len(first))]
         models = [m for m in around if is_kind(m, "PreTrainedModel", "transformers")]
         if models:
             # The innermost one records; those around it pass on what it returns.

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from ..backbones.anatomy import Block, first_argument
 from ..backbones.checkpointing import is_checkpointing, is_reentrant
-from ..backbones.projection import module_at
 from ..backbones.windows import WindowParts, finish, merge, scores
 from ..errors import VPTError
 from .attach import ForwardPatch
@@ -152,7 +151,7 @@ class WindowForm(KeyValueForm):
     def query(self, tokens: Tensor) -> Tensor:
         """Return the prompts' own queries `(batch, heads, length, head_dim)`."""
         if self.attention.norm is not None:
-            tokens = module_at(self.block, self.attention.norm)(tokens)
+            tokens = self.block.get_submodule(self.attention.norm)(tokens)
         return self.attention.projection.queries(self.owner, tokens)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones.anatomy import Encoder, first_argument
-from ..backbones.projection import join, module_at
+from ..backbones.projection import join
 from ..errors import SpecError, UnsupportedArchitectureError
 from ..hosts import carries, host_and_prompts
 from ..rehearsal import dummy_inputs, undisturbed
@@ -81,7 +81,7 @@ def token_map(backbone: nn.Module, encoder: Encoder) -> TokenMap:
     Raises:
         UnsupportedArchitectureError: They are no map that lies over the image.
     """
-    module = module_at(backbone, encoder.path)
+    module = backbone.get_submodule(encoder.path)
     name, trial = type(module).__name__, _try(module, backbone, encoder)
     tokens = trial.tokens
     if tokens is None or tokens.dim() != 3:
@@ -139,7 +139,7 @@ def _try(module: nn.Module, backbone: nn.Module, encoder: Encoder) -> _Trial:
             if not isinstance(image, Tensor) or image.dim() != 4:
                 continue
             trial = _Trial((image.shape[2], image.shape[3]))
-            handles = _watch(trial, module, module_at(backbone, encoder.start))
+            handles = _watch(trial, module, backbone.get_submodule(encoder.start))
             try:
                 module(image[:1].repeat(2, 1, 1, 1))
             except Exception:  # the next size may do

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbones.anatomy import first_argument
+from ..backbones.anatomy import first_argument, first_floating
 from ..backbones.find import image_path
-from ..backbones.projection import module_at
 from ..errors import SpecError, UnsupportedArchitectureError
 from ..hosts import device_of, host_and_prompts
 from ..prompts import Prompts
@@ -165,8 +164,8 @@ def _watch(
     take: Callable[[int, Tensor], None],
 ) -> None:
     """Run images through the bare model; give the tokens `(tokens, width)` that enter blocks."""
-    module: Any = module_at(host, image_path(host, prompts.encoder))
-    dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
+    module: Any = host.get_submodule(image_path(host, prompts.encoder))
+    dtype = first_floating(module).dtype
     device, seen = device_of(host, prompts.encoder), set()
 
     def hooked(entry: int) -> Callable[..., None]:
@@ -178,7 +177,7 @@ def _watch(
 
     with undisturbed(module), prompts.disable():
         for entry in entries:
-            block = module_at(host, prompts.encoder.blocks[entry].path)
+            block = host.get_submodule(prompts.encoder.blocks[entry].path)
             block.register_forward_pre_hook(hooked(entry), with_kwargs=True)
         for part in torch.split(pixels, _AT_ONCE):
             module(part.to(device, dtype))
