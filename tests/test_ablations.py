@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from support.images import draw_task
 from torch import Tensor, nn
 from torch.nn import functional
 from zoo import build, image, perturb
@@ -22,7 +22,6 @@ pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from PIL import Image
 
 from peft_vpt import apply_protocol, count_parameters, inject_prompts, load_task_adapter
 from peft_vpt.backbones.find import says_its_size
@@ -226,15 +225,8 @@ def test_lengths_and_shares_are_given_to_rows_that_have_none() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Images of three levels of brightness under noise."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 10), ("val", 4), ("test", 4)):
-        for name, level in (("dark", 40), ("grey", 110), ("light", 190)):
-            spot = tmp_path / "task" / split / name
-            spot.mkdir(parents=True)
-            for i in range(count):
-                noise = rng.integers(0, 60, (36, 36, 3)) + level
-                Image.fromarray(noise.astype(np.uint8)).save(spot / f"{i}.png")
-    return tmp_path / "task"
+    levels = {"dark": 40, "grey": 110, "light": 190}
+    return draw_task(tmp_path / "task", (10, 4, 4), levels, (36, 36))
 
 
 def run(folder: Path, output: Path, variants: Any, **changes: Any) -> Any:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from support.hub_server import Hub, client
+from support.images import draw_task
 from test_hub import HF_BASE, TIMM_BASE, TOKEN, hf_vit, timm_vit, upload_backbone
 from torch import nn
 
@@ -54,14 +55,7 @@ Capture = pytest.CaptureFixture[str]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bright and dark images in noise, easy to tell apart, and random weights in a file."""
     place = tmp_path_factory.mktemp("made")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 6), ("test", 7)):
-        for name, level in (("dark", 60), ("light", 190)):
-            folder = place / "task" / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                noise = rng.integers(0, 60, (40, 36, 3)) + level
-                Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i}.png")
+    draw_task(place / "task", (12, 6, 7))
     torch.manual_seed(0)
     save_file(timm.create_model("test_vit").state_dict(), place / "w.safetensors")
     return place

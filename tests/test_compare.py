@@ -10,10 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from support.images import draw_task
 from zoo import build
 
 from peft_vpt import load_task_adapter
@@ -33,15 +32,7 @@ IMAGES = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Bright and dark images in noise, easy to tell apart."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 6), ("test", 6)):
-        for name, level in (("dark", 60), ("light", 190)):
-            place = tmp_path / "task" / split / name
-            place.mkdir(parents=True)
-            for i in range(count):
-                noise = rng.integers(0, 60, (40, 36, 3)) + level
-                Image.fromarray(noise.astype(np.uint8)).save(place / f"{i}.png")
-    return tmp_path / "task"
+    return draw_task(tmp_path / "task")
 
 
 PLAN = Plan(
