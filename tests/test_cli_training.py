@@ -595,9 +595,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     done: list[str] = []
     once = run.run_once
 
-    def counted(pixels: Any, protocol: str, *args: Any, **options: Any) -> Any:
-        done.append(options["test"])
-        return once(pixels, protocol, *args, **options)
+    def counted(given: run.Run) -> Any:
+        done.append(given.test)
+        return once(given)
 
     monkeypatch.setattr(run, "run_once", counted)
     return done
@@ -731,11 +731,11 @@ def test_a_trial_that_diverges_is_told_and_not_chosen(
 
     once = run.run_once
 
-    def shaky(pixels: Any, protocol: str, build: Any, recipe: Any, **options: Any) -> Any:
-        rate = recipe.base_lr
-        if rate == RATES[2] or (options["test"], recipe.seed) == ("test", 1):
+    def shaky(given: run.Run) -> Any:
+        recipe = given.recipe
+        if recipe.base_lr == RATES[2] or (given.test, recipe.seed) == ("test", 1):
             raise DivergedError("the loss is nan")
-        return once(pixels, protocol, build, recipe, **options)
+        return once(given)
 
     monkeypatch.setattr(run, "run_once", shaky)
     out = call(capsys, *SWEEP, "--lengths", "1")[0]

@@ -94,9 +94,9 @@ def test_a_run_with_a_record_is_not_repeated(
     called: list[Any] = []
     inner = SCRIPT["run_once"]
 
-    def counted(*args: Any, **options: Any) -> Any:
-        called.append(args[3].optimizer)
-        return inner(*args, **options)
+    def counted(run: Any) -> Any:
+        called.append(run.recipe.optimizer)
+        return inner(run)
 
     monkeypatch.setitem(SCRIPT["main"].__globals__, "run_once", counted)
     both = main(arguments, *few)
