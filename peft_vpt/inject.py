@@ -4,28 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from importlib import import_module
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from .backbones.anatomy import Encoder, first_conv_kernel, first_floating
+from .backbones.anatomy import Encoder
 from .backbones.checkpointing import outermost_checkpoint
 from .backbones.find import encoder_for
-from .backbones.heads import replace_head
+from .backbones.heads import host_dtype, replace_head
+from .checks import instance, or_none
 from .errors import SpecError, VPTError
 from .forms.attach import Form, ForwardPatch
-from .forms.choose import build_forms, every_attention
 from .forms.kv import KeyValueForm
-from .forms.pixel import check_host
-from .forms.places import survey
+from .forms.pooling import Pooling
 from .forms.selfcheck import check_carried, self_check
+from .forms.token import OutputCut, TokenForm
 from .hosts import check_blocks, check_head, device_of, host_and_prompts, refuse_unfit, unwrap
-from .prompts import Prompts, check_values, initialise, prompt_shapes
+from .prompts import Place, Prompts, check_values, initialise
 from .spec import NOWHERE, PromptSpec
-from .undo import checkpoint_what_moves, remember, restore
+from .undo import checkpoint_what_moves, remember, restore, unchanged_on_error
 
 Model = TypeVar("Model", bound=nn.Module)
+_INIT = instance(
+    (str, Tensor, list, tuple),
+    "a name, a tensor (entries, length, dim) or a list of tensors (length, dim)",
+)
+_GENERATOR = or_none(instance(torch.Generator, "a torch.Generator"))
 
 
 class ParameterCount(NamedTuple):
@@ -101,9 +107,10 @@ def inject_prompts(
 
     Source: Jia et al., "Visual Prompt Tuning", ECCV 2022.
     """
-    values = None if isinstance(init, str) else init
-    if init == "tensor" and isinstance(init, str):
-        raise SpecError("inject_prompts(init='tensor'): give the tensor itself.")
+    _INIT.check("inject_prompts", "init", init)
+    _GENERATOR.check("inject_prompts", "generator", generator)
+    if isinstance(init, str) and init == "tensor":
+        raise SpecError("inject_prompts", "give the tensor itself", given={"init": init})
     spec = PromptSpec(
         length=length,
         deep=deep,
@@ -117,19 +124,12 @@ def inject_prompts(
         train_prompts=train_prompts,
         form=form,
     )
-    if not isinstance(init, str | Tensor | list | tuple):
-        raise SpecError(
-            f"inject_prompts(init={init!r}): must be a name, a tensor (entries, length, dim) or a "
-            "list of tensors (length, dim)."
-        )
-    if not isinstance(generator, torch.Generator | None):
-        raise SpecError(f"inject_prompts(generator={generator!r}): must be a torch.Generator.")
     refuse_unfit(model)
     return inject_spec(
         model,
         spec,
         encoder_for(model, spec.location),
-        values=values,
+        values=None if isinstance(init, str) else init,
         num_classes=num_classes,
         generator=generator,
     )
@@ -149,38 +149,58 @@ def inject_spec(
     prompts, width = prepare(model, spec, encoder, num_classes=num_classes)
     device = device_of(model, encoder)
     if values is not None:
-        values = check_values(values, prompt_shapes(prompts.spec, encoder, prompts.place))
+        values = check_values(values, prompts.place.shapes())
         if device.type == "meta":
             raise SpecError(
-                "inject_prompts(init=...): the model is on the meta device, where values are lost; "
-                "materialise it first."
+                "inject_prompts",
+                "the model is on the meta device, where values are lost",
+                "materialise it first",
+                given={"init": ...},
             )
-    prompts.to(device=device, dtype=first_floating(model.get_submodule(encoder.start)).dtype)
+    prompts.to(device=device, dtype=host_dtype(model.get_submodule(encoder.start)))
     if not _on_meta(model):
-        check_host(prompts, model)
+        prompts.place.check_host(prompts, model)
     if prompts.checked or not (encoder.known and encoder.plain):
-        check_carried(prompts, model, encoder, every_attention(prompts, model))
+        check_carried(prompts, model)
     if device.type != "meta":
-        kernel = first_conv_kernel(model.get_submodule(encoder.path))
-        initialise(prompts, kernel, values, generator)
+        initialise(prompts, values, generator)
 
-    # From here on the model changes, and nothing may fail.
-    remember(prompts, model)
-    if num_classes is not None and encoder.head is not None:
-        prompts.undo["head"] = replace_head(
-            model,
-            encoder.head,
-            int(num_classes),
-            width=width,
-            device=device,
-            generator=generator,
-            bias=head_bias,
-        )
-    model.prompts = prompts
-    freeze(model, encoder)
-    _attach(prompts, model)
-    prompts.train(model.training)
+    # From here on the model changes.
+    with unchanged_on_error(model, ()):
+        remember(prompts, model)
+        if num_classes is not None and encoder.head is not None:
+            prompts.undo["head"] = replace_head(
+                model,
+                encoder.head,
+                int(num_classes),
+                width=width,
+                device=device,
+                generator=generator,
+                bias=head_bias,
+            )
+        model.prompts = prompts
+        freeze(model, encoder)
+        _attach(prompts, model)
+        prompts.train(model.training)
     return model
+
+
+def survey(host: nn.Module, encoder: Encoder, spec: PromptSpec) -> Place:
+    """Find where prompts meet a model, which is left as it was.
+
+    Args:
+        host: The bare model, or a prompted one while its prompts are disabled.
+        encoder: Its anatomy.
+        spec: Resolved options.
+
+    Raises:
+        SpecError: A length that the model cannot take at this location.
+        UnsupportedArchitectureError: The model offers no place for it.
+    """
+    module, _, name = spec.where.home.partition(".")
+    kind = getattr(import_module(f"{__package__}.forms.{module}"), name)
+    place: Place = kind.survey(host, encoder, spec, device_of(host, encoder))
+    return place
 
 
 def prepare(
@@ -196,13 +216,23 @@ def prepare(
     spec = spec.resolve(encoder.depth)
     width = check_head(model, encoder, spec, num_classes)
     check_blocks(encoder, spec)
-    prompts = Prompts(spec, encoder, model, survey(model, encoder, spec, device_of(model, encoder)))
-    build_forms(prompts, model)
-    if spec.location in ("prepend", "prepend-pixel"):
-        prompts.checked = not _on_meta(model) and self_check(
-            model, encoder, every_attention(prompts, model)
-        )
+    prompts = Prompts(survey(model, encoder, spec), model)
+    _build_forms(prompts, model)
+    if spec.where.tokens:
+        prompts.checked = not _on_meta(model) and self_check(prompts, model)
     return prompts, width
+
+
+def _build_forms(prompts: Prompts, model: nn.Module) -> None:
+    """Append to `prompts.forms` what brings prompts in, pools, and cuts what is recorded."""
+    spec, encoder, forms = prompts.spec, prompts.encoder, prompts.forms
+    forms.extend(prompts.place.forms(prompts, model))
+    tokens = [form for form in forms if isinstance(form, TokenForm)]
+    if spec.pooling != "default":
+        forms.append(Pooling(prompts, model, encoder))
+    # Attention maps of transformers show prompts as queries even where they stay in one block.
+    if any(not form.leaves for form in tokens) or (tokens and encoder.library == "transformers"):
+        forms.append(OutputCut(prompts, model, encoder))
 
 
 def remove_prompts(model: Model) -> Model:
@@ -244,8 +274,10 @@ def disable_prompts(model: nn.Module) -> AbstractContextManager[None]:
     prompts = host_and_prompts(model, "disable_prompts")[1]
     if prompts.delta is not None and prompts.delta.protocol.moves:
         raise VPTError(
-            f"disable_prompts: under the protocol {prompts.delta.protocol.name!r} weights of the "
-            "backbone itself have trained; use a copy of the bare model, or remove_prompts."
+            "disable_prompts",
+            f"under the protocol {prompts.delta.protocol.name!r} weights of the backbone itself "
+            "have trained",
+            "use a copy of the bare model, or remove_prompts",
         )
     return prompts.disable()
 
@@ -284,7 +316,7 @@ def freeze(model: nn.Module, encoder: Encoder) -> None:
     A transformers checkpoint then holds what trains.
     """
     model.requires_grad_(False)
-    for path in encoder.head_paths:
+    for path in encoder.head.paths if encoder.head is not None else ():
         model.get_submodule(path).requires_grad_(True)
     prompts = host_and_prompts(model, "freeze")[1]
     for name, parameter in model.named_parameters():

@@ -1,4 +1,4 @@
-"""`model.prompts`: the parameters, how they become tokens, training mode, and what is undone."""
+"""`model.prompts`: the parameters, how they become tokens, and the training mode; their place."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
-from .backbones.anatomy import Encoder, first_argument, is_kind
+from .backbones.anatomy import Encoder, first_argument, first_conv_kernel, is_kind
 from .backbones.checkpointing import (
     is_checkpointing,
     is_reentrant,
@@ -25,14 +25,116 @@ from .errors import SpecError, VPTError
 from .spec import NOWHERE, PromptSpec, xavier_bound
 
 _DISABLED: ContextVar[frozenset[int]] = ContextVar("peft_vpt_disabled", default=frozenset())
+_VALUES: ContextVar[dict[int, Any]] = ContextVar("peft_vpt_slots", default={})  # noqa: B039
 
 
-class SharedPrompts(nn.Module):
-    """One parameter per stage, for prompts that the layers of a stage share."""
+class Slot:
+    """Hold a value per thread and task, so that threads may share a model.
 
-    def forward(self, stage: int) -> Tensor:
-        """Return the parameter of a stage: `(length or 1, dim or project)`."""
-        parameter: Tensor = getattr(self, str(stage))
+    While a forward is traced (compile, export) the value is an attribute: dynamo cannot write
+    context variables.
+    """
+
+    def __init__(self) -> None:
+        self.traced: Any = None
+
+    def set(self, value: Any) -> None:
+        """Store a value; None empties the slot."""
+        if torch.compiler.is_compiling():
+            self.traced = value
+            return
+        others = {key: kept for key, kept in _VALUES.get().items() if key != id(self)}
+        _VALUES.set(others if value is None else others | {id(self): value})
+
+    def get(self) -> Any:
+        """Return the value, or None."""
+        return self.traced if torch.compiler.is_compiling() else _VALUES.get().get(id(self))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the value out of copies and pickles."""
+        return {"traced": None}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where prompts meet one model. Every location has its own kind, named in `spec.LOCATIONS`.
+
+    This base serves prompts that enter in front of blocks.
+
+    Args:
+        spec: Resolved options.
+        encoder: Anatomy of the backbone.
+        image: `(channels, height, width)` of the images it was made for; None: any the model takes.
+    """
+
+    spec: PromptSpec
+    encoder: Encoder
+    image: tuple[int, int, int] | None = field(default=None, kw_only=True)
+
+    @classmethod
+    def survey(cls, host: nn.Module, encoder: Encoder, spec: PromptSpec, at: torch.device) -> Place:
+        """Find the place in a bare model, which is left as it was.
+
+        Args:
+            host: The model, or a prompted one while its prompts are disabled.
+            encoder: Its anatomy.
+            spec: Resolved options.
+            at: Where its forward runs.
+
+        Raises:
+            SpecError: A length that the model cannot take at this location.
+            UnsupportedArchitectureError: The model offers no place for it.
+        """
+        return cls(spec, encoder)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every stored prompt by its name: `(length or 1, dim or project)`."""
+        spec, blocks = self.spec, self.encoder.blocks
+        length = 1 if spec.sharing in ("intra", "all") else spec.length
+        entries = [enter for enter, _ in spec.spans(self.encoder.depth)]
+        if spec.sharing in ("inter", "all"):
+            widths = {blocks[e].stage: self.encoder.widths[blocks[e].stage] for e in entries}
+            return {f"shared.{s}": (length, spec.project or widths[s]) for s in sorted(widths)}
+        return {str(e): (length, spec.project or blocks[e].width) for e in entries}
+
+    def draw(
+        self, name: str, blank: Tensor, patch: tuple[int, int], generator: torch.Generator | None
+    ) -> Tensor:
+        """Fill the zeros of a stored prompt with first values, in place.
+
+        Args:
+            name: Of the prompt.
+            blank: To fill.
+            patch: Kernel of the patch or stem convolution.
+            generator: Source of randomness; None: torch's global one.
+
+        Source: bound of Jia et al. 2022, section A.1.
+        """
+        if self.spec.init == "xavier":
+            bound = xavier_bound(patch, self.spec.project or self.encoder.blocks[0].width)
+            blank.uniform_(-bound, bound, generator=generator)
+        elif self.spec.init == "normal":
+            blank.normal_(0.0, 0.02, generator=generator)
+        return blank
+
+    def tokens(self, prompts: Prompts, entry: int) -> Tensor:
+        """Return what enters a block, before projection: `(length or 1, dim or project)`."""
+        return prompts.stored(entry)
+
+    def forms(self, prompts: Prompts, host: nn.Module) -> list[Any]:
+        """Return the pieces that bring the prompts into the model, not attached yet."""
+        raise NotImplementedError
+
+    def check_host(self, prompts: Prompts, host: nn.Module) -> None:
+        """Raise where a host around the encoder cannot do with prompts that it has never met."""
+
+
+class Stored(nn.Module):
+    """Prompts that belong to no single block, under their names in an adapter file."""
+
+    def forward(self, name: str) -> Tensor:
+        """Return one of them; a call, so that whatever offloads parameters brings it."""
+        parameter: Tensor = getattr(self, name)
         return parameter
 
 
@@ -44,39 +146,31 @@ class Prompts(nn.Module):
     pixels. `length` is 1 where one vector is repeated.
 
     Args:
-        spec: Resolved options.
-        encoder: Anatomy of the backbone.
+        place: Where they meet the model, with their options.
         host: The model, kept outside the module tree.
-        place: Where pixel prompts meet the model; None for other locations.
 
     Source: Jia et al. 2022, sections 3.2, 4.3 and A.
     """
 
-    shared: SharedPrompts | None
+    shared: Stored | None
     project: nn.ModuleDict | None
-    pixel: PixelPrompts | None
+    pixel: Stored | None
 
-    def __init__(
-        self,
-        spec: PromptSpec,
-        encoder: Encoder,
-        host: nn.Module,
-        place: PixelPlace | None = None,
-    ) -> None:
+    def __init__(self, place: Place, host: nn.Module) -> None:
         super().__init__()
-        self.spec = spec
         self.place = place
-        self.encoder = encoder
+        self.spec, self.encoder = spec, encoder = place.spec, place.encoder
         self.info: dict[str, Any] = {}
         self.undo: dict[str, Any] = {}
         # Whether the self-check has been made, or waits for the first real forward.
         self.checked = True
         self._host = (host,)
         self.entries = [enter for enter, _ in spec.spans(encoder.depth)]
-        self.shared = SharedPrompts() if spec.sharing in ("inter", "all") else None
+        shapes = place.shapes()
+        apart = {name.rpartition(".")[0] for name in shapes}
+        self.shared, self.pixel = (Stored() if n in apart else None for n in ("shared", "pixel"))
         self.project = nn.ModuleDict() if spec.project else None
-        self.pixel = PixelPrompts() if place is not None else None
-        for name, shape in prompt_shapes(spec, encoder, place).items():
+        for name, shape in shapes.items():
             self._register(name, torch.empty(shape))
         for width in encoder.widths_at(self.entries) if spec.project else ():
             assert self.project is not None
@@ -85,6 +179,8 @@ class Prompts(nn.Module):
                 nn.Linear, spec.project, width
             )
         self.forms = nn.ModuleList()
+        # How many tokens the model itself has, while prompts stand behind them.
+        self.own_tokens = Slot()
         # What a protocol adds to prompts or puts in their place; `protocols.Delta`.
         self.delta: Any = None
         # The first block in which something trains, for reentrant checkpointing.
@@ -95,10 +191,15 @@ class Prompts(nn.Module):
         parameter = nn.Parameter(values, requires_grad=self.spec.train_prompts)
         self.get_submodule(owner).register_parameter(last, parameter)
 
+    @property
+    def host(self) -> nn.Module:
+        """The model that carries the prompts."""
+        return self._host[0]
+
     def stored(self, entry: int) -> Tensor:
         """Return the parameter behind an entry block: `(length or 1, dim or project)`."""
         if self.shared is not None:
-            shared: Tensor = self.shared(self.encoder.blocks[entry].stage)
+            shared: Tensor = self.shared(str(self.encoder.blocks[entry].stage))
             return shared
         parameter: Tensor = getattr(self, str(entry))
         return parameter
@@ -117,7 +218,7 @@ class Prompts(nn.Module):
 
         Source: Jia et al. 2022, section 3.2; dropout of Table 6.
         """
-        tokens = self.stored(entry) if self.pixel is None else self._projected_patches()
+        tokens = self.place.tokens(self, entry)
         if not torch.is_grad_enabled():
             # A view of a parameter says requires_grad even now, which trips module trackers.
             tokens = tokens.detach()
@@ -128,13 +229,12 @@ class Prompts(nn.Module):
             tokens = F.dropout(tokens.expand(batch, -1, -1), self.spec.dropout, training=True)
         return tokens
 
-    def _projected_patches(self) -> Tensor:
-        """Put patches of pixels through the frozen patch projection: `(length, dim)`."""
+    def pixels(self, name: str) -> Tensor:
+        """Return a stored prompt of pixels."""
         assert self.pixel is not None
-        assert self.place is not None
-        conv: Any = self._host[0].get_submodule(self.place.conv)
-        tokens: Tensor = conv(self.pixel("patches").to(conv.weight.dtype)).flatten(1)
-        return tokens
+        values: Tensor = self.pixel(name)
+        # A view of a parameter says requires_grad even now, which trips module trackers.
+        return values if torch.is_grad_enabled() else values.detach()
 
     def _projection(self, entry: int) -> nn.Module:
         assert self.project is not None
@@ -155,16 +255,14 @@ class Prompts(nn.Module):
 
     def sharded(self) -> bool:
         """Tell whether FSDP brings and takes the host's weights, unseen by version counters."""
-        parts = (self._host[0], self._host[0].get_submodule(self.encoder.start))
+        parts = (self.host, self.host.get_submodule(self.encoder.start))
         names = ("FSDPModule", "FullyShardedDataParallel")
         return any(is_kind(part, name) for part in parts for name in names)
 
     def clear_cache(self) -> None:
         """Forget cached keys and values; needed only after an edit through `.data`."""
         for form in self.forms:
-            clear = getattr(form, "clear_cache", None)
-            if clear is not None:
-                clear()
+            form.clear_cache()  # type: ignore[operator]
 
     def train(self, mode: bool = True) -> Prompts:
         """Set the mode, and put every module of the host that trains nothing of its own into eval.
@@ -177,7 +275,7 @@ class Prompts(nn.Module):
         self.clear_cache()
         if not mode:
             return self
-        host = self._host[0]
+        host = self.host
         own = {id(module) for module in (host, *self.modules(), *self._head_modules())}
         for path, module in host.named_modules():
             if id(module) in own or keeps_training_flag(module) or self._trains(path, module):
@@ -196,11 +294,11 @@ class Prompts(nn.Module):
         return {n: p for n, p in self.named_parameters() if not n.startswith("delta.")}
 
     def _head_modules(self) -> Iterator[nn.Module]:
-        for path in self.encoder.head_paths:
-            yield from self._host[0].get_submodule(path).modules()
+        for path in self.encoder.head.paths if self.encoder.head else ():
+            yield from self.host.get_submodule(path).modules()
         # A decoder that trains whole does so with its dropout and statistics.
         inside = (self.encoder.path, "prompts")
-        for path, module in self._host[0].named_modules() if "decoder" in self.undo else ():
+        for path, module in self.host.named_modules() if "decoder" in self.undo else ():
             if path and not any(path == p or path.startswith(f"{p}.") for p in inside):
                 yield module
 
@@ -224,8 +322,10 @@ class Prompts(nn.Module):
         """
         if getattr(host, "_is_replica", False):
             raise VPTError(
+                "",
                 "a prompted model cannot run under torch.nn.DataParallel: its replicas lose the "
-                "gradients of the prompts. Use DistributedDataParallel with torchrun."
+                "gradients of the prompts",
+                "Use DistributedDataParallel with torchrun",
             )
         self._keep_checkpointing(host)
         if self.first_block is None:
@@ -236,9 +336,10 @@ class Prompts(nn.Module):
             refuse_cut_off(host, self.encoder, self.first_block)
         if checkpointing and torch.is_grad_enabled() and self.disabled():
             raise VPTError(
-                "disable_prompts: gradient checkpointing recomputes blocks in backward, where "
-                "prompts may be enabled again. Run the bare backbone under torch.no_grad(), or "
-                "without checkpointing."
+                "disable_prompts",
+                "gradient checkpointing recomputes blocks in backward, where prompts may be "
+                "enabled again",
+                "Run the bare backbone under torch.no_grad(), or without checkpointing",
             )
 
     def _keep_checkpointing(self, host: nn.Module) -> None:
@@ -261,7 +362,7 @@ class Prompts(nn.Module):
         hidden = first_argument(args, kwargs)
         if not torch.is_grad_enabled() or hidden.requires_grad:
             return None
-        if not is_reentrant(self._host[0], self.encoder, self.first_block or 0):
+        if not is_reentrant(self.host, self.encoder, self.first_block or 0):
             return None
         hidden = hidden.detach().requires_grad_()
         if args:
@@ -276,36 +377,16 @@ class Prompts(nn.Module):
         kind = "deep" if spec.deep else "shallow"
         if spec.location != "prepend":
             kind += f", location={spec.location}"
-        if self.place is not None and not self.entries:
+        if self.place.image is not None and not self.entries:
             _, height, width = self.place.image
             where = f"{kind}, length={spec.length}, images {height} x {width}"
             return f"{where}, parameters={count:,}"
         return f"{kind}, length={spec.length}, entries={self.entries}, parameters={count:,}"
 
 
-def prompt_shapes(
-    spec: PromptSpec, encoder: Encoder, place: PixelPlace | None
-) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every stored prompt by its name.
-
-    That is `(length or 1, dim or project)` but for pixels.
-    """
-    if place is not None:
-        return pixel_shapes(spec, place)
-    length = 1 if spec.sharing in ("intra", "all") else spec.length
-    entries = [enter for enter, _ in spec.spans(encoder.depth)]
-    if spec.sharing in ("inter", "all"):
-        stages = sorted({encoder.blocks[entry].stage for entry in entries})
-        return {f"shared.{s}": (length, spec.project or encoder.widths[s]) for s in stages}
-    return {str(e): (length, spec.project or encoder.blocks[e].width) for e in entries}
-
-
 @torch.no_grad()
 def initialise(
-    prompts: Prompts,
-    patch: tuple[int, int],
-    values: Tensor | list[Tensor] | None,
-    generator: torch.Generator | None,
+    prompts: Prompts, values: list[Tensor] | None, generator: torch.Generator | None
 ) -> None:
     """Fill prompts and projection with their first values.
 
@@ -314,30 +395,18 @@ def initialise(
 
     Args:
         prompts: On any device.
-        patch: Kernel of the patch or stem convolution, for the xavier bound.
-        values: One tensor per stored prompt, or a stacked one, for init="tensor".
+        values: One tensor per stored prompt, for init="tensor".
         generator: Source of randomness; None: torch's global one.
 
-    Source: bound of Jia et al. 2022, section A.1; projection kaiming normal, fan out.
+    Source: projection of Jia et al. 2022: kaiming normal, fan out.
     """
-    if prompts.pixel is not None and prompts.place is not None:
-        initialise_pixels(prompts.pixel, prompts.spec, prompts.place, values, generator)
-        return
-    stored = [p for n, p in prompts.own_parameters().items() if not n.startswith("project.")]
-    if not stored:
-        return
     device = generator.device if generator is not None else torch.device("cpu")
-    first_width = prompts.encoder.blocks[0].width
-    bound = xavier_bound(patch, prompts.spec.project or first_width)
-    for i, parameter in enumerate(stored):
-        drawn = torch.zeros(parameter.shape, dtype=torch.float32, device=device)
-        if values is not None:
-            drawn = values[i].float() if parameter.dtype != torch.float64 else values[i]
-        elif prompts.spec.init == "xavier":
-            drawn.uniform_(-bound, bound, generator=generator)
-        elif prompts.spec.init == "normal":
-            drawn.normal_(0.0, 0.02, generator=generator)
-        parameter.copy_(drawn)
+    patch = first_conv_kernel(prompts.host.get_submodule(prompts.encoder.path))
+    for i, name in enumerate(prompts.place.shapes()):
+        parameter = prompts.get_parameter(name)
+        blank = torch.zeros(parameter.shape, device=device, dtype=torch.float32)
+        first = prompts.place.draw(name, blank, patch, generator) if values is None else values[i]
+        parameter.copy_(first)
     for layer in prompts.project.values() if prompts.project is not None else ():
         assert isinstance(layer, nn.Linear)
         std = math.sqrt(2.0 / layer.weight.shape[0])
@@ -360,109 +429,11 @@ def check_values(values: Tensor | list[Tensor], shapes: dict[str, tuple[int, ...
     if not fits:
         got = [tuple(v.shape) if isinstance(v, Tensor) else type(v).__name__ for v in given]
         raise SpecError(
-            f"inject_prompts(init=...): needs {len(shapes)} floating point tensors of the shapes "
-            f"{list(shapes.values())} (or one tensor that stacks them), got {got}."
+            "inject_prompts",
+            f"needs {len(shapes)} floating point tensors of the shapes {list(shapes.values())} "
+            f"(or one tensor that stacks them), got {got}",
+            given={"init": ...},
         )
     if not all(bool(torch.isfinite(v).all()) for v in given):
-        raise SpecError("inject_prompts(init=...): holds values that are not finite.")
+        raise SpecError("inject_prompts", "holds values that are not finite", given={"init": ...})
     return given
-
-
-@dataclass(frozen=True)
-class PixelPlace:
-    """Where pixel prompts meet a model.
-
-    Args:
-        image: `(channels, height, width)` of the images that the user gives.
-        sees: `(height, width)` that the model works on; larger than `image` under "pad".
-        mean: Of the model's normalisation, per channel.
-        std: Likewise.
-        conv: Path in the host of the convolution that meets the image; "" where none is needed.
-        kernel: Of that convolution.
-        width: Its output channels.
-        module: Path in the host of the module that takes the image.
-        entrances: Methods of it that take an image.
-    """
-
-    image: tuple[int, int, int]
-    sees: tuple[int, int]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    conv: str = ""
-    kernel: tuple[int, int] = (1, 1)
-    width: int = 0
-    module: str = ""
-    entrances: tuple[str, ...] = ()
-
-
-class PixelPrompts(nn.Module):
-    """The tensors of a pixel location, under their names in an adapter file."""
-
-    def forward(self, name: str) -> Tensor:
-        """Return one of them; a call, so that whatever offloads parameters brings it."""
-        parameter: Tensor = getattr(self, name)
-        # A view of a parameter says requires_grad even now, which trips module trackers.
-        return parameter if torch.is_grad_enabled() else parameter.detach()
-
-
-def pixel_shapes(spec: PromptSpec, place: PixelPlace) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every tensor of a pixel location by its name.
-
-    Source: Jia et al. 2022, section 4.3 (prompt location) and Table 5 (pad).
-    """
-    p, (channels, height, width) = spec.length, place.image
-    if spec.location == "prepend-pixel":
-        return {"pixel.patches": (p, channels, *place.kernel)}
-    if spec.location == "concat-channel":
-        return {
-            "pixel.channels": (p, height, width),
-            "pixel.weight": (place.width, p, *place.kernel),
-        }
-    return {
-        "pixel.tb": (channels, 2 * p, width + 2 * p),
-        "pixel.lr": (channels, height, 2 * p),
-    }
-
-
-@torch.no_grad()
-def initialise_pixels(
-    pixel: PixelPrompts,
-    spec: PromptSpec,
-    place: PixelPlace,
-    values: Any,
-    generator: torch.Generator | None,
-) -> None:
-    """Fill pixel prompts with their first values.
-
-    "xavier" is U(0, 1) normalised as the model's images; channels beyond the image's take the
-    average normalisation. "normal" is N(0, 1). The new convolution of concat-channel is uniform
-    within `xavier_bound` under every name.
-
-    Args:
-        pixel: The prompts, on any device.
-        spec: Resolved options.
-        place: Of these prompts.
-        values: One tensor per stored one, for init="tensor".
-        generator: Source of randomness; None: torch's global one.
-    """
-    device = generator.device if generator is not None else torch.device("cpu")
-    for i, (name, parameter) in enumerate(pixel.named_parameters()):
-        drawn = torch.zeros(parameter.shape, dtype=torch.float32, device=device)
-        if values is not None:
-            drawn = values[i]
-        elif name == "weight":
-            bound = xavier_bound(place.kernel, place.width)
-            drawn.uniform_(-bound, bound, generator=generator)
-        elif spec.init == "xavier":
-            drawn = _normalised(drawn.uniform_(generator=generator), name, place)
-        elif spec.init == "normal":
-            drawn.normal_(generator=generator)
-        parameter.copy_(drawn)
-
-
-def _normalised(values: Tensor, name: str, place: PixelPlace) -> Tensor:
-    mean, std = (torch.tensor(x, device=values.device) for x in (place.mean, place.std))
-    if name == "channels":
-        return (values - mean.mean()) / std.mean()
-    # Channels come first in borders, second in patches; two spatial dimensions follow.
-    return (values - mean.view(-1, 1, 1)) / std.view(-1, 1, 1)

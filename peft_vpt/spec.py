@@ -1,4 +1,4 @@
-"""What prompts are: `PromptSpec`, the options of `inject_prompts` as a frozen value."""
+"""What prompts are: `PromptSpec`, the options of `inject_prompts`, and what locations there are."""
 
 from __future__ import annotations
 
@@ -6,29 +6,107 @@ import dataclasses
 import math
 import operator
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
-from numbers import Real
 from typing import Any
 
+from .checks import FLAG, Rule, integer, number, one_of, or_none
 from .errors import SpecError
 
-CHOICES: dict[str, tuple[str, ...]] = {
-    "location": ("prepend", "add", "prepend-pixel", "concat-channel", "pad"),
-    "sharing": ("none", "inter", "intra", "all"),
-    "init": ("xavier", "normal", "zeros", "tensor"),
-    "pooling": ("default", "cls", "image", "prompt", "global"),
-    "form": ("auto", "kv", "token"),
-}
-_PIXEL_LAYERS: dict[str, tuple[int, ...]] = {
-    "prepend-pixel": (0,),
-    "concat-channel": (),
-    "pad": (),
+
+@dataclass(frozen=True)
+class Location:
+    """What follows from where prompts meet the input, whatever the model.
+
+    Args:
+        words: What prompts are there.
+        home: Its `Place` in `forms`, "module.Class": what it asks of a model, shapes, first values
+            and forms. Imported where it is used.
+        entries: Of prompts that are pixels: the blocks that they enter as tokens. None: prompts
+            are vectors, and enter the blocks of `layers`.
+        tokens: Whether prompts are tokens of their own among those of the model.
+        tensors: The stored ones by name, where there is not one per entry block; of each, the axis
+            that `length` decides and how many times it.
+        whole_models: Whether it takes image models too in which no transformer block is known.
+        moves_image: Whether pixels lie elsewhere for the model than on the image that it is given.
+        tries: Lengths of which a model that takes the location takes one.
+    """
+
+    words: str
+    home: str
+    entries: tuple[int, ...] | None = None
+    tokens: bool = True
+    tensors: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    whole_models: bool = False
+    moves_image: bool = False
+    tries: tuple[int, ...] = (2,)
+
+
+LOCATIONS = {
+    "prepend": Location("tokens of their own", "prepend.Prepend"),
+    "add": Location(
+        "vectors added to the tokens in front of each entry block",
+        "add.Add",
+        tokens=False,
+        tries=(1,),
+    ),
+    "prepend-pixel": Location(
+        "patches of pixels that go through the frozen patch projection",
+        "pixel.Patches",
+        entries=(0,),
+        tensors={"pixel.patches": (0, 1)},
+    ),
+    "concat-channel": Location(
+        "further image channels with a convolution of their own",
+        "pixel.Channels",
+        entries=(),
+        tokens=False,
+        tensors={"pixel.channels": (0, 1), "pixel.weight": (1, 1)},
+    ),
+    "pad": Location(
+        "a border of pixels around the image",
+        "pixel.Border",
+        entries=(),
+        tokens=False,
+        tensors={"pixel.tb": (1, 2), "pixel.lr": (2, 2)},
+        whole_models=True,
+        moves_image=True,
+        tries=(2, 4, 7, 8),
+    ),
 }
 NOWHERE = "none"
-# More than any image has tokens; also what keeps a small file from asking for gigabytes.
-_MOST_PROMPTS = 65_536
-_WITHOUT_TOKENS = ("concat-channel", "pad")
+_ABSENT = Location("no prompts", "prepend.Prepend", tokens=False, whole_models=True)
+
+
+def location(name: str) -> Location:
+    """Return a location by its name; the one of a model without prompts is called "none"."""
+    return _ABSENT if name == NOWHERE else LOCATIONS[name]
+
+
+_INDEX = integer(0)
+_RULES = {
+    # More than any image has tokens; also what keeps a small file from asking for gigabytes.
+    "length": integer(1, 65_536),
+    "deep": FLAG,
+    "layers": or_none(
+        Rule(
+            "block indices, each >= 0, in strictly rising order",
+            lambda value: (
+                isinstance(value, tuple)
+                and all(map(_INDEX.fits, value))
+                and all(a < b for a, b in pairwise(value))
+            ),
+        )
+    ),
+    "location": one_of(*LOCATIONS),
+    "sharing": one_of("none", "inter", "intra", "all"),
+    "init": one_of("xavier", "normal", "zeros", "tensor"),
+    "dropout": or_none(number(0, 1, below=True)),
+    "project": or_none(integer(1)),
+    "pooling": one_of("default", "cls", "image", "prompt", "global"),
+    "train_prompts": FLAG,
+    "form": one_of("auto", "kv", "token"),
+}
 
 
 @dataclass(frozen=True)
@@ -77,25 +155,33 @@ class PromptSpec:
 
     def __post_init__(self) -> None:
         """Check every field for itself; pairs that need the model are checked by `resolve`."""
-        _set(self, "length", _count("length", self.length))
-        if self.length > _MOST_PROMPTS:
-            raise _wrong("length", self.length, f"must be at most {_MOST_PROMPTS}")
-        for name in ("deep", "train_prompts"):
-            if not isinstance(getattr(self, name), bool):
-                raise _wrong(name, getattr(self, name), "must be True or False")
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed and not self._is_none(name):
-                raise _wrong(name, getattr(self, name), f"must be one of {', '.join(allowed)}")
+        if isinstance(self.layers, Iterable) and not isinstance(self.layers, str):
+            object.__setattr__(self, "layers", tuple(self.layers))
+        absent = self.location == NOWHERE and self.layers == ()
+        for name, rule in _RULES.items():
+            if not (absent and name == "location"):
+                rule.check("inject_prompts", name, getattr(self, name))
+        if self.layers == () and not (absent or self.is_pixel):
+            raise _wrong("layers", (), "must name a block")
+        plain: dict[str, Any] = {"length": operator.index(self.length)}
         if self.layers is not None:
-            may_be_empty = self.is_pixel or self.location == NOWHERE
-            _set(self, "layers", _ascending(self.layers, may_be_empty))
+            plain["layers"] = tuple(map(operator.index, self.layers))
         if self.dropout is not None:
-            _set(self, "dropout", _rate(self.dropout))
+            plain["dropout"] = float(self.dropout)
         if self.project is not None:
-            _set(self, "project", _count("project", self.project))
+            plain["project"] = operator.index(self.project)
+        for name, value in plain.items():
+            object.__setattr__(self, name, value)
 
-    def _is_none(self, name: str) -> bool:
-        return name == "location" and self.location == NOWHERE and self.layers == ()
+    @property
+    def where(self) -> Location:
+        """What follows from the location."""
+        return location(self.location)
+
+    @property
+    def is_pixel(self) -> bool:
+        """Whether prompts are pixels, which enter with the image and nowhere else."""
+        return self.where.entries is not None
 
     @classmethod
     def none(cls) -> PromptSpec:
@@ -115,15 +201,13 @@ class PromptSpec:
             return self
         self._check_location()
         if self.is_pixel:
-            entries = _PIXEL_LAYERS[self.location]
-            return dataclasses.replace(self, deep=False, layers=entries, dropout=0.0)
+            return dataclasses.replace(self, deep=False, layers=self.where.entries, dropout=0.0)
         layers = self.layers
         if layers is None:
             layers = tuple(range(depth)) if self.deep else (0,)
         if layers[-1] >= depth:
-            raise _wrong(
-                "layers", layers, f"reach outside the model, whose blocks are 0 to {depth - 1}"
-            )
+            problem = f"block {layers[-1]} is outside the model, whose blocks are 0 to {depth - 1}"
+            raise _wrong("layers", layers, problem)
         dropout = (0.1 if self.deep else 0.0) if self.dropout is None else self.dropout
         spec = dataclasses.replace(self, layers=layers, dropout=dropout)
         spec._check_form(depth)
@@ -139,14 +223,14 @@ class PromptSpec:
         assert layers is not None
         if not layers:
             return []
-        if self.location == "add" or (self.deep and not self.is_pixel):
+        if not self.is_pixel and (self.deep or not self.where.tokens):
             return [(layer, layer) for layer in layers]
         ends = [layer - 1 for layer in layers[1:]] + [depth - 1]
         return list(zip(layers, ends, strict=True))
 
     def token_reason(self, span: tuple[int, int], last: bool) -> str | None:
         """Return why a span needs real tokens, or None where extra keys and values are enough."""
-        if self.location != "prepend":
+        if self.is_pixel or not self.where.tokens:
             return f"location='{self.location}'"
         if self.form == "token":
             return "form='token'"
@@ -156,18 +240,12 @@ class PromptSpec:
             return f"pooling='{self.pooling}' reads what the block computes for its prompts"
         return None
 
-    @property
-    def is_pixel(self) -> bool:
-        """Whether prompts are pixels, which enter with the image and nowhere else."""
-        return self.location in _PIXEL_LAYERS
-
     def _check_location(self) -> None:
         """Refuse options that mean nothing at the location."""
-        where = f"with location='{self.location}'"
-        if self.pooling in ("prompt", "global") and self.location in ("add", *_WITHOUT_TOKENS):
-            raise _wrong(
-                "pooling", self.pooling, f"needs prompt tokens, and {where} there are none"
-            )
+        where = f"with `location={self.location!r}`"
+        if self.pooling in ("prompt", "global") and not self.where.tokens:
+            problem = f"needs prompt tokens, and {where} there are none"
+            raise _wrong("pooling", self.pooling, problem)
         if not self.is_pixel:
             return
         if self.sharing != "none":
@@ -178,21 +256,16 @@ class PromptSpec:
             raise _wrong("form", self.form, f"can only be 'auto' or 'token' {where}")
         if self.dropout:
             raise _wrong("dropout", self.dropout, f"can only be 0 {where}: prompts are pixels")
-        if self.layers not in (None, _PIXEL_LAYERS[self.location]):
+        if self.layers not in (None, self.where.entries):
             raise _wrong("layers", self.layers, f"can only be None {where}: prompts enter once")
 
     def _check_form(self, depth: int) -> None:
-        if self.form != "kv":
-            return
-        spans = self.spans(depth)
+        spans = self.spans(depth) if self.form == "kv" else []
         for span in spans:
             reason = self.token_reason(span, last=span is spans[-1])
             if reason:
-                raise _wrong(
-                    "form",
-                    "kv",
-                    f"cannot serve blocks {span[0]} to {span[1]}: {reason}; use 'auto'",
-                )
+                problem = f"cannot serve blocks {span[0]} to {span[1]}: {reason}"
+                raise _wrong("form", "kv", problem, "use 'auto'")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the spec as plain JSON values."""
@@ -203,61 +276,25 @@ class PromptSpec:
     def from_dict(cls, values: Mapping[str, Any]) -> PromptSpec:
         """Build a spec from `to_dict` values.
 
+        A field that is missing, in a file older than the field, takes its default.
+
         Raises:
-            SpecError: An unknown or missing field, or a wrong value.
+            SpecError: A field that is not known, or a wrong value.
         """
-        names = {field.name for field in dataclasses.fields(cls)}
-        if not isinstance(values, Mapping) or set(values) != names:
-            given = sorted(values) if isinstance(values, Mapping) else type(values).__name__
-            raise SpecError(f"PromptSpec.from_dict: needs the fields {sorted(names)}, got {given}.")
+        if not isinstance(values, Mapping):
+            raise SpecError("PromptSpec.from_dict", f"needs fields, got {type(values).__name__}")
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise SpecError(
+                "PromptSpec.from_dict",
+                f"does not know {', '.join(map(str, unknown))}",
+                "The values are of a newer version of peft_vpt",
+            )
         return cls(**values)
 
 
-def _set(spec: PromptSpec, name: str, value: object) -> None:
-    object.__setattr__(spec, name, value)
-
-
-def _wrong(name: str, value: object, what: str) -> SpecError:
-    return SpecError(f"inject_prompts({name}={value!r}): {name} {what}.")
-
-
-def _count(name: str, value: object) -> int:
-    problem = _wrong(name, value, f"must be an integer >= 1, got {value!r}")
-    if isinstance(value, bool):
-        raise problem
-    try:
-        number = operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise problem from None
-    if number < 1:
-        raise problem
-    return number
-
-
-def _rate(value: object) -> float:
-    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else -1.0
-    if not 0 <= number < 1:
-        raise _wrong("dropout", value, "must be a number from 0 up to, not including, 1")
-    return number
-
-
-def _ascending(layers: object, may_be_empty: bool) -> tuple[int, ...]:
-    problem = _wrong("layers", layers, "must be block indices, each >= 0, in strictly rising order")
-    if isinstance(layers, str) or not isinstance(layers, Iterable):
-        raise problem
-    layers = tuple(layers)
-    if any(isinstance(layer, bool) for layer in layers):
-        raise problem
-    try:
-        indices = tuple(operator.index(layer) for layer in layers)
-    except TypeError:
-        raise problem from None
-    rising = all(a < b for a, b in pairwise(indices))
-    if indices == () and may_be_empty:
-        return indices
-    if not indices or indices[0] < 0 or not rising:
-        raise problem
-    return indices
+def _wrong(name: str, value: object, problem: str, advice: str = "") -> SpecError:
+    return SpecError("inject_prompts", problem, advice, given={name: value})
 
 
 def xavier_bound(patch: tuple[int, int], dim: int) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .backbones.anatomy import Encoder, is_kind
 from .backbones.heads import FormerHead, restore_head
+from .backbones.projection import module_at
 from .prompts import Prompts
 
 _IGNORED = "_keys_to_ignore_on_save"
@@ -20,7 +21,8 @@ _RENAMED = "_weight_conversions"
 
 def remember(prompts: Prompts, model: nn.Module) -> None:
     """Note what `remove_prompts` puts back."""
-    states = {p: model.get_submodule(p).state_dict() for p in prompts.encoder.head_paths}
+    head = prompts.encoder.head
+    states = {p: module_at(model, p).state_dict() for p in (head.paths if head else ())}
     prompts.undo |= {
         "requires_grad": {n: p.requires_grad for n, p in model.named_parameters()},
         "training": {n: m.training != model.training for n, m in model.named_modules()},
@@ -54,12 +56,12 @@ def restore(host: nn.Module, prompts: Prompts) -> None:
 
 def _restore_head(host: nn.Module, prompts: Prompts) -> None:
     """Put the former head back, or the former values into a head that trained in place."""
-    undo = prompts.undo
+    undo, head = prompts.undo, prompts.encoder.head
     if isinstance(undo["head"], FormerHead):
         restore_head(host, undo["head"])
         return
-    for path in prompts.encoder.head_paths:
-        module = host.get_submodule(path)
+    for path in head.paths if head else ():
+        module = module_at(host, path)
         if undo["head_state"][path].keys() == module.state_dict().keys():
             module.load_state_dict(undo["head_state"][path])
         for parameter in module.parameters():
@@ -73,7 +75,8 @@ def checkpoint_what_moves(prompts: Prompts, model: nn.Module) -> None:
     """
     if not is_kind(model, "PreTrainedModel", "transformers"):
         return
-    task = ("prompts.", *(f"{path}." for path in prompts.encoder.head_paths))
+    head = prompts.encoder.head
+    task = ("prompts.", *(f"{path}." for path in (head.paths if head else ())))
     decoder = prompts.undo.get("decoder", ())
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     frozen |= {n for n, _ in model.named_buffers() if n not in decoder and not _moves(prompts, n)}
@@ -88,29 +91,31 @@ def _moves(prompts: Prompts, buffer: str) -> bool:
     return prompts.delta is not None and prompts.delta.keeps_mode(buffer.rpartition(".")[0])
 
 
-@contextmanager
-def unchanged_on_error(host: nn.Module, changing: Iterable[Tensor]) -> Iterator[None]:
-    """Put a model back if the body raises: the same objects, hooks, flags, gradients and values.
+class Snapshot:
+    """The attributes of a model's modules, and what containers among them hold.
 
-    Args:
-        host: The model.
-        changing: Tensors into which the body may write.
+    `put_back` gives the same objects the same contents in the same order. No container is emptied
+    meanwhile, so that another thread, or an interruption, never meets a module without attributes.
     """
-    spaces = [space for module in host.modules() for space in _namespaces(module)]
-    former = [(space, _contents(space)) for space in spaces]
-    values = [(tensor, tensor.detach().clone()) for tensor in changing]
-    flags = [(p, p.requires_grad, p.grad) for p in host.parameters()]
-    try:
-        yield
-    except BaseException:
-        for space, contents in former:
-            _put_back(space, contents)
-        with torch.no_grad():
-            for tensor, value in values:
-                tensor.copy_(value)
-        for parameter, requires_grad, grad in flags:
-            parameter.requires_grad_(requires_grad).grad = grad
-        raise
+
+    def __init__(self, model: nn.Module) -> None:
+        spaces = [space for module in model.modules() for space in _namespaces(module)]
+        self._spaces = [(space, dict(space)) for space in spaces]
+        self._containers = [
+            (value, value.copy())
+            for _, attributes in self._spaces
+            for value in attributes.values()
+            if isinstance(value, dict | list | set)
+        ]
+
+    def put_back(self) -> None:
+        """Undo every change since."""
+        for space, attributes in self._spaces:
+            for name in space.keys() - attributes.keys():
+                del space[name]
+            space.update(attributes)
+        for container, contents in self._containers:
+            _refill(container, contents)
 
 
 def _namespaces(module: nn.Module) -> list[dict[str, Any]]:
@@ -119,21 +124,40 @@ def _namespaces(module: nn.Module) -> list[dict[str, Any]]:
     return [vars(module), *([vars(config)] if hasattr(config, "__dict__") else [])]
 
 
-def _contents(space: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return attributes, with a copy beside those that are containers."""
-    containers = (dict, list, set)
-    return {k: (v, v.copy() if isinstance(v, containers) else None) for k, v in space.items()}
+def _refill(container: Any, contents: Any) -> None:
+    """Give a dict, list or set its former contents and order."""
+    if isinstance(container, list):
+        container[:] = contents
+        return
+    for item in set(container) - set(contents):
+        container.remove(item) if isinstance(container, set) else container.pop(item)
+    container.update(contents)
+    if isinstance(container, dict) and list(container) != list(contents):
+        for key in contents:
+            container[key] = container.pop(key)
 
 
-def _put_back(space: dict[str, Any], contents: dict[str, tuple[Any, Any]]) -> None:
-    space.clear()
-    for name, (value, copy) in contents.items():
-        if isinstance(value, dict | set):
-            value.clear()
-            value.update(copy)
-        elif isinstance(value, list):
-            value[:] = copy
-        space[name] = value
+@contextmanager
+def unchanged_on_error(host: nn.Module, changing: Iterable[Tensor]) -> Iterator[None]:
+    """Put a model back if the body raises: the same objects, hooks, flags, gradients and values.
+
+    Args:
+        host: The model.
+        changing: Tensors into which the body may write.
+    """
+    before = Snapshot(host)
+    values = [(tensor, tensor.detach().clone()) for tensor in changing]
+    flags = [(p, p.requires_grad, p.grad) for p in host.parameters()]
+    try:
+        yield
+    except BaseException:
+        before.put_back()
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+        for parameter, requires_grad, grad in flags:
+            parameter.requires_grad_(requires_grad).grad = grad
+        raise
 
 
 # `head.reads` of the format: what the encoder gives, all of it.
@@ -145,7 +169,7 @@ def decoder_names(host: nn.Module, encoder: Encoder) -> list[str]:
     """Return parameters and buffers outside the encoder and its classifier."""
     if not encoder.path:
         return []
-    heads = encoder.head_paths
+    heads = encoder.head.paths if encoder.head is not None else ()
     apart = ("prompts.", f"{encoder.path}.", *(f"{path}." for path in heads))
     return [name for name in _state(host) if not name.startswith(apart)]
 
@@ -173,7 +197,7 @@ def has_decoder(prompts: Prompts) -> bool:
 
 def decoder_tensors(host: nn.Module, encoder: Encoder) -> dict[str, Tensor]:
     """Return the decoder's tensors, and a classifier's, under their names in the file."""
-    heads = tuple(f"{path}." for path in encoder.head_paths)
+    heads = tuple(f"{path}." for path in (encoder.head.paths if encoder.head else ()))
     names, state = set(decoder_names(host, encoder)), _state(host)
     names |= {name for name in state if heads and name.startswith(heads)}
     return {f"{_PREFIX}{n}": t for n, t in state.items() if n in names and t.is_floating_point()}

@@ -88,8 +88,8 @@ def inject(model: nn.Module, **options: Any) -> nn.Module:
 
 def pixels_for(model: nn.Module, batch: int = 2) -> Tensor:
     """Return images of the size that a prompted model calls for."""
-    place = model.prompts.place
-    return image(batch, size=32 if place is None else place.image[1])
+    needed = model.prompts.place.image
+    return image(batch, size=32 if needed is None else needed[1])
 
 
 def leaves_of(model: nn.Module) -> dict[str, Tensor]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 from torch import nn
@@ -15,10 +14,9 @@ from ..backbones.fingerprint import Fingerprint, compare
 from ..backbones.identity import describe_backbone
 from ..backbones.weights import UnreadableWeightsError
 from ..errors import AdapterError, AdapterMismatchError, SpecError, UnsupportedArchitectureError
-from ..forms.places import survey
-from ..hosts import carries, device_of, host_and_prompts
-from ..inject import prepare
-from ..prompts import PixelPlace, prompt_shapes
+from ..hosts import bare, carries, host_and_prompts
+from ..inject import prepare, survey
+from ..prompts import Place
 from ..protocols.delta import Delta, given_features
 from ..spec import PromptSpec
 from ..undo import decoder_names
@@ -58,9 +56,9 @@ def check_fit(
     _check_border(adapter, spec, where)
     place = _place(host, encoder, spec, where)
     expected: dict[str, tuple[int, ...]] = {
-        f"prompts.{name}": shape for name, shape in prompt_shapes(spec, encoder, place).items()
+        f"prompts.{name}": shape for name, shape in place.shapes().items()
     }
-    if place is not None:
+    if spec.where.tensors:
         _check_pixels(adapter, expected, where)
     if spec.project:
         for width in encoder.widths_at([enter for enter, _ in spec.spans(encoder.depth)]):
@@ -80,25 +78,23 @@ def check_fit(
     return spec
 
 
-def _place(host: nn.Module, encoder: Encoder, spec: PromptSpec, where: str) -> PixelPlace | None:
-    """Return where pixel prompts meet this model, after the checks of every location."""
-    prompted = carries(host)
-    bare = host_and_prompts(host, where)[1].disable() if prompted else nullcontext()
+def _place(host: nn.Module, encoder: Encoder, spec: PromptSpec, where: str) -> Place:
+    """Return where prompts meet this model, after the checks of their location."""
     try:
-        with bare:
-            return survey(host, encoder, spec, device_of(host, encoder))
+        with bare(host):
+            return survey(host, encoder, spec)
     except (SpecError, UnsupportedArchitectureError) as error:
         raise AdapterMismatchError(f"{where}: does not fit this model: {error}") from error
 
 
 def _check_border(adapter: Adapter, spec: PromptSpec, where: str) -> None:
-    """Compare a border with its declared length before an image of that size goes through."""
-    for name, axis in (("tb", 1), ("lr", 2)) if spec.location == "pad" else ():
-        border = adapter.tensors.get(f"prompts.pixel.{name}")
-        if border is not None and (border.dim() != 3 or border.shape[axis] != 2 * spec.length):
+    """Compare pixels with their declared length before an image of that size goes through."""
+    for name, (axis, times) in spec.where.tensors.items():
+        border = adapter.tensors.get(f"prompts.{name}")
+        if border is not None and border.shape[axis : axis + 1] != (times * spec.length,):
             raise AdapterError(
-                f"{where}: tensor prompts.pixel.{name} of shape {tuple(border.shape)} is no border "
-                f"of {spec.length} pixels, as its metadata says."
+                f"{where}: tensor prompts.{name} of shape {tuple(border.shape)} is not of "
+                f"{spec.length} prompts, as its metadata says."
             )
 
 

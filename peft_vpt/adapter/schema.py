@@ -299,7 +299,7 @@ def _spec(values: Mapping[str, Any], depth: int, where: str) -> PromptSpec:
     try:
         spec = PromptSpec.from_dict(values)
         # Filling in "all layers" of a depth that a file made up could take any time.
-        settled = isinstance(values["layers"], list) and spec.dropout is not None
+        settled = isinstance(values.get("layers"), list) and spec.dropout is not None
         resolved = settled and spec.resolve(depth) == spec
     except SpecError as error:
         raise AdapterError(f"{wrong}: {short(error)}") from error

@@ -16,6 +16,7 @@ from ..backbones.find import encoder_for
 from ..backbones.fingerprint import fingerprint
 from ..backbones.heads import class_count
 from ..backbones.identity import default_preprocessing, describe_backbone, label_names
+from ..backbones.projection import module_at
 from ..errors import AdapterError, UnsupportedArchitectureError, shown
 from ..files import __version__
 from ..hosts import carries, host_and_prompts, parallel_wrapper, refuse_unfit, unwrap
@@ -148,9 +149,8 @@ def _encoder(host: nn.Module, adapter: Adapter) -> Encoder:
     if carries(host):
         return host_and_prompts(host, call)[1].encoder
     refuse_unfit(host, call)
-    any_image_model = adapter.spec.location == NOWHERE
     try:
-        return encoder_for(host, "pad" if any_image_model else adapter.spec.location)
+        return encoder_for(host, adapter.spec.location)
     except UnsupportedArchitectureError as error:
         reason = str(error).removeprefix("inject_prompts: ").replace("inject_prompts(", f"{call}(")
         raise UnsupportedArchitectureError(f"{call}: {adapter.path}: {reason}") from error
@@ -181,7 +181,7 @@ def _describe_backbone(host: nn.Module, prompts: Prompts) -> dict[str, Any]:
 def _preprocessing(host: nn.Module, prompts: Prompts) -> dict[str, Any] | None:
     """Return what the backbone says, with the size of the images that the prompts call for."""
     found = default_preprocessing(host, prompts.encoder)
-    if found is None or prompts.spec.location != "pad" or prompts.place is None:
+    if found is None or not prompts.spec.where.moves_image or prompts.place.image is None:
         return found
     return found | {"size": list(prompts.place.image[1:])}
 
@@ -196,7 +196,7 @@ def _describe_head(
         return described | {"labels": labels}
     if head is None or not head_tensors(host, prompts.encoder):
         return None
-    module = host.get_submodule(head.paths[0])
+    module = module_at(host, head.paths[0])
     classes = class_count(host, head)
     _check_count(labels, classes)
     extra: dict[str, Any] = {}

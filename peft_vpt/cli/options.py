@@ -167,13 +167,11 @@ def need_size(call: str, model: Any, size: Sequence[int]) -> None:
     import torch
 
     from ..errors import VPTError
+    from ..rehearsal import rehearse
 
     height, width = size
-    try:
-        with torch.no_grad():
-            model(torch.zeros(1, 3, height, width))
-    # Libraries refuse a size by whatever exception they like.
-    except Exception as error:
+    error = rehearse(model, [torch.zeros(1, 3, height, width)], hooks=True).error
+    if error is not None:
         raise VPTError(
             f"{call}: {type(model).__name__} does not take images of {height}x{width} pixels "
             f"({error}); leave --size out, or give one that it takes."

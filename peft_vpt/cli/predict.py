@@ -210,10 +210,9 @@ class _Classifier:
     def _classify(self, pixels: list[Tensor]) -> list[Best]:
         import torch
 
-        from ..backbones.anatomy import first_floating
         from ..preprocessing import output_logits
 
-        dtype = first_floating(self.model).dtype
+        dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
         with torch.inference_mode():
             logits = output_logits(self.model(torch.cat(pixels).to(self.device, dtype)), _CALL)
             best = logits.double().softmax(-1).topk(min(self.top, logits.shape[-1]))
@@ -446,7 +445,7 @@ def from_weights(
     named = made_for["hub_id"] or ""
     known = named if named.startswith("timm/") else made_for["architecture"]
     size = images.get("size")
-    padded = adapter.spec.location == "pad"
+    padded = adapter.spec.where.moves_image
     edges = None if size is None or padded else (size[0], size[1])
     network = build(name or known, weights, edges, True)
     match_head(network, adapter)

@@ -23,7 +23,6 @@ _CHECKED = {
     "shape": "heads and widths only: keys are pooled behind their projection",
 }
 # Lengths to try, the first that fits counts: a border has to fit the patch grid.
-_LENGTHS = {"pad": (2, 4, 7, 8), "add": (1,)}
 
 
 def supported(
@@ -134,11 +133,11 @@ def _locations(model: Any) -> dict[str, str | None]:
     """Return why each location is refused, None where it is not."""
     from ..errors import VPTError
     from ..inject import inject_prompts, remove_prompts
-    from ..spec import CHOICES
+    from ..spec import LOCATIONS
 
     found: dict[str, str | None] = {}
-    for location in CHOICES["location"]:
-        for length in _LENGTHS.get(location, (2,)):
+    for location, facts in LOCATIONS.items():
+        for length in facts.tries:
             try:
                 remove_prompts(inject_prompts(model, length, location=location))
                 found[location] = None

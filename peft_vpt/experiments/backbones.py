@@ -2,21 +2,62 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..backbones.find import encoder_for
-from ..checks import one_of
-from ..errors import VPTError
+from ..backbones.projection import module_at
+from ..errors import SpecError, VPTError
 from ..protocols.apply import apply_protocol
-from ..rehearsal import Probe
+from ..rehearsal import dummy_image, rehearse
 from ..training.from_tokens import MOST_IMAGES, fewest_tokens
-from .variants import FROM_IMAGES, Facts, Variant
+from .variants import FROM_IMAGES, Variant
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What the variants of an ablation follow from.
+
+    Args:
+        kind: "tokens" (blocks on one sequence of one width), "windows" (other transformers) or
+            "convolutions" (no blocks).
+        depth: Number of blocks.
+        tokens: In front of the first block, prefix tokens included; None where they are a map.
+        prefix: Number of prefix tokens.
+        has_cls: Whether there is a CLS token.
+        size: Edge of the images.
+        classes: Of the task.
+    """
+
+    kind: str
+    depth: int
+    tokens: int | None
+    prefix: int
+    has_cls: bool
+    size: int
+    classes: int
+
+    def tokens_at(self, size: int) -> int:
+        """Return the number of tokens of images of another size.
+
+        Raises:
+            VPTError: Tokens are no square grid of the images.
+        """
+        patches = 0 if self.tokens is None else self.tokens - self.prefix
+        grid = math.isqrt(patches)
+        if not patches or grid**2 != patches or size * grid % self.size:
+            raise VPTError(
+                f"an image of {size} x {size} is no whole number of the patches into which this "
+                f"backbone cuts {self.size} x {self.size}; choose another size."
+            )
+        return self.prefix + (size * grid // self.size) ** 2
 
 
 def facts_of(model: nn.Module, size: int, classes: int) -> Facts:
@@ -31,21 +72,24 @@ def facts_of(model: nn.Module, size: int, classes: int) -> Facts:
         VPTError: It takes no such images.
     """
     encoder = encoder_for(model, "pad")
-    hidden: Any = None
+    shape: tuple[int, ...] = ()
     kind = "convolutions"
     if encoder.blocks:
-        device = next(model.parameters()).device
-        trial = Probe(model, encoder, device).run((size, size), (0,))
-        if trial.error is not None:
-            told = f"{type(model).__name__} does not take images of {size} x {size}: {trial.error}"
-            raise VPTError("facts_of", told) from trial.error
-        hidden = trial.hidden.get(0)
-        sequence = isinstance(hidden, Tensor) and hidden.dim() == 3 and encoder.known
+        path = encoder.start
+        image = dummy_image(model, (1, encoder.input_size[0], size, size))
+        shown = rehearse(model, [image], {path: module_at(model, path)})
+        if shown.error is not None:
+            raise VPTError(
+                f"{type(model).__name__} does not take images of {size} x {size}: {shown.error}"
+            ) from shown.error
+        call = shown.first(path)
+        shape = () if call is None else call.given
+        sequence = len(shape) == 3 and encoder.known
         kind = "tokens" if sequence and encoder.plain and len(encoder.widths) == 1 else "windows"
     return Facts(
         kind=kind,
         depth=encoder.depth,
-        tokens=int(hidden.shape[1]) if kind == "tokens" else None,
+        tokens=shape[1] if kind == "tokens" else None,
         prefix=encoder.prefix_tokens,
         has_cls=encoder.has_cls,
         size=size,
@@ -69,31 +113,35 @@ def refusal(
         size: Height and width of the images, one of which goes through the model.
         images: Number of training images.
     """
-    choices = [{**variant.options, **choice} for choice in variant.choices]
-    options = {name: x for name, x in choices[0].items() if x not in FROM_IMAGES}
+    chosen = {**variant.options, **variant.choices[0]}
+    options = {name: x for name, x in chosen.items() if x not in FROM_IMAGES}
     try:
         with warnings.catch_warnings():
             # What is only warned of is warned of again when the variant is trained.
             warnings.simplefilter("ignore")
             apply_protocol(model, variant.protocol, num_classes=classes, **options)
-            if choices[0].get("init") == "tokens":
-                each = fewest_tokens(model, torch.rand(1, 3, *size))
-                tokens = int(each * min(images, MOST_IMAGES))
-                longest = max(choice.get("length", 1) for choice in choices)
-                if tokens < longest:
-                    return (
-                        f"the training images give a block {tokens} tokens, fewer than {longest} "
-                        "prompts"
-                    )
+            if chosen.get("init") == "tokens":
+                found = fewest_tokens(model, torch.rand(1, 3, *size))
+                _need_tokens(variant, int(found * min(images, MOST_IMAGES)))
     except VPTError as error:
         return str(error)
-    try:
-        with torch.no_grad():
-            model.eval()(torch.zeros(1, 3, *size))
-    # Layers refuse an image that is too small for them by whatever exception they like.
-    except Exception as error:
-        return f"no forward of an image of {size[0]}x{size[1]} pixels: {error}"
+    shown = rehearse(model, [torch.zeros(1, 3, *size)], hooks=True)
+    if shown.error is not None:
+        return f"no forward of an image of {size[0]}x{size[1]} pixels: {shown.error}"
     return ""
+
+
+def _need_tokens(variant: Variant, tokens: int) -> None:
+    """Raise where images give fewer tokens than the longest choice has prompts.
+
+    Raises:
+        SpecError: They do.
+    """
+    lengths = [{**variant.options, **choice}.get("length", 1) for choice in variant.choices]
+    if tokens < max(lengths):
+        raise SpecError(
+            f"the training images give a block {tokens} tokens, fewer than {max(lengths)} prompts"
+        )
 
 
 def pooled(model: nn.Module, pool: str | None) -> nn.Module:
@@ -110,25 +158,16 @@ def pooled(model: nn.Module, pool: str | None) -> nn.Module:
     """
     if pool is None:
         return model
-    host: Any = model
+    plain_vit = all(hasattr(model, n) for n in ("norm", "fc_norm", "global_pool", "cls_token"))
     encoder = encoder_for(model, "pad")
-    plain_vit = all(hasattr(host, n) for n in ("norm", "fc_norm", "global_pool", "cls_token"))
-    if not (
-        plain_vit
-        and encoder.has_cls
-        and encoder.library == "timm"
-        and isinstance(host.fc_norm, nn.Identity)
-        and not isinstance(host.norm, nn.Identity)
-    ):
+    if not (plain_vit and encoder.has_cls and encoder.library == "timm" and _has_norm(model)):
         raise VPTError(
-            "pooled",
-            f"{type(model).__name__} is no timm ViT with a CLS token and a norm in front of its "
-            "pooling",
-            "leave pool out, or build the model with the pooling you want",
-            given={"pool": pool},
+            f"pool={pool!r}: {type(model).__name__} is no timm ViT with a CLS token and a norm in "
+            "front of its pooling; leave pool out, or build the model with the pooling you want."
         )
-    one_of("token", "avg").check("pooled", "pool", pool)
-    host.reset_classifier(0, global_pool=pool)
+    if pool not in ("token", "avg"):
+        raise SpecError(f"pool={pool!r}: must be 'token' or 'avg'.")
+    model.reset_classifier(0, global_pool=pool)  # type: ignore[operator]
     return model
 
 
@@ -141,6 +180,10 @@ def usual_pool(name: str) -> str | None:
     Source: Jia et al. 2022, Table 4; He et al. 2022 (MAE), section A.1.
     """
     return "avg" if re.search(r"vit_[a-z]+_patch\d+_\d+\.mae$", name) else None
+
+
+def _has_norm(model: Any) -> bool:
+    return isinstance(model.fc_norm, nn.Identity) and not isinstance(model.norm, nn.Identity)
 
 
 def device() -> torch.device:

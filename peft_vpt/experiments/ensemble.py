@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..adapter.verbs import load_task_adapter
-from ..backbones.anatomy import is_below
-from ..checks import one_of
+from ..backbones.projection import module_at
 from ..data import loader
 from ..errors import SpecError, VPTError
 from ..forms.kv import KeyValueForm
@@ -27,14 +26,12 @@ from ..training.metrics import classification_metrics, place
 from .backbones import device
 from .embeddings import features, tsne
 from .plots import Figure, scatter
-from .records import Record, adapter_of, figure_name, make_record
+from .records import Record, make_record
 from .run import TEST_BATCH, Build, Pixels
+from .variants import file_name
 
 # What one adapter brings, by its name in the host.
 Member = dict[str, Tensor]
-_TOKENS = ("prepend", "prepend-pixel", "add")
-# Enough to see classes apart; t-SNE takes minutes from about ten thousand points on.
-_MOST_POINTS = 2000
 
 
 def member(model: nn.Module) -> Member:
@@ -44,12 +41,12 @@ def member(model: nn.Module) -> Member:
         NotPromptedError: The model carries no prompts and no protocol.
     """
     host, prompts = host_and_prompts(model, "member")
-    inside = ("prompts", *prompts.encoder.head_paths)
+    heads = prompts.encoder.head.paths if prompts.encoder.head else ()
     moved = {place.name for place in prompts.delta.places.values()} if prompts.delta else set()
     return {
         name: tensor.detach().clone()
         for name, tensor in host.state_dict().items()
-        if name in moved or is_below(name, *inside)
+        if name.startswith("prompts.") or name in moved or _below(name, heads)
     }
 
 
@@ -73,7 +70,7 @@ def can_batch(model: nn.Module) -> bool:
     one forward per member.
     """
     prompts = host_and_prompts(model, "can_batch")[1]
-    tokens = prompts.spec.location in _TOKENS and prompts.delta is None
+    tokens = bool(prompts.entries) and prompts.delta is None
     many = any(a.many for block in prompts.encoder.blocks for a in block.attentions)
     return tokens and not many
 
@@ -109,10 +106,8 @@ def ensemble_logits(
     possible = can_batch(host)
     if one_forward and not possible:
         raise SpecError(
-            "ensemble_logits",
-            f"location={prompts.spec.location!r} or the protocol changes more than tokens",
-            "leave one_forward out",
-            given={"one_forward": True},
+            f"ensemble_logits(one_forward=True): location={prompts.spec.location!r} or the "
+            "protocol changes more than tokens; leave one_forward out."
         )
     device, dtype = place(host)
     pixels = pixels.to(device, dtype)
@@ -140,79 +135,110 @@ def combine(logits: Tensor, how: str = "probabilities") -> Tensor:
     Raises:
         SpecError: Another way.
     """
-    one_of("probabilities", "logits").check("combine", "how", how)
     if how == "logits":
         return logits.mean(dim=0).log_softmax(dim=-1)
-    mean = logits.log_softmax(dim=-1).logsumexp(dim=0)
-    return mean - torch.log(torch.tensor(float(len(logits)))).to(mean)
+    if how == "probabilities":
+        mean = logits.log_softmax(dim=-1).logsumexp(dim=0)
+        return mean - torch.log(torch.tensor(float(len(logits)))).to(mean)
+    raise SpecError(f"combine(how={how!r}): must be 'probabilities' or 'logits'.")
 
 
 def _together(
     host: nn.Module, prompts: Prompts, members: Sequence[Mapping[str, Tensor]], pixels: Tensor
 ) -> Tensor:
-    """Let each part of the batch meet its member's prompts and head, by hooks behind both."""
-    stored = [_below("prompts", values) for values in members]
-    tokens = {
-        entry: torch.cat([functional_call(prompts, values, (entry, 1)) for values in stored])
-        for entry in prompts.entries
-    }
-    # This form itself spreads keys and values over samples, so they are made once per member.
-    spreading = {form.index for form in prompts.forms if type(form) is KeyValueForm}
-
-    def own_prompts(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-        entry, batch = args
-        found = tokens[entry].to(output)
-        each = 1 if entry in spreading else batch // len(found)
-        return found.repeat_interleave(each, dim=0)
-
-    def own_head(
-        copies: list[nn.Module], module: nn.Module, args: tuple[Any, ...], output: Tensor
-    ) -> Tensor:
-        parts = args[0].chunk(len(copies))
-        return torch.cat([copy(part) for copy, part in zip(copies, parts, strict=True)])
-
-    handles = [prompts.register_forward_hook(own_prompts)]
-    try:
-        for path in prompts.encoder.head_paths:
-            head = host.get_submodule(path)
-            copies = [_head(head, _below(path, values)) for values in members]
-            handles.append(head.register_forward_hook(partial(own_head, copies)))
+    tokens = _tokens(prompts, members)
+    with _each_its_prompts(prompts, tokens), _each_its_head(host, prompts, members):
         logits = output_logits(host(pixels.repeat(len(members), 1, 1, 1)), "ensemble")
-    finally:
-        for handle in handles:
-            handle.remove()
     return logits.reshape(len(members), len(pixels), *logits.shape[1:])
 
 
-def _below(path: str, values: Mapping[str, Tensor]) -> Member:
-    """Return what of a member belongs to a module, by its name there."""
-    start = f"{path}."
-    return {n.removeprefix(start): t for n, t in values.items() if n.startswith(start)}
+def _tokens(prompts: Prompts, members: Sequence[Mapping[str, Tensor]]) -> dict[int, Tensor]:
+    """Return every entry's prompts: `(members, length, dim)`."""
+    own = [
+        {n.removeprefix("prompts."): t for n, t in m.items() if n.startswith("prompts.")}
+        for m in members
+    ]
+    return {
+        entry: torch.cat([functional_call(prompts, values, (entry, 1)) for values in own])
+        for entry in prompts.entries
+    }
 
 
-def _head(head: nn.Module, values: Member) -> nn.Module:
+@contextmanager
+def _each_its_prompts(prompts: Prompts, tokens: Mapping[int, Tensor]) -> Iterator[None]:
+    """Let `prompts(entry, batch)` give each part of the batch its member's prompts."""
+    # This form itself spreads keys and values over samples, so they are made once per member.
+    spreading = {form.index for form in prompts.forms if type(form) is KeyValueForm}
+
+    def swap(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        entry, batch = args
+        found = tokens[entry].to(output)
+        if entry in spreading:
+            return found
+        return found.repeat_interleave(batch // len(found), dim=0)
+
+    handle = prompts.register_forward_hook(swap)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _each_its_head(
+    host: nn.Module, prompts: Prompts, members: Sequence[Mapping[str, Tensor]]
+) -> Iterator[None]:
+    """Let each part of the batch go through its member's head."""
+    paths = prompts.encoder.head.paths if prompts.encoder.head else ()
+    handles = []
+    for path in paths:
+        head = module_at(host, path)
+        copies = [_head(head, path, values) for values in members]
+
+        def swap(
+            module: nn.Module, args: tuple[Any, ...], output: Tensor, copies: Any = copies
+        ) -> Tensor:
+            parts = args[0].chunk(len(copies))
+            return torch.cat([copy(part) for copy, part in zip(copies, parts, strict=True)])
+
+        handles.append(head.register_forward_hook(swap))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _head(head: nn.Module, path: str, values: Mapping[str, Tensor]) -> nn.Module:
     """Return a copy of a head with a member's values, without the hooks around it."""
     single = copy.deepcopy(head)
     single._forward_hooks.clear()
     single._forward_pre_hooks.clear()
-    single.load_state_dict(values)
+    own = {n.removeprefix(f"{path}."): t for n, t in values.items() if _below(n, (path,))}
+    single.load_state_dict(own)
     return single
 
 
 def _check(members: Sequence[Mapping[str, Tensor]], host: nn.Module) -> None:
     if not members:
-        raise SpecError("ensemble_logits", "there are no members")
+        raise SpecError("ensemble_logits: there are no members.")
     expected = {name: tensor.shape for name, tensor in member(host).items()}
     for index, values in enumerate(members):
         found = {name: tensor.shape for name, tensor in values.items()}
         wrong = sorted(n for n in set(found) | set(expected) if found.get(n) != expected.get(n))
         if wrong:
             raise SpecError(
-                "ensemble_logits",
-                f"member {index} differs from the model in {wrong[0]} "
-                f"({len(wrong)} tensors in all)",
-                "members need the same prompts and classes",
+                f"ensemble_logits: member {index} differs from the model in {wrong[0]} "
+                f"({len(wrong)} tensors in all); members need the same prompts and classes."
             )
+
+
+def _below(name: str, paths: Sequence[str]) -> bool:
+    return any(name == path or name.startswith(f"{path}.") for path in paths)
+
+
+# Enough to see classes apart; t-SNE takes minutes from about ten thousand points on.
+_MOST_POINTS = 2000
 
 
 def ensemble_record(final: Sequence[Record], pixels: Pixels, build: Build, folder: Path) -> Record:
@@ -232,7 +258,7 @@ def ensemble_record(final: Sequence[Record], pixels: Pixels, build: Build, folde
 
     Source: Jia et al. 2022, appendix, Figure 15.
     """
-    members: list[Member] = []
+    members = []
     for record in final:
         model = adapted(record, build, folder)
         members.append(member(model))
@@ -250,15 +276,38 @@ def ensemble_stub(final: Sequence[Record]) -> Record:
     """Return the record of an ensemble without its results."""
     first = final[0]
     recipe = {k: v for k, v in first["config"]["recipe"].items() if k != "seed"}
-    shared = ("task", "group", "backbone", "seed", "split", "preset", "total", "versions")
     return make_record(
-        **{name: first.get(name) for name in shared},
+        task=first["task"],
+        group=first["group"],
         protocol=f"{first['protocol']} ensemble",
+        backbone=first["backbone"],
+        seed=first["seed"],
+        split="test",
+        preset=first.get("preset"),
         metrics={},
         trainable=sum(record["trainable"] or 0 for record in final),
+        total=first["total"],
         stored_bytes=sum(record["stored_bytes"] or 0 for record in final),
         config=first["config"] | {"recipe": recipe, "members": [r["seed"] for r in final]},
+        versions=first["versions"],
     )
+
+
+def is_ensemble(record: Record) -> bool:
+    """Tell whether a record is one of several adapters together."""
+    return "members" in record["config"]
+
+
+def adapter_of(record: Record, folder: Path) -> Path:
+    """Return the folder of the adapter that a record is about.
+
+    Args:
+        record: Of a final run.
+        folder: Of all runs.
+    """
+    # Older records do not name it.
+    old = f"{record['task']}/{file_name(record['protocol'])}-{record['seed']}"
+    return folder / (record.get("adapter") or old)
 
 
 def adapted(record: Record, build: Build, folder: Path) -> nn.Module:
@@ -274,9 +323,9 @@ def adapted(record: Record, build: Build, folder: Path) -> nn.Module:
     """
     path = adapter_of(record, folder)
     what = f"the adapter of {record['protocol']!r}, seed {record['seed']}"
-    advice = "Take its line out of the records, and run the comparison again"
+    advice = "Take its line out of the records, and run the comparison again."
     if not path.exists():
-        raise VPTError("compare", f"{what} is not at {path}", advice)
+        raise VPTError(f"compare: {what} is not at {path}. {advice}")
     model = load_task_adapter(build(), path).to(device())
     found = host_and_prompts(model, "compare")[1].info["metrics"] or {}
     same = all(
@@ -284,7 +333,7 @@ def adapted(record: Record, build: Build, folder: Path) -> nn.Module:
         for name in ("top1", "loss")
     )
     if not same:
-        raise VPTError("compare", f"{path} is of another run than {what}", advice)
+        raise VPTError(f"compare: {path} is of another run than {what}. {advice}")
     return model
 
 
@@ -315,3 +364,8 @@ def draw_embeddings(record: Record, pixels: Pixels, build: Build, folder: Path) 
         names=pixels.task.classes,
         title=f"{record['protocol']}, {record['task']}",
     )
+
+
+def figure_name(record: Record) -> str:
+    """Return the name of the figure of a run's embeddings, without suffix; no other run has it."""
+    return file_name(f"tsne-{record['task']}-{Path(adapter_of(record, Path())).name}")

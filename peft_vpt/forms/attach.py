@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..backbones.anatomy import is_kind
@@ -67,8 +66,10 @@ class ForwardPatch(Form):
         """Raise unless the target's `forward` is still ours, so that it can be taken off."""
         if vars(self.target).get(self.method) != self.run:
             raise VPTError(
-                f"remove_prompts: another library has wrapped {type(self.target).__name__}."
-                f"{self.method} after inject_prompts; take that wrapper off first."
+                "remove_prompts",
+                f"another library has wrapped {type(self.target).__name__}.{self.method} after "
+                "inject_prompts",
+                "take that wrapper off first",
             )
 
     def detach(self) -> None:
@@ -114,31 +115,11 @@ class ForwardPatch(Form):
         return self._found(*args, **kwargs)
 
 
-_VALUES: ContextVar[dict[int, Any]] = ContextVar("peft_vpt_slots", default={})  # noqa: B039
-
-
-class Slot:
-    """Hold a value per thread and task, so that threads may share a model.
-
-    While a forward is traced (compile, export) the value is an attribute: dynamo cannot write
-    context variables.
-    """
-
-    def __init__(self) -> None:
-        self.traced: Any = None
-
-    def set(self, value: Any) -> None:
-        """Store a value; None empties the slot."""
-        if torch.compiler.is_compiling():
-            self.traced = value
-            return
-        others = {key: kept for key, kept in _VALUES.get().items() if key != id(self)}
-        _VALUES.set(others if value is None else others | {id(self): value})
-
-    def get(self) -> Any:
-        """Return the value, or None."""
-        return self.traced if torch.compiler.is_compiling() else _VALUES.get().get(id(self))
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the value out of copies and pickles."""
-        return {"traced": None}
+@contextmanager
+def attached(forms: Iterable[Form]) -> Iterator[None]:
+    """Attach forms for as long as the `with` block lasts."""
+    with ExitStack() as stack:
+        for form in forms:
+            form.attach()
+            stack.callback(form.detach)
+        yield

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from ..backbones.anatomy import Attention, Block, first_argument
-from ..backbones.projection import is_plain, per_token
+from ..backbones.projection import in_width, is_plain, join, per_token
 from ..errors import UnsupportedArchitectureError
+from ..prompts import Prompts
 from .attach import ForwardPatch
-from .softmax import Met, Pair, SoftmaxOverride
-
-if TYPE_CHECKING:
-    from ..prompts import Prompts
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-from ..backbones.projection import in_width, join
 from .rows import Rows, as_tokens, equal_rows, same_keys
-
-if TYPE_CHECKING:
-    pass
-
+from .softmax import Met, Pair, SoftmaxOverride
 
 Key = tuple[list[Tensor], tuple[Any, ...]]
 _steps = 0
@@ -224,10 +214,11 @@ class KeyValueForm(ForwardPatch):
         name = type(self.target).__name__
         what = f"{count} softmaxes were" if count else "no softmax was"
         raise UnsupportedArchitectureError(
+            "",
             f"prompts of block {self.index} ({self.path}): {what} met inside {name}.forward, "
-            "where exactly one is needed, so its prompts would have no or a wrong effect. "
+            "where exactly one is needed, so its prompts would have no or a wrong effect",
             "Set the attention to SDPA or eager (transformers: "
-            "model.set_attn_implementation('sdpa')), or inject with form='token'."
+            "`model.set_attn_implementation('sdpa')`), or inject with `form='token'`",
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -308,6 +299,11 @@ class Watch:
         """Tell whether every module has been called."""
         return set(self.seen) == set(self._modules)
 
+    @property
+    def hidden(self) -> Tensor:
+        """What the attention projects: its norm's input, or its own."""
+        return self.seen.get("norm", self.seen["attention"])
+
     @torch.no_grad()
     def check(self, met: list[Met]) -> None:
         """Raise unless norm and projections give, for real hidden states, what softmaxes received.
@@ -318,7 +314,7 @@ class Watch:
         """
         form, attention = self.form, self.form.attention
         where = f"block {form.index} ({join(form.path, attention.path)})"
-        hidden = as_tokens(self.seen.get("norm", self.seen["attention"]), form.width)
+        hidden = as_tokens(self.hidden, form.width)
         if not attention.behind:
             block = as_tokens(self.seen["block"], form.width)
             _require(equal_rows(hidden, block), where, "its norm does not see the block's input")
@@ -357,26 +353,42 @@ def _unequal(name: str, problem: str) -> str:
 def _require(true: bool, where: str, problem: str) -> None:
     if not true:
         raise UnsupportedArchitectureError(
-            f"self-check of {where}: {problem}, so prompts as extra keys and values would be "
-            "wrong. The block does something that this family does not know."
+            "",
+            f"self-check of {where}: {problem}, so prompts as extra keys and values would be wrong",
+            "The block does something that this family does not know",
         )
 
 
-@contextmanager
-def record(form: KeyValueForm, met: list[Met]) -> Iterator[None]:
-    """Write down the softmaxes that an attention meets, for as long as the `with` block lasts."""
-    target = form.target
-    before = vars(target).get("forward")
+class Recorder(ForwardPatch):
+    """Write down what the modules around one attention and its softmaxes are called with.
 
-    def recorded(*args: object, **kwargs: object) -> object:
-        with form.override(None, met):
-            return (before or type(target).forward.__get__(target))(*args, **kwargs)
+    Args:
+        form: Of the attention; it is not attached itself.
+    """
 
-    try:
-        target.forward = recorded
-        yield
-    finally:
-        if before is None:
-            del target.forward
-        else:
-            target.forward = before
+    def __init__(self, form: KeyValueForm) -> None:
+        super().__init__(form.target)
+        self._form = (form,)
+        self.met: list[Met] = []
+        self.watch: Watch | None = None
+
+    @property
+    def form(self) -> KeyValueForm:
+        """The form of the attention."""
+        return self._form[0]
+
+    def attach(self) -> None:
+        """Begin anew."""
+        super().attach()
+        self.met, self.watch = [], Watch(self.form)
+
+    def detach(self) -> None:
+        """Keep what was written down, and write no more."""
+        super().detach()
+        if self.watch is not None:
+            self.watch.close()
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """Stand in for the attention's `forward`."""
+        with self.form.override(None, self.met):
+            return self.original(*args, **kwargs)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
 from ..backbones.anatomy import Encoder
 from ..errors import VPTError
-from .attach import ForwardPatch, Slot
-
-if TYPE_CHECKING:
-    from ..prompts import Prompts
+from ..prompts import Prompts, Slot
+from .attach import ForwardPatch
 
 
 class Pooling(ForwardPatch):
@@ -22,7 +20,7 @@ class Pooling(ForwardPatch):
     in front of the last block instead. Tokens are kept from the host's forward to its head only.
     """
 
-    def __init__(self, prompts: Prompts, host: nn.Module, encoder: Encoder, own: Slot) -> None:
+    def __init__(self, prompts: Prompts, host: nn.Module, encoder: Encoder) -> None:
         last = encoder.blocks[-1].path
         super().__init__(host.get_submodule(encoder.final_norm or last))
         self._links = (prompts, host)
@@ -31,7 +29,6 @@ class Pooling(ForwardPatch):
         self._head = encoder.head.paths[0] if encoder.head else ""
         self._handles: list[Any] = []
         self._hooked: tuple[nn.Module, ...] = ()
-        self._own = own
         self._kept = Slot()
         self.with_prompts = prompts.spec.pooling in ("prompt", "global")
 
@@ -80,7 +77,7 @@ class Pooling(ForwardPatch):
         kept = self._kept.get()
         if kept is not None:
             kept.append(tokens)
-        own = self._own.get() if self.with_prompts else None
+        own = prompts.own_tokens.get() if self.with_prompts else None
         if own is None or tokens.shape[1] != own + prompts.spec.length:
             return out
         return (tokens[:, :own], *out[1:]) if isinstance(out, tuple) else tokens[:, :own]
@@ -93,8 +90,10 @@ class Pooling(ForwardPatch):
         kept = self._kept.get()
         if not kept:
             raise VPTError(
-                f"pooling={prompts.spec.pooling!r}: the head was called outside the model's own "
-                "forward, so there are no tokens to pool. Call the whole model, or pool yourself."
+                "",
+                f"`pooling={prompts.spec.pooling!r}`: the head was called outside the model's own "
+                "forward, so there are no tokens to pool",
+                "Call the whole model, or pool yourself",
             )
         pooled = self._pooled(kept[-1]).mean(dim=1)
         if self._after is not None:

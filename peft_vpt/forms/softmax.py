@@ -191,9 +191,10 @@ def fit(extra: Tensor, own: Tensor, heads_axis: int = 1) -> Tensor:
     batch = own.shape[0] // heads if own.dim() == 3 else own.shape[0]
     if extra.shape[-1] != own.shape[-1] or heads % extra.shape[1]:
         raise UnsupportedArchitectureError(
+            "",
             f"prompts have {extra.shape[1]} heads of width {extra.shape[-1]}, and the softmax of "
-            f"this attention receives keys or values of shape {tuple(own.shape)}. The block does "
-            "something that this family does not know."
+            f"this attention receives keys or values of shape {tuple(own.shape)}",
+            "The block does something that this family does not know",
         )
     if extra.shape[1] != heads:
         extra = extra.repeat_interleave(heads // extra.shape[1], dim=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,12 +13,9 @@ from torch.overrides import TorchFunctionMode
 
 from ..backbones.anatomy import Block, Encoder, is_kind
 from ..errors import VPTError
-from .attach import Form, ForwardPatch, Slot
+from ..prompts import Prompts
+from .attach import Form, ForwardPatch
 from .softmax import ADD, causal_mask, pad_mask
-
-if TYPE_CHECKING:
-    from ..prompts import Prompts
-
 
 _MASKS = ("attn_mask", "attention_mask")
 _COLLECTOR = "forward_intermediates"
@@ -41,11 +38,9 @@ class TokenForm(ForwardPatch):
         index: int,
         leaves: bool,
         reason: str,
-        own: Slot,
     ) -> None:
         super().__init__(host.get_submodule(block.path))
         self._links = (prompts,)
-        self._own = own
         self.entry = entry
         self.index = index
         self.leaves = leaves
@@ -70,7 +65,7 @@ class TokenForm(ForwardPatch):
         if self.index == self.entry:
             tokens = prompts(self.entry, hidden.shape[0]).to(hidden)
             hidden = torch.cat([hidden, tokens.expand(hidden.shape[0], -1, -1)], dim=1)
-            self._own.set(own)
+            prompts.own_tokens.set(own)
         else:
             own -= prompts.spec.length
         rest = [_pad(arg, own, prompts.spec.length) for arg in args[1:]]
@@ -174,12 +169,11 @@ class OutputCut(Form):
     own tokens; here they are cut off.
     """
 
-    def __init__(self, prompts: Prompts, host: nn.Module, encoder: Encoder, own: Slot) -> None:
+    def __init__(self, prompts: Prompts, host: nn.Module, encoder: Encoder) -> None:
         super().__init__()
         self._links: tuple[Prompts, Any] = (prompts, host.get_submodule(encoder.path))
         self._host = (host,)
         self._prefix = encoder.prefix_tokens
-        self._own = own
         self._handle: Any = None
 
     def attach(self) -> None:
@@ -203,7 +197,7 @@ class OutputCut(Form):
 
     def cut_recorded(self, module: nn.Module, args: Any, output: Any) -> Any:
         """Forward hook: cut `hidden_states` and `attentions` of a model output or tuple."""
-        own = self._own.get()
+        own = self._links[0].own_tokens.get()
         if own is None or self._links[0].disabled():
             return output
         if isinstance(output, tuple):
@@ -235,8 +229,10 @@ class OutputCut(Form):
             return collect(model, *args, **kwargs)
         if not hasattr(getattr(model, "patch_embed", None), "dynamic_feat_size"):
             raise VPTError(
-                f"forward_intermediates: what {type(model).__name__} collects cannot be told from "
-                "prompts that are carried through its blocks; use deep=True."
+                "forward_intermediates",
+                f"what {type(model).__name__} collects cannot be told from prompts that are "
+                "carried through its blocks",
+                "use `deep=True`",
             )
         call = inspect.signature(collect).bind(model, *args, **kwargs)
         call.apply_defaults()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,10 @@ from ..backbones.anatomy import Block, first_argument
 from ..backbones.checkpointing import is_checkpointing, is_reentrant
 from ..backbones.windows import WindowParts, finish, merge, scores
 from ..errors import VPTError
+from ..prompts import Prompts
 from .attach import ForwardPatch
 from .kv import KeyValueForm
 from .softmax import Met, append
-
-if TYPE_CHECKING:
-    from ..prompts import Prompts
-
 
 _TAG = "_peft_vpt_prompts"
 
@@ -52,10 +49,11 @@ class Stream:
             prompts = getattr(hidden, _TAG, None)
         if prompts is None:
             raise VPTError(
+                "",
                 "prompts were lost between two blocks: something replaced the hidden states "
                 "(reentrant checkpointing does; use use_reentrant=False), blocks were called "
-                "outside the model's forward, or some blocks are compiled and others are not. "
-                "Call or compile the whole model, or use deep=True."
+                "outside the model's forward, or some blocks are compiled and others are not",
+                "Call or compile the whole model, or use `deep=True`",
             )
         return prompts
 
@@ -109,22 +107,22 @@ class WindowForm(KeyValueForm):
             tokens = self.stream.take(hidden)
         if torch.is_grad_enabled() and is_reentrant(*self._place):
             raise VPTError(
+                "",
                 "prompts that flow through windowed blocks need gradient checkpointing with "
-                "use_reentrant=False: the reentrant kind would lose their gradients."
+                "use_reentrant=False: the reentrant kind would lose their gradients",
             )
-        if torch.compiler.is_compiling() and torch.is_grad_enabled():
-            self._refuse_checkpoints()
+        tracing = torch.compiler.is_compiling() and torch.is_grad_enabled()
+        if tracing and is_checkpointing(*self._place):
+            raise VPTError(
+                "",
+                "prompts that flow through windowed blocks cannot be compiled together with "
+                "gradient checkpointing",
+                "use one of the two, or `deep=True`",
+            )
         out, carried = self.recomputed(self._attend_and_carry, tokens, *args, **kwargs)
         if carried is not None:
             self.stream.put(out[0] if isinstance(out, tuple) else out, carried)
         return out
-
-    def _refuse_checkpoints(self) -> None:
-        if is_checkpointing(*self._place):
-            raise VPTError(
-                "prompts that flow through windowed blocks cannot be compiled together with "
-                "gradient checkpointing; use one of the two, or deep=True."
-            )
 
     def _attend_and_carry(self, tokens: Tensor, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
         pair = self.project(tokens)

@@ -196,7 +196,7 @@ def backbone_for(
     made_for, images = adapter.metadata["backbone"], adapter.metadata["preprocessing"]
     own = library in (None, made_for["library"])
     sized = images is not None and "size" in images
-    padded = adapter.spec.location == "pad"
+    padded = adapter.spec.where.moves_image
     model = build_backbone(
         library or made_for["library"],
         name,
@@ -247,7 +247,7 @@ def _classes(adapter: Adapter) -> int | None:
 def _sized(processor: Any, model: nn.Module) -> Any:
     """Let a transformers processor make images of the size that pixel prompts call for."""
     place = host_and_prompts(model, _LOAD)[1].place
-    if place is not None and hasattr(processor, "image_mean"):
+    if place.image is not None and hasattr(processor, "image_mean"):
         height, width = place.image[1:]
         processor.size = {"height": height, "width": width}
         processor.do_center_crop = False

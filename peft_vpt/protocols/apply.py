@@ -8,13 +8,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..backbones.anatomy import Encoder, first_floating
+from ..backbones.anatomy import Encoder
 from ..backbones.find import encoder_for, is_convnet
-from ..backbones.heads import class_count, swap_head
+from ..backbones.heads import class_count, host_dtype, swap_head
+from ..backbones.projection import module_at
 from ..errors import SpecError, UnsupportedArchitectureError
 from ..hosts import device_of, host_and_prompts, refuse_unfit
 from ..inject import freeze, inject_prompts, inject_spec, watch_input
-from ..rehearsal import dummy_calls
+from ..rehearsal import rehearse_host
 from ..spec import PromptSpec
 from ..undo import unchanged_on_error
 from .delta import Delta
@@ -130,7 +131,7 @@ def apply_delta(
         classes = _classes(model, encoder, protocol, num_classes)
     inject_spec(model, spec, encoder, num_classes=classes, head_bias=head_bias, generator=generator)
     if protocol.kind == "mlp" and encoder.head is not None:
-        linear: Any = model.get_submodule(encoder.head.paths[0])
+        linear: Any = module_at(model, encoder.head.paths[0])
         with torch.device("meta"):
             head = MlpHead(linear.in_features, linear.out_features, protocol.number)
         fill(head, linear.weight.device, linear.weight.dtype, generator)
@@ -141,7 +142,7 @@ def apply_delta(
 def _put(model: Model, delta: Delta, encoder: Encoder, generator: torch.Generator | None) -> Model:
     """Attach the state of a protocol to a model that carries a `Prompts`, empty or not."""
     prompts = host_and_prompts(model, "apply_protocol")[1]
-    dtype = first_floating(model.get_submodule(encoder.start)).dtype
+    dtype = host_dtype(module_at(model, encoder.start))
     delta.materialise(device_of(model, encoder), dtype, generator)
     delta.attach(model, prompts)
     prompts.delta = delta
@@ -226,8 +227,9 @@ def check_head_input(host: nn.Module, encoder: Encoder, protocol: Protocol) -> N
     if encoder.head is None:
         return
     path = encoder.head.paths[0]
-    calls = dummy_calls(host, encoder, [path])
-    shape = () if calls is None else calls.inputs.get(path, ())
+    shown = rehearse_host(host, encoder, [path])
+    call = None if shown is None else shown.first(path)
+    shape = () if call is None else call.given
     if shape and not (len(shape) == 2 or (len(shape) == 4 and shape[2:] == (1, 1))):
         raise UnsupportedArchitectureError(
             f"apply_protocol({protocol.name!r}): the classifier {path} of {type(host).__name__} "

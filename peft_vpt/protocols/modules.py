@@ -18,9 +18,9 @@ from inspect import signature
 from typing import NamedTuple
 
 from ..backbones.anatomy import Block, Encoder
-from ..backbones.projection import join
+from ..backbones.projection import join, module_at
 from ..errors import UnsupportedArchitectureError
-from ..rehearsal import Calls, Shape, dummy_calls
+from ..rehearsal import Rehearsal, Shape, rehearse_host
 
 _SIDE_SIZE = 256 * 6 * 6
 _MLP_DROPOUT = 0.1
@@ -281,7 +281,7 @@ def feed_forwards(host: nn.Module, encoder: Encoder) -> list[FeedForward]:
         )
     paths = []
     for index, block in enumerate(encoder.blocks):
-        inside = _inside(host.get_submodule(block.path))
+        inside = _inside(module_at(host, block.path))
         if inside is None:
             raise UnsupportedArchitectureError(
                 f"apply_protocol('adapter'): block {index} ({block.path}) of "
@@ -289,9 +289,9 @@ def feed_forwards(host: nn.Module, encoder: Encoder) -> list[FeedForward]:
             )
         paths.append(join(block.path, inside))
     _refuse_others(host, encoder)
-    calls = dummy_calls(host, encoder, paths)
+    shown = rehearse_host(host, encoder, paths)
     pairs = zip(paths, encoder.blocks, strict=True)
-    return [_described(host, path, block, calls) for path, block in pairs]
+    return [_described(host, path, block, shown) for path, block in pairs]
 
 
 def _inside(block: nn.Module) -> str | None:
@@ -310,7 +310,7 @@ def _refuse_others(host: nn.Module, encoder: Encoder) -> None:
     Such layers stand among the known blocks; what pools behind the last one is no block.
     """
     blocks = tuple(f"{block.path}." for block in encoder.blocks)
-    paths = [path for path, _ in host.get_submodule(encoder.path).named_modules()]
+    paths = [path for path, _ in module_at(host, encoder.path).named_modules()]
     paths = [join(encoder.path, path) for path in paths]
     last = max(i for i, path in enumerate(paths) if f"{path}." in blocks)
     for path in paths[:last]:
@@ -323,16 +323,17 @@ def _refuse_others(host: nn.Module, encoder: Encoder) -> None:
             )
 
 
-def _described(host: nn.Module, path: str, block: Block, calls: Calls | None) -> FeedForward:
+def _described(host: nn.Module, path: str, block: Block, shown: Rehearsal | None) -> FeedForward:
     """Return what is behind a layer: as its dummy call showed, or else as its parts say."""
-    width, axis = _last_layer(host.get_submodule(path), block.width)
-    if calls is None:
+    width, axis = _last_layer(module_at(host, path), block.width)
+    if shown is None:
         return FeedForward(path, width, axis)
-    shape = calls.outputs.get(path, ())
+    call = shown.first(path)
+    shape = () if call is None else call.gave
     for at in dict.fromkeys((axis, _TOKENS)):
         if _fits(shape, at) and shape[at] in (width, block.width):
             return FeedForward(path, shape[at], at)
-    what = f"gives something of shape {shape}" if path in calls.order else "is not called as such"
+    what = "is not called as such" if call is None else f"gives something of shape {shape}"
     raise UnsupportedArchitectureError(
         f"apply_protocol('adapter'): the feed-forward layer {path} of {type(host).__name__} "
         f"{what}, where tokens or maps of {width} channels were expected. Use prompts, 'bias' or "

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backbones.anatomy import Encoder, first_argument
-from ..backbones.projection import join
+from ..backbones.anatomy import Encoder
+from ..backbones.projection import join, module_at
 from ..errors import SpecError, UnsupportedArchitectureError
-from ..hosts import carries, host_and_prompts
-from ..rehearsal import dummy_inputs, undisturbed
+from ..hosts import bare
+from ..rehearsal import Rehearsal, dummy_inputs, rehearse
 
 Pair = tuple[int, int]
 # Two runs of one image in a batch differ by rounding, of half precision too; shuffled ones by 1.
@@ -65,44 +66,37 @@ class TokenMap:
         return maps[..., :height, :width]
 
 
-@dataclass
-class _Trial:
-    """What a dummy forward showed in front of the first block."""
-
-    size: Pair = (0, 0)
-    # Path, convolution, and the sizes of the maps that it took and gave.
-    maps: list[tuple[str, nn.Conv2d, Pair, Pair]] = field(default_factory=list)
-    tokens: Tensor | None = None
-
-
 def token_map(backbone: nn.Module, encoder: Encoder) -> TokenMap:
     """Find how the image tokens of a backbone lie over its image, by a dummy forward.
 
     Raises:
         UnsupportedArchitectureError: They are no map that lies over the image.
     """
-    module = backbone.get_submodule(encoder.path)
-    name, trial = type(module).__name__, _try(module, backbone, encoder)
-    tokens = trial.tokens
-    if tokens is None or tokens.dim() != 3:
+    module = module_at(backbone, encoder.path)
+    name, (shown, tokens) = type(module).__name__, _rehearse(module, backbone, encoder)
+    if tokens is None or tokens.dim() != 3 or not isinstance(shown.inputs, Tensor):
         raise UnsupportedArchitectureError(
             f"Segmenter: {name} does not take one image {encoder.input_size} to one sequence of "
             "tokens, so nothing says where they lie; take a plain ViT for images."
         )
+    size = _sides(shown.inputs.shape)
     if not tokens.is_meta and (tokens[0] - tokens[1]).norm() > _SAME * tokens[0].norm():
         raise UnsupportedArchitectureError(
             f"Segmenter: {name} drops and shuffles its tokens, so they are no map of the image; "
             "load the weights into the class without masking (ViTModel for ViTMAEModel)."
         )
     count = tokens.shape[1] - encoder.prefix_tokens
-    maps = [found for found in trial.maps if found[3][0] * found[3][1] == count]
+    maps = [
+        call for call in shown.calls if len(call.gave) == 4 and math.prod(call.gave[2:]) == count
+    ]
     if not maps:
         raise UnsupportedArchitectureError(
             f"Segmenter: no convolution makes the patches of {name}, so nothing says where its "
             f"{count} image tokens lie; take a ViT whose patches are made by one."
         )
-    path, conv, taken, grid = maps[0]
-    found = _layout(join(encoder.path, path), conv, taken, trial.size)
+    first, grid = maps[0], _sides(maps[0].gave)
+    conv: Any = module_at(module, first.path)
+    found = _layout(join(encoder.path, first.path), conv, _sides(first.given), size)
     if not found.apart and any(
         getattr(part, "dynamic_img_pad", False) for part in module.modules()
     ):
@@ -110,9 +104,9 @@ def token_map(backbone: nn.Module, encoder: Encoder) -> TokenMap:
             f"Segmenter: {name} pads maps behind a stem of convolutions (dynamic_img_pad), so "
             "nothing says how large its tokens are; build it with dynamic_img_pad=False."
         )
-    if not found.fits(grid, trial.size):
+    if not found.fits(grid, size):
         raise UnsupportedArchitectureError(
-            f"Segmenter: in {name}, {_by(trial.size)} pixels make {_by(grid)} tokens of "
+            f"Segmenter: in {name}, {_by(size)} pixels make {_by(grid)} tokens of "
             f"{_by(found.step)} pixels, which do not lie over them; take a ViT whose patches "
             "divide its image."
         )
@@ -131,47 +125,33 @@ def _layout(path: str, conv: nn.Conv2d, taken: Pair, size: Pair) -> TokenMap:
     return TokenMap(path, (shrunk[0] * strides[0], shrunk[1] * strides[1]), tiles and whole)
 
 
-def _try(module: nn.Module, backbone: nn.Module, encoder: Encoder) -> _Trial:
-    """Run two equal images through the encoder; return an empty trial where it takes none."""
-    prompts = host_and_prompts(backbone, "Segmenter")[1] if carries(backbone) else None
-    with undisturbed(module), nullcontext() if prompts is None else prompts.disable():
-        for image in dummy_inputs(module, encoder):
-            if not isinstance(image, Tensor) or image.dim() != 4:
-                continue
-            trial = _Trial((image.shape[2], image.shape[3]))
-            handles = _watch(trial, module, backbone.get_submodule(encoder.start))
-            try:
-                module(image[:1].repeat(2, 1, 1, 1))
-            except Exception:  # the next size may do
-                continue
-            else:
-                return trial
-            finally:
-                for handle in handles:
-                    handle.remove()
-    return _Trial()
+def _rehearse(
+    module: nn.Module, backbone: nn.Module, encoder: Encoder
+) -> tuple[Rehearsal, Tensor | None]:
+    """Run two equal images through an encoder.
+
+    Returns:
+        The calls of convolutions in front of the first block, and the tokens that it takes.
+    """
+    images = (x for x in dummy_inputs(module, encoder) if isinstance(x, Tensor) and x.dim() == 4)
+    convs = {path: part for path, part in module.named_modules() if isinstance(part, nn.Conv2d)}
+    start, tokens = encoder.start, list[Tensor]()
+    shown = rehearse(
+        module,
+        (image[:1].repeat(2, 1, 1, 1) for image in images),
+        convs | {start: module_at(backbone, start)},
+        see=lambda path, given: tokens.append(given) if path == start else None,
+        within=partial(bare, backbone),
+    )
+    paths = [call.path for call in shown.calls]
+    if not shown.passed or start not in paths:
+        return shown, None
+    shown.calls = shown.calls[: paths.index(start)]
+    return shown, tokens[-paths.count(start)]
 
 
-def _watch(trial: _Trial, module: nn.Module, start: nn.Module) -> list[Any]:
-    """Write down the maps of convolutions up to the first block, and the tokens that it takes."""
-
-    def maps(path: str) -> Callable[..., None]:
-        def hook(conv: Any, args: tuple[Any, ...], output: Any) -> None:
-            if trial.tokens is None and output.dim() == 4:
-                taken = tuple(args[0].shape[-2:])
-                trial.maps.append((path, conv, taken, tuple(output.shape[-2:])))
-
-        return hook
-
-    def enters(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if trial.tokens is None:
-            trial.tokens = first_argument(args, kwargs)
-
-    convs = [(path, part) for path, part in module.named_modules() if isinstance(part, nn.Conv2d)]
-    return [
-        start.register_forward_pre_hook(enters, with_kwargs=True),
-        *(conv.register_forward_hook(maps(path)) for path, conv in convs),
-    ]
+def _sides(shape: Sequence[int]) -> Pair:
+    return shape[-2], shape[-1]
 
 
 def _by(pair: Pair) -> str:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backbones.anatomy import Encoder, first_floating
+from ..backbones.anatomy import Encoder
 from ..backbones.find import encoder_for
+from ..backbones.projection import module_at
 from ..data.drawing import check_counts
 from ..data.warps import IGNORE
 from ..errors import SpecError, UnsupportedArchitectureError, VPTError
@@ -21,6 +22,7 @@ from ..hosts import carries, host_and_prompts, refuse_unfit, unwrap
 from ..inject import freeze
 from ..protocols.apply import apply_inside
 from ..protocols.options import Protocol
+from ..spec import LOCATIONS
 from ..undo import claim_decoder, unchanged_on_error
 from .evaluation import check_classes
 from .grid import token_map
@@ -124,7 +126,7 @@ class Segmenter(nn.Module):
         )
         self.classes = classes
         self.labels: list[str] | None = None
-        like = first_floating(backbone)
+        like = next(p for p in backbone.parameters() if p.is_floating_point())
         for head in (self.decoder, self.auxiliary):
             head.to(like.device, like.dtype)
         self._freeze_classifier(encoder)
@@ -184,8 +186,8 @@ class Segmenter(nn.Module):
         return scores
 
     def _freeze_classifier(self, encoder: Encoder) -> None:
-        for path in encoder.head_paths:
-            self.backbone.get_submodule(path).requires_grad_(False)
+        for path in encoder.head.paths if encoder.head is not None else ():
+            module_at(self.backbone, path).requires_grad_(False)
 
 
 def _checked(masks: Tensor, wanted: tuple[int, ...], classes: int) -> Tensor:
@@ -280,7 +282,7 @@ def _recorded(backbone: nn.Module, paths: Sequence[str]) -> Iterator[list[list[T
         def keep(module: nn.Module, args: Any, output: Any, into: list[Tensor] = outputs) -> None:
             into.append(output[0] if isinstance(output, tuple) else output)
 
-        handles.append(backbone.get_submodule(path).register_forward_hook(keep))
+        handles.append(module_at(backbone, path).register_forward_hook(keep))
     try:
         yield seen
     finally:
@@ -332,7 +334,7 @@ def refuse_unread(call: str, protocol: Protocol | None, location: Any) -> None:
             f"{call}: of the protocol {protocol.name!r}, {_UNREAD[protocol.kind]}, which a decoder "
             "does not read; take another protocol."
         )
-    if location == "pad":
+    if str(location) in LOCATIONS and LOCATIONS[location].moves_image:
         raise SpecError(
             f"{call}: with a border around the image (location='pad'), tokens no longer lie over "
             "its pixels; take another location."

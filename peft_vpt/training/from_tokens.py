@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbones.anatomy import first_argument, first_floating
 from ..backbones.find import image_path
+from ..backbones.projection import module_at
 from ..errors import SpecError, UnsupportedArchitectureError
 from ..hosts import device_of, host_and_prompts
 from ..prompts import Prompts
-from ..rehearsal import undisturbed
+from ..rehearsal import rehearse
 
 _CALL = "prompts_from_tokens"
 # These have tokens of every kind that a task has.
@@ -130,8 +130,9 @@ def _entries(prompts: Prompts) -> list[int]:
 
 def _check(prompts: Prompts, pixels: Tensor) -> None:
     spec, inputs = prompts.spec, prompts.encoder.inputs
-    if spec.location != "prepend" or spec.project:
-        what = f"location={spec.location!r}" if spec.location != "prepend" else "project=..."
+    among_tokens = spec.where.tokens and not spec.is_pixel
+    if not among_tokens or spec.project:
+        what = "project=..." if among_tokens else f"location={spec.location!r}"
         raise SpecError(
             f"{_CALL}: prompts with {what} are no tokens of a block; it needs location='prepend' "
             "without projection."
@@ -164,26 +165,22 @@ def _watch(
     take: Callable[[int, Tensor], None],
 ) -> None:
     """Run images through the bare model; give the tokens `(tokens, width)` that enter blocks."""
-    module: Any = host.get_submodule(image_path(host, prompts.encoder))
-    dtype = first_floating(module).dtype
-    device, seen = device_of(host, prompts.encoder), set()
+    module: Any = module_at(host, image_path(host, prompts.encoder))
+    dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
+    device = device_of(host, prompts.encoder)
+    blocks = {prompts.encoder.blocks[e].path: e for e in entries}
+    watch = {path: module_at(host, path) for path in blocks}
 
-    def hooked(entry: int) -> Callable[..., None]:
-        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.add(entry)
-            take(entry, _tokens(prompts, entry, first_argument(args, kwargs), block))
+    def see(path: str, hidden: Any) -> None:
+        take(blocks[path], _tokens(prompts, blocks[path], hidden, watch[path]))
 
-        return hook
-
-    with undisturbed(module), prompts.disable():
-        for entry in entries:
-            block = host.get_submodule(prompts.encoder.blocks[entry].path)
-            block.register_forward_pre_hook(hooked(entry), with_kwargs=True)
-        for part in torch.split(pixels, _AT_ONCE):
-            module(part.to(device, dtype))
-    for entry in entries:
-        if entry not in seen:
-            _refuse(prompts, entry, "does not run")
+    for part in torch.split(pixels, _AT_ONCE):
+        inputs = part.to(device, dtype)
+        shown = rehearse(module, [inputs], watch, see=see, within=prompts.disable)
+        if shown.error is not None:
+            raise shown.error
+        for path in watch.keys() - shown.order.keys():
+            _refuse(prompts, blocks[path], "does not run")
 
 
 def _tokens(prompts: Prompts, entry: int, hidden: Any, block: nn.Module) -> Tensor:

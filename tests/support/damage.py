@@ -390,7 +390,9 @@ def fields(one: Sample, rng: random.Random) -> Iterator[Case]:
             yield Case(f"{path} = {repr(new)[:30]}", data, one, told, metadata=after)
         if isinstance(last, str):
             after = without(values, path)
-            told = not free and last not in OPTIONAL
+            # A missing option of prompts takes its default.
+            option = path[0] == "spec" and len(path) > 1
+            told = not free and not option and last not in OPTIONAL
             yield Case(f"no {path}", signed(one.tensors, after), one, told, metadata=after)
         if isinstance(old, dict):
             after = changed(values, (*path, "unknown"), 1)
