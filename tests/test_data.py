@@ -32,7 +32,7 @@ from peft_vpt.data import (
     train_transform,
 )
 from peft_vpt.data.drawing import stratified
-from peft_vpt.data.folders import folder_names
+from peft_vpt.data.layouts import folder_names
 from peft_vpt.data.masks import SegmentationSplit, SegmentationTask
 from peft_vpt.errors import SpecError, VPTError
 from peft_vpt.preprocessing import load_image, timm_transform
@@ -134,7 +134,7 @@ def test_vtab_classes_that_train_lacks(tmp_path: Path) -> None:
         ("test", "a.png 2", "a.png 1.5", "without a path and a whole number"),
         ("test", "a.png 2", "a.png dog", "without a path and a whole number"),
         ("test", "images/test/2 a.png 2", "2", r"line 3 '2'"),
-        ("test", "test/1 a.png", "test/9.png", r"test\.txt names 1 images .*images/test/9\.png"),
+        ("test", "test/1 a.png", "test/9.png", r"test\.txt: names 1 images .*images/test/9\.png"),
         ("test", "images/test/1 a.png", "images/train800/1 a.png", "1 images are in 'train' and"),
         ("train800val200", "a.png 2", "a.png 1", "holds other lines than"),
         ("test", "test/1 a.png", "test/0 a.png", r"with the labels 0 and 1"),
@@ -155,16 +155,16 @@ def test_more_bad_lists(tmp_path: Path) -> None:
     with pytest.raises(VPTError, match="names b twice"):
         open_task(folder)
     (folder / "classes.txt").write_text("\n")
-    with pytest.raises(VPTError, match=r"classes\.txt is empty"):
+    with pytest.raises(VPTError, match=r"classes\.txt: is empty"):
         open_task(folder)
     for name in ("train800", "val200", "test"):
         empty = vtab(tmp_path / name)
         (empty / "train800val200.txt").unlink()
         (empty / f"{name}.txt").write_text("\n")
-        with pytest.raises(VPTError, match=rf"{name}\.txt is empty"):
+        with pytest.raises(VPTError, match=rf"{name}\.txt: is empty"):
             open_task(empty)
     (empty / "test.txt").unlink()
-    with pytest.raises(VPTError, match=r"test\.txt is missing"):
+    with pytest.raises(VPTError, match=r"test\.txt: is missing"):
         open_task(empty)
     (empty / "test.txt").write_bytes(b"\xff\xfe\x00a 1")
     with pytest.raises(VPTError, match="cannot be read as UTF-8"):
@@ -194,7 +194,7 @@ def test_an_empty_line_of_classes_shifts_no_name(tmp_path: Path) -> None:
     assert open_task(folder).classes == ("a", "b", "c")
     for text, line in (("a\n\nb\nc\n", 2), ("\na\nb\nc", 1), ("a\nb\n \nc", 3)):
         (folder / "classes.txt").write_text(text)
-        with pytest.raises(VPTError, match=rf"line {line} of .*classes\.txt is empty"):
+        with pytest.raises(VPTError, match=rf"classes\.txt: line {line} is empty"):
             open_task(folder)
 
 
@@ -276,7 +276,7 @@ def test_a_link_is_the_image_that_it_leads_to(tmp_path: Path, link: str) -> None
     (tmp_path / "test").rename(tmp_path / ".test")
     (tmp_path / "train/a/again.png").symlink_to(tmp_path / "train/a/000.png")
     note = "train names 1 images again; each counts as often as it is named"
-    assert open_task(tmp_path).notes == ("no test split: only val can be measured", note)
+    assert open_task(tmp_path).notes == (note, "no test split: only val can be measured")
     (tmp_path / "train/b/as_b.png").symlink_to(tmp_path / "train/a/000.png")
     with pytest.raises(VPTError, match=r"000\.png occurs in 'train' with the labels 0 and 1"):
         open_task(tmp_path)
@@ -352,10 +352,10 @@ def test_bad_folders(tmp_path: Path) -> None:
         open_task(tmp_path / "stray")
     fill(tmp_path / "strange/train", {"a": 2, "b": 2})
     fill(tmp_path / "strange/val", {"a": 1, "c": 1})
-    with pytest.raises(VPTError, match="1 class folders of 'val' are not in train: c"):
+    with pytest.raises(VPTError, match="val: 1 class folders are not in train: c"):
         open_task(tmp_path / "strange")
     fill(tmp_path / "empty/train", {"a": 2, "b": 0})
-    with pytest.raises(VPTError, match=r"1 of 2 class folders of .* have no images: b\."):
+    with pytest.raises(VPTError, match=r"empty/train: 1 of 2 class folders have no images: b\."):
         open_task(tmp_path / "empty")
     fill(tmp_path / "none/train", {"a": 2})
     fill(tmp_path / "none/test", {"a": 0})
@@ -393,7 +393,7 @@ def test_fgvc_json_splits(tmp_path: Path, root: str) -> None:
 
 
 def test_fgvc_numbers_need_not_begin_at_zero(tmp_path: Path) -> None:
-    with pytest.raises(VPTError, match=r"10 of 20 labels of 'train' are below 0 \(-1\)"):
+    with pytest.raises(VPTError, match=r"10 of 20 images of 'train' have no label \(-1\)"):
         open_task(fgvc(tmp_path, names=(-1, 2)))
     task = open_task(fgvc(tmp_path, names=(10, 2, 7)))
     assert task.classes == ("2", "7", "10")
@@ -423,11 +423,11 @@ def test_fgvc_fractions_have_files_of_their_own(tmp_path: Path) -> None:
     [
         ("{", "is no JSON"),
         ("[1, 2]", "must be a JSON object"),
-        ("{}", r"test\.json is empty"),
+        ("{}", r"test\.json: is empty"),
         ('{"test/0.png": 1.5}', r"1 labels that are neither .* test/0\.png: 1\.5"),
         ('{"test/0.png": true}', "neither whole numbers nor"),
         ('{"test/0.png": null}', "neither whole numbers nor"),
-        ('{"test/0.png": 3}', "numbers and names mixed"),
+        ('{"test/0.png": 3}', "labels are names in train, numbers in test"),
         ('{"test/0.png": "emu"}', "1 classes of 'test' are unknown to train: emu"),
         ('{"test/99.png": "owl"}', r"names 1 images .*test/99\.png"),
         ('{"train/0.png": "owl"}', "1 images are in"),
@@ -439,7 +439,7 @@ def test_bad_json(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(VPTError, match=message):
         open_task(tmp_path)
     (tmp_path / "test.json").unlink()
-    with pytest.raises(VPTError, match=r"test\.json is missing"):
+    with pytest.raises(VPTError, match=r"test\.json: is missing"):
         open_task(tmp_path)
 
 
@@ -526,7 +526,7 @@ def test_labels_of_hugging_face_splits_go_by_their_names(tmp_path: Path) -> None
     with pytest.raises(VPTError, match="1 classes of 'test' are unknown to train: x"):
         open_task(name)
     name = hub(tmp_path / "c", train=(["n", "m"], [0, 1] * 4), test=("int64", [0, 1]))
-    with pytest.raises(VPTError, match="labels are numbers in test, names in train"):
+    with pytest.raises(VPTError, match="labels are names in train, numbers in test"):
         open_task(name)
 
 
@@ -647,7 +647,7 @@ def test_fractions_out_of_range(tmp_path: Path, name: str, value: Any) -> None:
 @pytest.mark.parametrize("seed", ["x", -1, 1.5, None, True])
 def test_seeds_that_are_none(tmp_path: Path, seed: Any) -> None:
     for call in (open_task, open_segmentation):
-        match = rf"{call.__name__}\(seed={seed!r}\): must be an integer from 0 up"
+        match = rf"{call.__name__}\(seed={seed!r}\): must be an integer >= 0"
         with pytest.raises(SpecError, match=match):
             call(tmp_path, seed=seed)
 
@@ -746,7 +746,7 @@ def test_bad_transforms() -> None:
     with pytest.raises(SpecError, match="lacks mean"):
         eval_transform({k: v for k, v in VALUES.items() if k != "mean"})
     for make in (eval_transform, lambda values: segmentation_transform(values, "eval")):
-        with pytest.raises(SpecError, match="interpolation 'random' must be one of nearest"):
+        with pytest.raises(SpecError, match=r"interpolation='random'\): must be one of nearest"):
             make(VALUES | {"interpolation": "random"})
     for size in (0, -3, (1, 2, 3), (4.0, 4), True):
         with pytest.raises(SpecError, match="must be an edge"):
@@ -809,7 +809,7 @@ def test_white_follows_from_the_values_where_the_mode_does_not_say_it(tmp_path: 
         values = grey.astype(np.float32)
         values[3, 4] = bad
         Image.fromarray(values).save(tmp_path / "f.tiff")
-        with pytest.raises(VPTError, match=r"f\.tiff cannot be read: OSError: .*not finite"):
+        with pytest.raises(VPTError, match=r"f\.tiff: cannot be read: OSError: .*not finite"):
             Split((str(tmp_path / "f.tiff"),), (0,)).image(0)
 
 
@@ -877,7 +877,7 @@ def test_broken_images_are_listed_skipped_or_refused(tmp_path: Path) -> None:
     kept = loader(task.splits["train"], transform, batch_size=4, skip_broken=True)
     labels = torch.cat([labels for _, labels in kept])
     assert labels.tolist() == [0] * 4 + [1] * 4
-    with pytest.raises(VPTError, match=r"none of 1 images can be read"):
+    with pytest.raises(VPTError, match="all of 1 images cannot be read"):
         loader(task.splits["test"].subset([2]), transform, batch_size=1, skip_broken=True)
     unchecked = loader(task.splits["train"], transform, batch_size=10, check=False, workers=1)
     with pytest.raises(VPTError, match=re.escape(broken[0])):
@@ -985,7 +985,7 @@ def test_decoded_images(split: Split) -> None:
 def test_bad_loaders(split: Split) -> None:
     transform = eval_transform(VALUES)
     for options in ({"batch_size": 0}, {"batch_size": 2.0}, {"batch_size": 1, "workers": -1}):
-        with pytest.raises(SpecError, match="must be an integer from"):
+        with pytest.raises(SpecError, match="must be an integer >= "):
             loader(split, transform, **options)  # type: ignore[arg-type]
     for seed in (-1, "a"):
         with pytest.raises(SpecError, match="seed"):
@@ -1091,52 +1091,28 @@ def test_zero_is_ignored_where_it_is_no_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_mask_tells_which_way_its_image_lies(tmp_path: Path, orientation: int) -> None:
-    """Images whose red channel says the label, so that a wrong turn shows at once."""
-    exif = Image.Exif()
+def test_a_mask_lies_over_its_image_as_it_is_shown(tmp_path: Path, orientation: int) -> None:
+    """The red channel says the label, so that a wrong turn shows at once."""
+    labels, exif, way = np.arange(24, dtype=np.uint8).reshape(4, 6), Image.Exif(), Image.Transpose
     exif[0x0112] = orientation
-    turn = {
-        2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE, 8: Image.Transpose.ROTATE_90,
-    }  # fmt: skip
+    turn = (
+        *(way.FLIP_LEFT_RIGHT, way.ROTATE_180, way.FLIP_TOP_BOTTOM, way.TRANSPOSE),
+        *(way.ROTATE_270, way.TRANSVERSE, way.ROTATE_90),
+    )
+    Image.fromarray(np.stack([labels * 10] * 3, -1)).save(tmp_path / "image.png", exif=exif)
+    stored = Image.fromarray(labels)
+    stored.save(tmp_path / "stored.png")
+    shown = stored.transpose(turn[orientation - 2]) if orientation > 1 else stored
+    shown.save(tmp_path / "shown.png")
 
-    def read(labels: np.ndarray, shown: bool, suffix: str, mask_exif: Any = None) -> Any:
-        image, mask = (Image.fromarray(n) for n in (np.stack([labels * 10] * 3, -1), labels))
-        image.save(tmp_path / f"image.{suffix}", exif=exif)
-        if shown and orientation in turn:
-            mask = mask.transpose(turn[orientation])
-        mask.save(tmp_path / "mask.png", **({"exif": mask_exif} if mask_exif else {}))
-        pair = (str(tmp_path / f"image.{suffix}"), str(tmp_path / "mask.png"))
-        return SegmentationSplit((pair,), 25).read(0)
+    def read(mask: str) -> Any:
+        return SegmentationSplit(((str(tmp_path / "image.png"), str(tmp_path / mask)),), 25).read(0)
 
-    wide = np.arange(24, dtype=np.uint8).reshape(4, 6)
-    for shown in (True, False):
-        if orientation in (1, 5, 6, 7, 8):
-            image, mask = read(wide, shown, "png")
-            assert np.array_equal(np.asarray(image)[..., 0], 10 * mask.numpy())
-        else:
-            with pytest.raises(VPTError, match=r"orientation turns .*image\.png when it is shown"):
-                read(wide, shown, "png")
-    if orientation > 1:
-        with pytest.raises(VPTError, match="nothing says"):
-            read(wide[:, :4].copy(), True, "png")
-        # Both carry the tag: both are as they are stored.
-        image, mask = read(wide, False, "png", exif)
-        assert np.array_equal(np.asarray(image)[..., 0], 10 * mask.numpy())
-        other = Image.Exif()
-        other[0x0112] = orientation % 8 + 1 if orientation < 8 else 2
-        with pytest.raises(VPTError, match="nothing says"):
-            read(wide, False, "png", other)
-    if orientation in (5, 6, 7, 8):
-        # The decoder of TIFF turns by itself, so there is no image as stored.
-        image, mask = read(wide, True, "tif")
-        assert np.array_equal(np.asarray(image)[..., 0], 10 * mask.numpy())
-        with pytest.raises(VPTError, match="must be of one size"):
-            read(wide, False, "tif")
-    if orientation in (2, 3, 4):
-        with pytest.raises(VPTError, match="nothing says"):
-            read(wide, False, "tif")
+    image, mask = read("shown.png")
+    assert np.array_equal(np.asarray(image)[..., 0], 10 * mask.numpy())
+    if orientation > 4:
+        with pytest.raises(VPTError, match=r"is 6x4 as it is shown, but its mask is 4x6; .*EXIF"):
+            read("stored.png")
 
 
 def test_bad_masks(tmp_path: Path) -> None:
@@ -1151,25 +1127,30 @@ def test_bad_masks(tmp_path: Path) -> None:
     problems = check_masks(split)
     assert list(problems) == [0, 1, 2, 3, 4]
     for index, message in enumerate(
-        ("the label 4, but there are 4 classes", "is 30x40, but", "one channel", "has 300 to 300")
+        (
+            "the label 4, but there are 4 classes",
+            "the image is 30x40 as it is shown, but its mask is 40x30",
+            "one channel",
+            "has 300 to 300",
+        )
     ):
         assert message in problems[index]
     transform = segmentation_transform(PLAIN, "eval")
-    with pytest.raises(VPTError, match="5 of 6 images or masks are wrong"):
+    with pytest.raises(VPTError, match="5 of 6 images or their masks are wrong"):
         segmentation_loader(split, transform, batch_size=1)
     assert len(segmentation_loader(split, transform, batch_size=1, skip_broken=True)) == 1
     bad = split.subset([0])
-    with pytest.raises(VPTError, match="the split is empty"):
+    with pytest.raises(VPTError, match="all of 1 images or their masks are wrong"):
         segmentation_loader(bad, transform, batch_size=1, skip_broken=True)
     (masks / "5.png").unlink()
-    with pytest.raises(VPTError, match=r"1 of 6 images of training have no mask: .*5\.png"):
+    with pytest.raises(VPTError, match=r"training: 1 of 6 images have no mask: .*5\.png"):
         open_segmentation(tmp_path)
     with pytest.raises(VPTError, match="images/training and annotations/training not found"):
         open_segmentation(tmp_path / "images")
     for path in (tmp_path / "images/test").iterdir():
         path.unlink()
     save(masks / "5.png")
-    with pytest.raises(VPTError, match="test is empty"):
+    with pytest.raises(VPTError, match="test: is empty"):
         open_segmentation(tmp_path)
     with pytest.raises(SpecError, match="segmentation_transform"):
         segmentation_transform(PLAIN, "test")
@@ -1211,11 +1192,11 @@ def test_masks_are_found_whatever_case_their_suffix_has(tmp_path: Path) -> None:
     (masks / "0.png").rename(masks / "0.PNG")
     assert open_segmentation(tmp_path).splits["train"].pairs[0][1] == str(masks / "0.PNG")
     save(masks / "0.png")
-    with pytest.raises(VPTError, match="1 files of annotations/training differ in their suffix"):
+    with pytest.raises(VPTError, match="annotations/training: 1 files differ in their suffix"):
         open_segmentation(tmp_path)
     (masks / "0.png").unlink()
     save(tmp_path / "images/training/1.png")
-    with pytest.raises(VPTError, match="1 files of images/training differ in their suffix"):
+    with pytest.raises(VPTError, match="images/training: 1 files differ in their suffix"):
         open_segmentation(tmp_path)
     (tmp_path / "images/training/1.png").rename(tmp_path / "images/training/1.heic")
     note = "1 files of training left out, no images by their suffix (.heic 1): 1.heic"
@@ -1271,13 +1252,13 @@ def test_classes_that_no_training_mask_has_are_told(tmp_path: Path) -> None:
     with pytest.raises(VPTError, match="has 256 classes; segmentation takes 2 to 255"):
         open_segmentation(tmp_path)
     (tmp_path / "classes.txt").write_text("wall\n\nsky\n")
-    with pytest.raises(VPTError, match="open_segmentation: line 2 of"):
+    with pytest.raises(VPTError, match=r"open_segmentation: .*classes\.txt: line 2 is empty"):
         open_segmentation(tmp_path)
 
 
 @pytest.mark.parametrize("value", [0, 1, 5, -1, float("nan"), "x", True])
 def test_shares_of_masks_out_of_range(tmp_path: Path, value: Any) -> None:
-    with pytest.raises(SpecError, match=r"open_segmentation\(val_fraction=.*above 0 and below 1"):
+    with pytest.raises(SpecError, match=r"open_segmentation\(val_fraction=.*> 0 and < 1"):
         open_segmentation(ade(tmp_path, {"training": 4}), val_fraction=value)
 
 
@@ -1286,7 +1267,7 @@ def test_wrong_options_of_a_loader_of_masks(tmp_path: Path) -> None:
     transform = segmentation_transform(PLAIN, "eval")
     for options in ({"batch_size": 0}, {"batch_size": 1, "workers": -1}, {"batch_size": "a"},
                     {"batch_size": 1, "seed": "a"}):  # fmt: skip
-        with pytest.raises(SpecError, match=r"segmentation_loader.*must be an integer from"):
+        with pytest.raises(SpecError, match=r"segmentation_loader.*must be an integer >= "):
             segmentation_loader(split, transform, **options)  # type: ignore[arg-type]
 
 
@@ -1336,16 +1317,6 @@ def test_real_tasks() -> None:
 
 
 # ------------------------------------------------------------------- what is no image, or no text
-
-
-def test_what_is_no_file_is_listed_and_never_waited_for(tmp_path: Path) -> None:
-    fill(tmp_path / "train", {"a": 3, "b": 3})
-    fill(tmp_path / "val", {"a": 1, "b": 1})
-    os.mkfifo(tmp_path / "train/a/pipe.png")
-    (tmp_path / "train/b/folder.png").mkdir()
-    task = open_task(tmp_path)
-    names = ["train/a/pipe.png", "train/b/folder.png"]
-    assert check_images(task, progress=False) == [str(tmp_path / name) for name in names]
 
 
 def test_links_to_themselves_are_no_folders(tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def need_outside(call: str, folder: Path, data: str, task: Task) -> None:
     Raises:
         VPTError: The folder is that of the classes, or lies in it.
     """
-    from ..data.folders import FLAT, SPLIT
+    from ..data.layouts import FLAT, SPLIT
     from ..data.splits import split_of
     from ..errors import VPTError
 

@@ -287,7 +287,7 @@ def _expand(names: Sequence[str]) -> tuple[list[str], int]:
 
 def _images_in(folder: str) -> list[str]:
     """Return the images under a folder, by paths that begin as the folder was written."""
-    from ..data.folders import files_under
+    from ..data.layouts import files_under
 
     root = os.path.abspath(folder)
     found = files_under(Path(folder), _CALL).images

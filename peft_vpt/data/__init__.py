@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from .ade import open_segmentation
 from .loading import check_images, decode, loader
-from .masks import SegmentationSplit, SegmentationTask, check_masks, segmentation_loader
+from .masks import (
+    SegmentationSplit,
+    SegmentationTask,
+    check_masks,
+    open_segmentation,
+    segmentation_loader,
+)
 from .open import open_task
 from .splits import Split, Task
 from .tasks import TASKS, PaperTask, paper_task
-from .transforms import Transform, eval_transform, preprocessing_for, train_transform
-from .warps import SegmentationTransform, segmentation_transform
+from .transforms import (
+    SegmentationTransform,
+    Transform,
+    eval_transform,
+    preprocessing_for,
+    segmentation_transform,
+    train_transform,
+)
 
 __all__ = [
     "TASKS",

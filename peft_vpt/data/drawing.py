@@ -4,39 +4,20 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch.utils.data import RandomSampler, Sampler
 
-from ..errors import SpecError
+from ..checks import integer, number
 from ..randomness import derive, seeded
 
 Key = tuple[int, int]
 
 
-def check_counts(call: str, **options: tuple[Any, int]) -> None:
-    """Check options that are whole numbers; each is given with the least it may be.
-
-    Raises:
-        SpecError: One is none, or less.
-    """
-    for name, (value, least) in options.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise SpecError(f"{call}({name}={value!r}): must be an integer from {least} up.")
-
-
-def check_shares(call: str, *, whole: bool = False, **shares: Any) -> None:
-    """Check options that are shares of the images; `whole` says whether all of them are one.
-
-    Raises:
-        SpecError: One is no number above 0 and below 1.
-    """
-    for name, value in shares.items():
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not 0 < value <= 1 or (value == 1 and not whole):
-            end = "at most 1" if whole else "below 1"
-            raise SpecError(f"{call}({name}={value!r}): must be above 0 and {end}.")
+SEED = integer(0)
+# A share of images that are kept, and one that is cut off.
+SHARE = number(0, 1, above=True)
+PART = number(0, 1, above=True, below=True)
 
 
 def stratified(
@@ -98,7 +79,6 @@ class EpochSampler(Sampler[Key]):
     """
 
     def __init__(self, inner: Sampler[int] | int, seed: int) -> None:
-        check_counts("loader", seed=(seed, 0))
         if isinstance(inner, int):
             inner = RandomSampler(range(inner), generator=torch.Generator())
         self.inner, self._seed, self._epoch = inner, seed, 0

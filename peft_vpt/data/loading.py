@@ -1,10 +1,9 @@
-"""Loaders: a split and a transform as batches of pixels and labels."""
+"""Loaders: a split and a transform as batches of pixels and labels; checks of their images."""
 
 from __future__ import annotations
 
 import os
-import stat
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,33 +11,32 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ..checks import integer
 from ..errors import SpecError, VPTError, listing
 from ..randomness import seeded
-from .drawing import EpochSampler, Key, check_counts
+from .drawing import SEED, EpochSampler, Key
 from .splits import Split, Task
 
 
-class Images(Dataset[tuple[Tensor, int]]):
-    """Transformed images of a split with their labels.
+class Samples(Dataset[tuple[Any, Any]]):
+    """What a transform makes of the items of a split; a key's draw seeds it.
 
     Args:
-        split: The split.
-        transform: PIL image to tensor; None where the split holds pixels already.
+        split: The split; its `sample` reads an item.
+        transform: For `sample`.
     """
 
-    def __init__(self, split: Split, transform: Callable[[Any], Tensor] | None) -> None:
+    def __init__(self, split: Any, transform: Any) -> None:
         self.split, self.transform = split, transform
 
     def __len__(self) -> int:
         return len(self.split)
 
-    def __getitem__(self, key: int | Key) -> tuple[Tensor, int]:
+    def __getitem__(self, key: int | Key) -> tuple[Any, Any]:
         index, draw = key if isinstance(key, tuple) else (key, None)
-        label = self.split.labels[index]
-        if self.transform is None:
-            return self.split.images[index], label
         with seeded(draw):
-            return self.transform(self.split.image(index)), label
+            found: tuple[Any, Any] = self.split.sample(index, self.transform)
+        return found
 
 
 def loader(
@@ -76,15 +74,86 @@ def loader(
         SpecError: A wrong option.
         VPTError: An empty split, or images that cannot be read: all counted, ten named.
     """
-    _check_options(split, transform, batch_size, workers)
-    if skip_broken or check:
-        split = without_broken(split, skip_broken)
-    return DataLoader(
-        Images(split, transform),
+    if (transform is None) != split.decoded:
+        raise SpecError(
+            "loader",
+            "None goes with a split of `decode()`, whose images are pixels, and a transform with "
+            "every other split",
+            given={"transform": ...},
+        )
+
+    def broken() -> dict[int, str]:
+        found = broken_images(split) if check or skip_broken else {}
+        return {index: split.where(index) for index in found}
+
+    return batches(
+        *("loader", split, transform, broken, "cannot be read"),
         batch_size=batch_size,
-        sampler=EpochSampler(len(split), seed) if shuffle else None,
+        shuffle=shuffle,
+        seed=seed,
+        workers=workers,
         drop_last=drop_last,
-        **worker_options(workers),
+        skip_broken=skip_broken,
+    )
+
+
+def batches(
+    call: str,
+    split: Any,
+    transform: Any,
+    broken: Callable[[], Mapping[int, str]],
+    what: str,
+    *,
+    batch_size: int,
+    shuffle: bool,
+    seed: int,
+    workers: int,
+    drop_last: bool,
+    skip_broken: bool,
+) -> DataLoader[Any]:
+    """Return batches of a split of images, with labels or masks, without what is broken.
+
+    Args:
+        call: For messages.
+        split: With `sample` and `subset`.
+        transform: For `sample`.
+        broken: Reads the split; what to say of each item that is broken, by index.
+        what: Is wrong with images then.
+        batch_size: As in `loader`; so are the others.
+        shuffle: A new order each epoch.
+        seed: Of order and augmentation.
+        workers: Processes that read images.
+        drop_last: Leave out a smaller last batch.
+        skip_broken: Leave out what is broken.
+
+    Raises:
+        SpecError: A wrong option.
+        VPTError: An empty split, or what is broken.
+    """
+    integer(1).check(call, "batch_size", batch_size)
+    integer(0).check(call, "workers", workers)
+    SEED.check(call, "seed", seed)
+    if not len(split):
+        raise VPTError(call, "the split is empty", "there is nothing to load")
+    found = broken()
+    if found and not skip_broken:
+        raise VPTError(
+            call,
+            f"{len(found)} of {len(split)} images {what}: {listing(list(found.values()))}",
+            "Replace them, or pass `skip_broken=True` to leave them out",
+        )
+    if len(found) == len(split):
+        problem = f"all of {len(split)} images {what}"
+        raise VPTError(call, problem, "there is nothing to load", given={"skip_broken": True})
+    good = split.subset(i for i in range(len(split)) if i not in found) if found else split
+    return DataLoader(
+        Samples(good, transform),
+        batch_size=batch_size,
+        sampler=EpochSampler(len(good), seed) if shuffle else None,
+        drop_last=drop_last,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
     )
 
 
@@ -107,59 +176,19 @@ def decode(
     """
     if getattr(transform, "random", False):
         raise SpecError(
-            "decode(transform=...): a random transform would be drawn once for all epochs; use "
-            "loader(split, transform) for it."
+            "decode",
+            "a random transform would be drawn once for all epochs",
+            "use `loader(split, transform)` for it",
+            given={"transform": ...},
         )
-    if isinstance(split.images, torch.Tensor):
-        raise SpecError("decode(split=...): its images are pixels already.")
+    if split.decoded:
+        raise SpecError("decode", "its images are pixels already", given={"split": ...})
 
     def read(index: int) -> Tensor:
         return transform(split.image(index)).to(dtype)
 
-    threads = split.images is None
-    pixels = each(read, range(len(split)), True, threads=threads, what="reading images")
+    pixels = each(read, split, True, what="reading images")
     return Split((), split.labels, torch.stack(pixels))
-
-
-def without_broken(split: Split, skip: bool) -> Split:
-    """Return the split without its broken images; raise if there are any and `skip` is False."""
-    broken = broken_images(split)
-    if not broken:
-        return split
-    if not skip:
-        shown = listing([split.where(index) for index in broken])
-        raise VPTError(
-            f"loader: {len(broken)} of {len(split)} images cannot be read: {shown}. Replace them, "
-            "or pass skip_broken=True to leave them out; check_images(task) lists all."
-        )
-    if len(broken) == len(split):
-        raise VPTError(f"loader(skip_broken=True): none of {len(split)} images can be read.")
-    left = set(broken)
-    return split.subset(index for index in range(len(split)) if index not in left)
-
-
-def worker_options(workers: int) -> dict[str, Any]:
-    """Return the options of a DataLoader that follow from the number of workers."""
-    return {
-        "num_workers": workers,
-        "persistent_workers": workers > 0,
-        "pin_memory": torch.cuda.is_available(),
-    }
-
-
-def _check_options(split: Split, transform: Any, batch_size: int, workers: int) -> None:
-    check_counts("loader", batch_size=(batch_size, 1), workers=(workers, 0))
-    if not len(split):
-        raise VPTError("loader: the split is empty; there is nothing to load.")
-    if (transform is None) != isinstance(split.images, torch.Tensor):
-        raise SpecError(
-            "loader(transform=...): None goes with a split of decode(), whose images are pixels, "
-            "and a transform with every other split."
-        )
-
-
-# Verdicts by path, size and time of files, so that many loaders on one task read them once.
-_known: dict[Any, str | None] = {}
 
 
 def check_images(task: Task | Split, *, progress: bool = True) -> list[str]:
@@ -182,23 +211,27 @@ def check_images(task: Task | Split, *, progress: bool = True) -> list[str]:
 
 def broken_images(split: Split, *, progress: bool = True) -> dict[int, str]:
     """Return why images of a split cannot be read, by index."""
-    if isinstance(split.images, torch.Tensor):
-        return {}
+
+    def read(index: int) -> str | None:
+        try:
+            split.image(index)
+        except VPTError as error:
+            return str(error.facts["reason"])
+        return None
 
     def verdict(index: int) -> str | None:
-        def read() -> str | None:
-            try:
-                split.image(index)
-            except VPTError as error:
-                cause = error.__cause__
-                return f"{type(cause).__name__}: {cause}" if cause else str(error)
-            return None
+        if split.images is not None:
+            return read(index)
+        return remembered([split.paths[index]], lambda: read(index))
 
-        return read() if split.images is not None else remembered([split.paths[index]], read)
+    if split.decoded:
+        return {}
+    found = each(verdict, split, progress, what="checking images")
+    return {index: reason for index, reason in enumerate(found) if reason is not None}
 
-    # Readers of datasets need not be safe under threads; files are.
-    verdicts = each(verdict, range(len(split)), progress, threads=split.images is None)
-    return {index: problem for index, problem in enumerate(verdicts) if problem is not None}
+
+# Verdicts by path, size and time of files, so that many loaders on one task read them once.
+_known: dict[Any, str | None] = {}
 
 
 def remembered(paths: Sequence[str], read: Callable[[], str | None], about: Any = ()) -> str | None:
@@ -207,28 +240,22 @@ def remembered(paths: Sequence[str], read: Callable[[], str | None], about: Any 
         states = [os.stat(path) for path in paths]
     except OSError as error:
         return str(error)
-    if not all(stat.S_ISREG(state.st_mode) for state in states):
-        # To open a pipe would wait for ever.
-        return "it is a folder or a pipe, no file"
     key = about, *paths, *((state.st_size, state.st_mtime_ns) for state in states)
     if key not in _known:
         _known[key] = read()
     return _known[key]
 
 
-def each(
-    work: Callable[[int], Any],
-    items: Iterable[int],
-    progress: bool,
-    *,
-    threads: bool = True,
-    what: str = "checking images",
-) -> list[Any]:
-    """Return `work` of every item in order, by threads, with a bar on a terminal."""
+def each(work: Callable[[int], Any], split: Any, progress: bool, *, what: str = "") -> list[Any]:
+    """Return `work` of the index of every item of a split, with a bar on a terminal.
+
+    By threads, but for images in memory: readers of datasets need not be safe under threads.
+    """
     from rich.console import Console
     from rich.progress import Progress
 
-    chosen, console = list(items), Console(stderr=True)
+    count, console = len(split), Console(stderr=True)
+    threads = min(os.cpu_count() or 1, 16) if getattr(split, "images", None) is None else 1
     bar = Progress(console=console, transient=True, disable=not (progress and console.is_terminal))
-    with bar, ThreadPoolExecutor(min(os.cpu_count() or 1, 16) if threads else 1) as pool:
-        return list(bar.track(pool.map(work, chosen), total=len(chosen), description=what))
+    with bar, ThreadPoolExecutor(threads) as pool:
+        return list(bar.track(pool.map(work, range(count)), total=count, description=what))

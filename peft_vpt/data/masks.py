@@ -1,21 +1,28 @@
-"""Segmentation tasks: images with masks, and their loaders."""
+"""Segmentation tasks: images with masks, folders of them like ADE20K's, and their loaders."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from ..errors import SpecError, VPTError, listing
-from ..preprocessing import to_rgb, upright_rgb
-from ..randomness import seeded
-from .drawing import EpochSampler, Key, check_counts
-from .loading import each, remembered, worker_options
-from .splits import check_text, refuse_overlaps
-from .warps import IGNORE, SegmentationTransform, mask_tensor
+from ..errors import SpecError, VPTError, listing, sentence
+from ..preprocessing import load_image
+from .drawing import PART, SEED, stratified
+from .layouts import files_under, folder_names, left_out, read_classes
+from .loading import batches, each, remembered
+from .splits import check_names, description, real_paths, refuse_leaks, split_names
+from .transforms import IGNORE, SegmentationTransform
+
+Pair = tuple[str, str]
+_CALL = "open_segmentation"
+_IMAGES, _MASKS = "images", "annotations"
 
 
 @dataclass(frozen=True, repr=False)
@@ -28,7 +35,7 @@ class SegmentationSplit:
         reduce_zero_label: Whether 0 in the files is no class (ADE20K): it is ignored.
     """
 
-    pairs: tuple[tuple[str, str], ...]
+    pairs: tuple[Pair, ...]
     classes: int
     reduce_zero_label: bool = False
 
@@ -43,36 +50,72 @@ class SegmentationSplit:
         pairs = tuple(self.pairs[i] for i in indices)
         return SegmentationSplit(pairs, self.classes, self.reduce_zero_label)
 
+    def sample(self, index: int, transform: SegmentationTransform) -> tuple[Tensor, Tensor]:
+        """Return the pixels of an image and its mask, transformed."""
+        return transform(*self.read(index))
+
     def read(self, index: int) -> tuple[Any, Tensor]:
         """Return an RGB image and its mask int64 `(h, w)`, where 255 is ignored.
 
+        The image is turned as its EXIF tag says, as everywhere.
+
         Raises:
-            VPTError: One cannot be read, they differ in size, a label is out of range, or nothing
-                says which way an image with an EXIF orientation lies under its mask.
+            VPTError: One cannot be read, they differ in size, or a label is out of range.
         """
         image_path, mask_path = self.pairs[index]
+        where = f"{image_path} with {mask_path}"
         try:
+            image = load_image(image_path)
             mask = read_mask(mask_path, self.reduce_zero_label)
-            image = image_under(image_path, mask_path, (mask.shape[1], mask.shape[0]))
-        except VPTError:
-            raise
         # Decoders raise whatever a damaged file leads them to.
         except Exception as error:
+            reason = f"cannot be read: {type(error).__name__}: {error}"
+            raise VPTError("SegmentationSplit.read", reason, path=where) from error
+        height, width = mask.shape
+        if (image.height, image.width) != (height, width):
             raise VPTError(
-                f"{image_path} with {mask_path} cannot be read: {type(error).__name__}: {error}"
-            ) from error
-        if tuple(mask.shape) != (image.height, image.width):
-            raise VPTError(
-                f"{image_path} is {image.height}x{image.width}, but {mask_path} is "
-                f"{mask.shape[0]}x{mask.shape[1]}; they must be of one size."
+                "SegmentationSplit.read",
+                f"the image is {image.height}x{image.width} as it is shown, but its mask is "
+                f"{height}x{width}",
+                "make them of one size; save an image that an EXIF tag turns as its mask lies",
+                path=where,
             )
-        top = int(mask[mask != IGNORE].max()) if bool((mask != IGNORE).any()) else 0
-        if top >= self.classes:
+        known = mask[mask != IGNORE]
+        if known.numel() and int(known.max()) >= self.classes:
             raise VPTError(
-                f"{mask_path} has the label {top}, but there are {self.classes} classes (0 to "
-                f"{self.classes - 1}, 255 is ignored); correct it, or name every class."
+                "SegmentationSplit.read",
+                f"the mask has the label {int(known.max())}, but there are {self.classes} classes "
+                f"(0 to {self.classes - 1}, {IGNORE} is ignored)",
+                "correct it, or name every class",
+                path=where,
             )
         return image, mask
+
+
+def read_mask(path: str, reduce_zero_label: bool) -> Tensor:
+    """Read a mask file of one channel as int64 `(h, w)`, where 255 is ignored.
+
+    Of a palette image the indices count. With `reduce_zero_label` 0 becomes 255, and every other
+    label falls by one (ADE20K).
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It has several channels, or labels above 255.
+    """
+    import numpy as np
+    from PIL import Image
+
+    with Image.open(path) as file:
+        file.load()
+        values = np.asarray(file).astype(np.int64)
+    if values.ndim != 2:
+        raise ValueError(f"a mask has one channel of labels, this one is {file.mode}")
+    if values.size and (values.max() > IGNORE or values.min() < 0):
+        raise ValueError(f"labels are 0 to 255, this mask has {values.min()} to {values.max()}")
+    mask = torch.from_numpy(values)
+    if reduce_zero_label:
+        mask = torch.where((mask == 0) | (mask == IGNORE), IGNORE, mask - 1)
+    return mask
 
 
 @dataclass(frozen=True)
@@ -95,35 +138,194 @@ class SegmentationTask:
     notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_text("SegmentationTask", self.name, self.classes)
+        check_names("SegmentationTask", self.name, self.classes)
         if not 2 <= len(self.classes) <= IGNORE:
             raise VPTError(
-                f"task {self.name!r}: has {len(self.classes)} classes; segmentation takes 2 to "
-                f"{IGNORE}, as the label {IGNORE} is ignored. Correct classes.txt."
+                "SegmentationTask",
+                f"has {len(self.classes)} classes; segmentation takes 2 to {IGNORE}, as the label "
+                f"{IGNORE} is ignored",
+                "Correct classes.txt",
+                given={"name": self.name},
             )
-        images = {name: [image for image, _ in s.pairs] for name, s in self.splits.items()}
-        refuse_overlaps(self.name, images)
+        files = {n: real_paths(image for image, _ in s.pairs) for n, s in self.splits.items()}
+        refuse_leaks("SegmentationTask", self.name, files)
 
     def describe(self) -> str:
         """Return name, sizes and notes as lines of text."""
-        sizes = ", ".join(f"{name} {len(split):,}" for name, split in self.splits.items())
-        head = f"{self.name}: {len(self.classes)} classes, {sizes} (images with masks)"
-        return "\n".join([head, *(f"  note: {note}" for note in self.notes)])
+        return description(self, "images with masks")
 
 
-class Pairs(Dataset[tuple[Tensor, Tensor]]):
-    """Transformed images of a split with their masks."""
+def open_segmentation(
+    folder: str | Path,
+    *,
+    name: str | None = None,
+    reduce_zero_label: bool = False,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+) -> SegmentationTask:
+    """Open a folder like ADE20K's: `images/{training,validation,test}` and `annotations/...`.
 
-    def __init__(self, split: SegmentationSplit, transform: SegmentationTransform) -> None:
-        self.split, self.transform = split, transform
+    The folders of splits may be called as in `open_task` (`train`, `val`, `Testing` ...). A mask is
+    an 8-bit PNG of one channel with the name of its image, over the image as it is shown, an EXIF
+    orientation applied; 255 is ignored. Names of
+    classes are in `classes.txt`, one per line; without it the highest label of the training masks
+    says how many there are. The training masks are read for the labels that they have.
 
-    def __len__(self) -> int:
-        return len(self.split)
+    Args:
+        folder: The folder.
+        name: Of the task. None: the folder's.
+        reduce_zero_label: 0 is no class (ADE20K): it is ignored, and labels fall by one;
+            `classes.txt` has the names of the others.
+        val_fraction: Share of train that becomes val where there is no `validation`.
+        seed: Of that cut.
 
-    def __getitem__(self, key: int | Key) -> tuple[Tensor, Tensor]:
-        index, draw = key if isinstance(key, tuple) else (key, None)
-        with seeded(draw):
-            return self.transform(*self.split.read(index))
+    Raises:
+        SpecError: A share or a seed that is none.
+        VPTError: No such layout, an empty split, an image without its mask, one in two splits,
+            fewer than two classes in the training masks, or labels most of which never occur.
+    """
+    PART.check(_CALL, "val_fraction", val_fraction)
+    SEED.check(_CALL, "seed", seed)
+    root = Path(folder).expanduser().absolute()
+    places, notes = _places(root)
+    pairs: dict[str, Sequence[Pair]] = {}
+    for split, (images, masks) in places.items():
+        pairs[split], others = _pairs(root, images, masks)
+        notes += left_out(images, others)
+    classes, absent = _classes(root, pairs["train"], reduce_zero_label)
+    if "val" not in pairs:
+        train = pairs["train"]
+        drawn, rest = stratified([0] * len(train), val_fraction, seed, keep=1)
+        if not drawn:
+            problem = "no images/validation, and one training image is too few to cut it from"
+            raise VPTError(_CALL, problem, path=root)
+        pairs |= {"train": [train[i] for i in rest], "val": [train[i] for i in drawn]}
+        notes.append(f"val is {len(drawn)} images cut from train (seed {seed})")
+    splits: dict[str, SegmentationSplit] = {
+        n: SegmentationSplit(tuple(pairs[n]), len(classes), reduce_zero_label)
+        for n in ("train", "val", "test")
+        if n in pairs
+    }
+    return SegmentationTask(name or root.resolve().name, classes, splits, (*notes, *absent))
+
+
+def _places(root: Path) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
+    """Return the folders of images and masks of each split, and a note on those of none."""
+    kinds = {kind: root / kind for kind in (_IMAGES, _MASKS)}
+    names = {k: folder_names(f, _CALL) if f.is_dir() else [] for k, f in kinds.items()}
+    there = {kind: split_names(_CALL, kinds[kind], found) for kind, found in names.items()}
+    missing = [f"{kind}/training" for kind, found in there.items() if "train" not in found]
+    if missing:
+        raise VPTError(
+            _CALL,
+            f"{' and '.join(missing)} not found",
+            "the layout is images/{training,validation,test}/* and "
+            "annotations/{training,validation,test}/*.png",
+            path=root,
+        )
+    images, masks = there.values()
+    bare = [f"{_IMAGES}/{images[split]}" for split in images if split not in masks]
+    if bare:
+        raise VPTError(
+            _CALL,
+            f"{', '.join(bare)} has no folder of masks beside it in {_MASKS}/",
+            "add it, or take the images away",
+            path=root,
+        )
+    places = {
+        split: (root / _IMAGES / images[split], root / _MASKS / masks[split]) for split in images
+    }
+    used = {folder for pair in places.values() for folder in pair}
+    others = [f"{k}/{n}" for k, found in names.items() for n in found if kinds[k] / n not in used]
+    return places, [f"folders that are not used: {listing(others)}"] if others else []
+
+
+def _pairs(root: Path, images: Path, masks: Path) -> tuple[list[Pair], list[str]]:
+    """Return images with the masks of the same name, and other files; folders below belong too."""
+    found, below = (files_under(place, _CALL) for place in (images, masks))
+    if not found.images:
+        raise VPTError(_CALL, "is empty; it has no images", path=images)
+    files = [path for path in below.images if path.lower().endswith(".png")]
+    known = {_stem(path, masks): path for path in files}
+    stems = [_stem(path, images) for path in found.images]
+    missing = [f"{(masks / stem).relative_to(root)}.png" for stem in stems if stem not in known]
+    if missing:
+        raise VPTError(
+            _CALL,
+            f"{len(missing)} of {len(stems)} images have no mask: {listing(missing)} not found",
+            "Add the masks, or remove the images",
+            path=images,
+        )
+    for place, twice in ((images, len(stems) - len({*stems})), (masks, len(files) - len(known))):
+        if twice:
+            raise VPTError(
+                _CALL,
+                f"{twice} files differ in their suffix alone",
+                "keep one of each name",
+                path=place,
+            )
+    return [
+        (path, known[stem]) for path, stem in zip(found.images, stems, strict=True)
+    ], found.others
+
+
+def _stem(path: str, folder: Path) -> str:
+    """Return a path below a folder without its suffix."""
+    return os.path.splitext(os.path.relpath(path, folder))[0]
+
+
+def _classes(
+    root: Path, pairs: Sequence[Pair], reduce_zero_label: bool
+) -> tuple[tuple[str, ...], list[str]]:
+    """Return class names, and a note on those that are in no training mask."""
+    names = read_classes(root, _CALL)
+    labels, whole = _labels(pairs, reduce_zero_label, names is None)
+    there = labels - {IGNORE}
+    if whole and len(there) < 2:
+        beside = f" beside {IGNORE}, which is ignored" if IGNORE in labels else ""
+        one = f"one class, {min(there)}" if there else "no class"
+        raise VPTError(
+            _CALL,
+            f"the training masks have {one}{beside}; segmentation needs two at least",
+            f"In masks of 0 and {IGNORE}, write 1 in the place of {IGNORE}",
+            path=root,
+        )
+    known = names or tuple(str(index) for index in range(max(there) + 1))
+    absent = [name for index, name in enumerate(known) if index not in there]
+    if names is None and len(absent) > len(there):
+        raise VPTError(
+            _CALL,
+            f"the training masks have the labels {listing([str(n) for n in sorted(there)])}, so "
+            f"that {len(absent)} of {len(known)} classes never occur",
+            "Number the classes from 0 without gaps, or name every one in classes.txt",
+            path=root,
+        )
+    note = f"{len(absent)} of {len(known)} classes are in no training mask: {listing(absent)}"
+    return known, [note] if whole and absent else []
+
+
+def _labels(pairs: Sequence[Pair], reduce_zero_label: bool, needed: bool) -> tuple[set[int], bool]:
+    """Return the labels of all masks, and whether all could be read.
+
+    Raises:
+        VPTError: One cannot be read, and `needed` says that all have to be.
+    """
+
+    def read(index: int) -> set[int] | None:
+        path = pairs[index][1]
+        try:
+            counts = torch.bincount(read_mask(path, reduce_zero_label).flatten())
+        # Decoders raise whatever a damaged file leads them to.
+        except Exception as error:
+            if needed:
+                reason = f"the mask cannot be read: {type(error).__name__}: {error}"
+                raise VPTError(_CALL, reason, path=path) from error
+            return None  # the loader lists it
+        return set(counts.nonzero().flatten().tolist())
+
+    found = each(read, pairs, True, what="reading masks")
+    sets = [labels for labels in found if labels is not None]
+    return set().union(*sets), len(sets) == len(found)
 
 
 def segmentation_loader(
@@ -148,27 +350,26 @@ def segmentation_loader(
             range: all counted, ten named.
     """
     call = "segmentation_loader"
-    check_counts(call, batch_size=(batch_size, 1), workers=(workers, 0), seed=(seed, 0))
+
     if transform.mode == "full" and batch_size != 1:
         raise SpecError(
-            f"segmentation_loader(batch_size={batch_size!r}): images at their own size come one by "
-            "one; use batch_size=1."
+            call,
+            "images at their own size come one by one",
+            "use `batch_size=1`",
+            given={"batch_size": batch_size},
         )
-    problems = check_masks(split) if check or skip_broken else {}
-    if problems and not skip_broken:
-        raise VPTError(
-            f"segmentation_loader: {len(problems)} of {len(split)} images or masks are wrong: "
-            f"{listing(list(problems.values()))} Correct them, or pass skip_broken=True."
-        )
-    good = split.subset(i for i in range(len(split)) if i not in problems) if problems else split
-    if not len(good):
-        raise VPTError("segmentation_loader: the split is empty; there is nothing to load.")
-    return DataLoader(
-        Pairs(good, transform),
+
+    def broken() -> dict[int, str]:
+        return check_masks(split) if check or skip_broken else {}
+
+    return batches(
+        *(call, split, transform, broken, "or their masks are wrong"),
         batch_size=batch_size,
-        sampler=EpochSampler(len(good), seed) if shuffle else None,
+        shuffle=shuffle,
+        seed=seed,
+        workers=workers,
         drop_last=drop_last,
-        **worker_options(workers),
+        skip_broken=skip_broken,
     )
 
 
@@ -180,77 +381,11 @@ def check_masks(split: SegmentationSplit, *, progress: bool = True) -> dict[int,
             try:
                 split.read(index)
             except VPTError as error:
-                return str(error)
+                return sentence("", error.facts["path"], error.problem, "")
             return None
 
         about = (split.classes, split.reduce_zero_label)
         return remembered(split.pairs[index], read, about)
 
-    found = each(verdict, range(len(split)), progress, what="checking masks")
+    found = each(verdict, split, progress, what="checking masks")
     return {index: problem for index, problem in enumerate(found) if problem is not None}
-
-
-def read_mask(path: str, reduce_zero_label: bool) -> Tensor:
-    """Read a mask file as int64 `(h, w)`, where 255 is ignored.
-
-    Raises:
-        OSError: It cannot be read.
-        ValueError: It has several channels, or labels above 255.
-    """
-    from PIL import Image
-
-    with Image.open(path) as file:
-        file.load()
-        return mask_tensor(file, reduce_zero_label)
-
-
-_TAG = 0x0112
-
-
-def image_under(image_path: str, mask_path: str, size: tuple[int, int]) -> Any:
-    """Return an RGB image as its mask lies over it: as it is shown, or as it is stored.
-
-    Annotation tools differ in whether they turn an image by its tag, so the size of the mask
-    decides. It says nothing of a square image, one upside down or a mirrored one.
-
-    Args:
-        image_path: The image.
-        mask_path: Its mask.
-        size: Width and height of the mask.
-
-    Raises:
-        OSError: A file cannot be read as an image.
-        VPTError: Nothing says which way it is.
-    """
-    from PIL import Image
-
-    with Image.open(mask_path) as file:
-        own = _orientation(file)
-    with Image.open(image_path) as file:
-        tag = _orientation(file)
-        file.load()
-        # The decoder of TIFF turns an image by itself.
-        turned = tag != _orientation(file)
-        if tag == own and not turned:
-            return to_rgb(file)
-        shown = file.size[::-1] if tag > 4 and not turned else file.size
-        stored = shown[::-1] if tag > 4 else shown
-        if own != 1 or size == stored == shown:
-            raise _unknown(image_path, mask_path, image_path if own == 1 else mask_path)
-        if size == stored and not turned:
-            return to_rgb(file)
-        return upright_rgb(file)
-
-
-def _orientation(file: Any) -> int:
-    """Return the EXIF orientation of an open image, 1 (as stored) where it says none."""
-    found = file.getexif().get(_TAG, 1)
-    return int(found) if found in range(2, 9) else 1
-
-
-def _unknown(image_path: str, mask_path: str, which: str) -> VPTError:
-    return VPTError(
-        f"{image_path} with {mask_path}: an EXIF orientation turns {which} when it is shown, and "
-        "nothing says whether the mask lies over the image as shown or as stored. Save the file "
-        "turned and without the tag (PIL.ImageOps.exif_transpose), or remove the tag."
-    )

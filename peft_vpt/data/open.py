@@ -6,12 +6,22 @@ import math
 from pathlib import Path
 
 from ..errors import VPTError, listing
-from .drawing import check_counts, check_shares, stratified
-from .folders import folder_names, is_split_folder, open_flat_folder, open_split_folder
+from .drawing import PART, SEED, SHARE, stratified
 from .huggingface import PREFIX, open_dataset
-from .lists import is_fgvc, is_vtab, open_fgvc, open_vtab
-from .splits import Found, Task, split_of
+from .layouts import (
+    Found,
+    folder_names,
+    is_fgvc,
+    is_split_folder,
+    is_vtab,
+    open_fgvc,
+    open_flat_folder,
+    open_split_folder,
+    open_vtab,
+)
+from .splits import Split, Task, real_paths, split_of
 
+_CALL = "open_task"
 _LAYOUTS = (
     "lists (train800.txt, val200.txt, test.txt), json splits (train.json, test.json), folders "
     "(train/<class>/*, val, test) or one folder per class (<class>/*)"
@@ -51,44 +61,63 @@ def open_task(
         VPTError: No such folder or layout, or what is in it is wrong: no classes, an empty split,
             a class that train lacks, labels out of range, missing images, an image in two splits.
     """
-    check_shares("open_task", val_fraction=val_fraction, test_fraction=test_fraction)
-    check_shares("open_task", whole=True, fraction=fraction)
-    check_counts("open_task", seed=(seed, 0))
-    text = str(source)
-    percent = round(fraction * 100)
-    whole = fraction < 1 and math.isclose(percent, fraction * 100)
-    own_file = False
+    PART.check(_CALL, "val_fraction", val_fraction)
+    PART.check(_CALL, "test_fraction", test_fraction)
+    SHARE.check(_CALL, "fraction", fraction)
+    SEED.check(_CALL, "seed", seed)
+    text, percent = str(source), None
     if text.startswith(PREFIX):
         found = open_dataset(text)
         title = text.removeprefix(PREFIX).partition(":")[0].rstrip("/").rsplit("/", 1)[-1]
     else:
         folder = _folder(source)
-        # Without val.json, val is cut from train.json, whatever share of the rest is kept.
-        needed = ("train.json", "val.json", f"train_{percent}.json")
-        there = all((folder / file).is_file() for file in needed)
-        own_file = whole and there and not is_vtab(folder)
-        found = _open(folder, percent if own_file else None)
+        percent = _own_file(folder, fraction)
+        found = _open(folder, percent)
         title = folder.resolve().name
-    if found.cut_test:
-        _cut(found, "test", test_fraction, seed)
-    if "val" not in found.splits:
-        _cut(found, "val", val_fraction, seed)
-    if fraction < 1:
-        _keep(found, fraction, seed, own_file=own_file)
-    order = ("train", "val", "test")
-    splits = {str(part): found.splits[part] for part in order if part in found.splits}
-    return Task(name or title, found.classes, splits, tuple(found.notes), found.layout)
+    notes = [*found.notes, *_notes(found)]
+    splits = dict(found.splits)
+    if set(splits) == {"train"}:
+        notes.append(_cut(splits, "test", test_fraction, seed))
+    if "val" not in splits:
+        notes.append(_cut(splits, "val", val_fraction, seed))
+    if percent is not None:
+        notes.append(f"train is {len(splits['train'])} images of train_{percent}.json")
+    elif fraction < 1:
+        train = splits["train"]
+        splits["train"] = reduced(train, fraction, seed)
+        kept = f"{len(splits['train'])} of {len(train)}"
+        notes.append(f"train is {kept} images (stratified, seed {seed})")
+    ordered: dict[str, Split] = {
+        part: splits[part] for part in ("train", "val", "test") if part in splits
+    }
+    return Task(name or title, found.classes, ordered, tuple(notes), found.layout)
+
+
+def reduced(train: Split, fraction: float, seed: int) -> Split:
+    """Return a stratified share of training images, at least one per class."""
+    return train.subset(stratified(train.labels, fraction, seed, least=1)[0])
 
 
 def _folder(source: str | Path) -> Path:
     folder = Path(source).expanduser()
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "is not there"
         raise VPTError(
-            f"open_task({str(source)!r}): {what}; give a folder of images, or 'hf:owner/name' for "
-            "a Hugging Face dataset."
+            _CALL,
+            "is a file" if folder.exists() else "is not there",
+            "give a folder of images, or 'hf:owner/name' for a Hugging Face dataset",
+            path=source,
         )
     return folder.absolute()
+
+
+def _own_file(folder: Path, fraction: float) -> int | None:
+    """Return the percent of train that a json file of its own holds, if this is the share."""
+    percent = round(fraction * 100)
+    whole = fraction < 1 and math.isclose(percent, fraction * 100)
+    # Without val.json, val is cut from train.json, whatever share of the rest is kept.
+    needed = ("train.json", "val.json", f"train_{percent}.json")
+    there = whole and all((folder / file).is_file() for file in needed)
+    return percent if there and not is_vtab(folder) else None
 
 
 def _open(folder: Path, percent: int | None) -> Found:
@@ -104,29 +133,41 @@ def _open(folder: Path, percent: int | None) -> Found:
     if stray or all(split_of(name) for name in names):
         there = sorted(entry.name for entry in folder.iterdir())
         raise VPTError(
-            f"open_task({str(folder)!r}): no classes or no training images found; it has "
-            f"{listing(there) if there else 'nothing'}. A task is {_LAYOUTS}."
+            _CALL,
+            "no classes or no training images found; it has "
+            f"{listing(there) if there else 'nothing'}. A task is {_LAYOUTS}",
+            path=folder,
         )
     return open_flat_folder(folder)
 
 
-def _cut(found: Found, name: str, share: float, seed: int) -> None:
-    train = found.splits["train"]
+def _notes(found: Found) -> list[str]:
+    """Return notes on images that are named twice, classes without any, and a missing test."""
+    notes = [
+        f"{name} names {extra} images again; each counts as often as it is named"
+        for name, split in found.splits.items()
+        if (extra := len(split.paths) - len(set(real_paths(split.paths))))
+    ]
+    count, present = len(found.classes), set(found.splits["train"].labels)
+    absent = [name for index, name in enumerate(found.classes) if index not in present]
+    if absent:
+        missing = f"{len(absent)} of {count} classes have no training image"
+        notes.append(f"{missing}: {listing(absent)}")
+    if set(found.splits) == {"train", "val"}:
+        notes.append("no test split: only val can be measured")
+    return notes
+
+
+def _cut(splits: dict[str, Split], name: str, share: float, seed: int) -> str:
+    """Cut a split from train; return a note on it."""
+    train = splits["train"]
     drawn, rest = stratified(train.labels, share, seed, keep=1)
     if not drawn:
         raise VPTError(
-            f"open_task: there is no split {name!r}, and none can be cut from {len(train)} "
-            f"training images of {len(found.classes)} classes; give more images or the split."
+            _CALL,
+            f"there is no split {name!r}, and none can be cut from {len(train)} training images "
+            f"of {len(set(train.labels))} classes",
+            "give more images or the split",
         )
-    found.splits |= {"train": train.subset(rest), name: train.subset(drawn)}
-    found.notes.append(f"{name} is {len(drawn)} images cut from train (stratified, seed {seed})")
-
-
-def _keep(found: Found, fraction: float, seed: int, *, own_file: bool) -> None:
-    train = found.splits["train"]
-    if own_file:
-        found.notes.append(f"train is {len(train)} images of train_{round(fraction * 100)}.json")
-        return
-    drawn, _ = stratified(train.labels, fraction, seed, least=1)
-    found.splits["train"] = train.subset(drawn)
-    found.notes.append(f"train is {len(drawn)} of {len(train)} images (stratified, seed {seed})")
+    splits |= {"train": train.subset(rest), name: train.subset(drawn)}
+    return f"{name} is {len(drawn)} images cut from train (stratified, seed {seed})"

@@ -1,18 +1,22 @@
-"""Transforms of images for training and evaluation, from a backbone's preprocessing."""
+"""Transforms for training and evaluation, of images alone and of images with their masks."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..adapter.schema import INTERPOLATIONS
+from ..checks import integer, number, one_of
 from ..errors import SpecError
 from ..preprocessing import describe_preprocessing, timm_transform
 
-KINDS = ("vtab", "fgvc", "timm")
+IGNORE = 255
+KINDS, MODES = ("vtab", "fgvc", "timm"), ("train", "eval", "full")
 # 224 of 256: floor(size / 0.875) is 256 for 224, 438 for 384 and 512 for 448 pixels.
 _FGVC_CROP = 0.875
 _NEEDED = ("size", "mean", "std", "interpolation")
@@ -102,20 +106,17 @@ def preprocessing_for(
     Raises:
         SpecError: As in `train_transform`.
     """
-    if kind not in KINDS:
-        raise SpecError(f"train_transform(kind={kind!r}): must be one of {', '.join(KINDS)}.")
+    one_of(*KINDS).check("train_transform", "kind", kind)
     values = describe_preprocessing(preprocessing)
     missing = [name for name in _NEEDED if values.get(name) is None]
     if missing:
         raise SpecError(
-            f"train_transform(preprocessing=...): lacks {', '.join(missing)}; it must have size, "
-            "mean, std, interpolation and crop, as in an adapter file."
+            "train_transform",
+            f"lacks {', '.join(missing)}",
+            "it must have size, mean, std, interpolation and crop, as in an adapter file",
+            given={"preprocessing": ...},
         )
-    if values["interpolation"] not in INTERPOLATIONS:
-        raise SpecError(
-            f"train_transform(preprocessing=...): interpolation {values['interpolation']!r} must "
-            f"be one of {', '.join(INTERPOLATIONS)}."
-        )
+    one_of(*INTERPOLATIONS).check("train_transform", "interpolation", values["interpolation"])
     crop = {"vtab": None, "fgvc": _FGVC_CROP, "timm": values.get("crop")}[kind]
     edges = values["size"] if size is None else size
     return {name: values[name] for name in _NEEDED} | {"size": edges_of(edges), "crop": crop}
@@ -127,9 +128,10 @@ def edges_of(size: Any) -> list[int]:
     Raises:
         SpecError: It is neither.
     """
-    pair = [size, size] if isinstance(size, int) else list(size)
-    if len(pair) != 2 or not all(type(edge) is int and edge > 0 for edge in pair):
-        raise SpecError(f"size={size!r}: must be an edge or (height, width), positive integers.")
+    pair = list(size) if isinstance(size, list | tuple) else [size, size]
+    if len(pair) != 2 or not all(map(integer(1).fits, pair)):
+        problem = "must be an edge or (height, width), positive integers"
+        raise SpecError("train_transform", problem, given={"size": size})
     return pair
 
 
@@ -151,3 +153,103 @@ def _augmented(steps: Any) -> Any:
 def _short(values: Any) -> str:
     numbers = [f"{float(value):.4g}" for value in values]
     return numbers[0] if len(set(numbers)) == 1 else f"({', '.join(numbers)})"
+
+
+@dataclass(frozen=True)
+class SegmentationTransform:
+    """PIL image and mask `(h, w)` to pixels `(3, H, W)` and a mask int64 `(H, W)`.
+
+    Args:
+        preprocessing: `size`, `mean`, `std`, `interpolation`.
+        mode: "train", "eval" or "full".
+        scale: Range of the random resize in training, in units of the size.
+    """
+
+    preprocessing: Mapping[str, Any]
+    mode: str
+    scale: tuple[float, float]
+
+    def __call__(self, image: Any, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the pixels of an image and its mask, moved alike."""
+        from torchvision.transforms import functional as F
+
+        labels = mask[None]
+        if self.mode == "train":
+            image, labels = self._draw(image, labels)
+        elif self.mode == "eval":
+            image, labels = self._resize(image, labels, self.preprocessing["size"])
+        values = self.preprocessing
+        pixels: Tensor = F.normalize(F.to_tensor(image), list(values["mean"]), list(values["std"]))
+        if self.mode == "train":
+            pixels, labels = self._crop(pixels, labels)
+        return pixels, labels[0].long()
+
+    def describe(self) -> str:
+        """Return the steps in one line, for a log."""
+        height, width = self.preprocessing["size"]
+        low, high = self.scale
+        return {
+            "train": f"resize short side to {low:g}-{high:g} of {height}x{width}, random crop "
+            f"{height}x{width}, random horizontal flip",
+            "eval": f"resize to {height}x{width}, masks by nearest neighbour",
+            "full": "image and mask at their own size",
+        }[self.mode]
+
+    def _draw(self, image: Any, labels: Tensor) -> tuple[Any, Tensor]:
+        from torchvision.transforms import functional as F
+
+        height, width = self.preprocessing["size"]
+        # The image just covers the size at scale 1, whatever its shape.
+        fit = max(height / image.height, width / image.width) * random.uniform(*self.scale)
+        edges = [max(round(image.height * fit), 1), max(round(image.width * fit), 1)]
+        image, labels = self._resize(image, labels, edges)
+        if random.random() < 0.5:
+            image, labels = F.hflip(image), F.hflip(labels)
+        return image, labels
+
+    def _resize(self, image: Any, labels: Tensor, edges: list[int]) -> tuple[Any, Tensor]:
+        from torchvision.transforms import InterpolationMode
+        from torchvision.transforms import functional as F
+
+        mode = InterpolationMode(self.preprocessing["interpolation"])
+        resized = F.resize(image, edges, mode)
+        return resized, F.resize(labels, edges, InterpolationMode.NEAREST_EXACT)
+
+    def _crop(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = self.preprocessing["size"]
+        low, right = (max(a - b, 0) for a, b in zip((height, width), pixels.shape[1:], strict=True))
+        # Zeros behind the normalisation are the mean colour.
+        pixels = pad(pixels, (0, right, 0, low))
+        labels = pad(labels, (0, right, 0, low), value=IGNORE)
+        top = random.randint(0, pixels.shape[1] - height)
+        left = random.randint(0, pixels.shape[2] - width)
+        area = (..., slice(top, top + height), slice(left, left + width))
+        return pixels[area].contiguous(), labels[area].contiguous()
+
+
+def segmentation_transform(
+    preprocessing: Any,
+    mode: str,
+    size: int | tuple[int, int] | None = None,
+    *,
+    scale: tuple[float, float] = (0.5, 2.0),
+) -> SegmentationTransform:
+    """Return the transform of images with masks.
+
+    Args:
+        preprocessing: As in `train_transform`.
+        mode: "train": random resize, horizontal flip and crop, padded with the mean colour and 255
+            in the mask. "eval": resize both to the size. "full": image and mask at their own size,
+            for mIoU on the annotation's pixels; batches are of one image then.
+        size: Another size than the backbone's: an edge, or (height, width).
+        scale: Of the random resize.
+
+    Raises:
+        SpecError: A wrong mode, size or scale.
+    """
+    one_of(*MODES).check("segmentation_transform", "mode", mode)
+    pair = tuple(scale) if isinstance(scale, list | tuple) else ()
+    if len(pair) != 2 or not all(map(number(0, above=True).fits, pair)) or pair[0] > pair[1]:
+        problem = "must be two rising numbers > 0, finite"
+        raise SpecError("segmentation_transform", problem, given={"scale": scale})
+    return SegmentationTransform(preprocessing_for(preprocessing, "vtab", size), mode, pair)

@@ -89,7 +89,7 @@ def image_marks(split: Split) -> list[str]:
     def mark(index: int) -> str:
         return _pixels(split, index) if split.images is not None else file_sum(split.paths[index])
 
-    return each(mark, range(len(split)), False, threads=split.images is None)
+    return each(mark, split, False)
 
 
 def image_sums(task: Task, names: Iterable[str]) -> dict[str, str]:

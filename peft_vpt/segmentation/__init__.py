@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..data.warps import IGNORE
+from ..data.transforms import IGNORE
 from .evaluation import Confusion, Scores, predict, score
 from .files import load_segmenter, save_segmenter
 from .model import PupHead, Segmenter, apply_to_encoder

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.drawing import check_counts
-from ..data.warps import IGNORE
+from ..checks import integer
+from ..data.transforms import IGNORE
 from ..errors import SpecError, VPTError
 
 
@@ -118,7 +118,7 @@ def predict(
         SpecError: A wrong window, scale, overlap or number of windows.
     """
     _check_prediction(window, scales, overlap)
-    check_counts("predict", at_once=(at_once, 1))
+    integer(1).check("predict", "at_once", at_once)
     size = pixels.shape[-2:]
     total = torch.zeros(())
     for scale in scales:

@@ -15,8 +15,8 @@ from torch.nn import functional as F
 from ..backbones.anatomy import Encoder
 from ..backbones.find import encoder_for
 from ..backbones.projection import module_at
-from ..data.drawing import check_counts
-from ..data.warps import IGNORE
+from ..checks import integer
+from ..data.transforms import IGNORE
 from ..errors import SpecError, UnsupportedArchitectureError, VPTError
 from ..hosts import carries, host_and_prompts, refuse_unfit, unwrap
 from ..inject import freeze
@@ -350,7 +350,7 @@ def check_options(
         SpecError: One is wrong.
     """
     check_classes("Segmenter", classes)
-    check_counts("Segmenter", channels=(channels, 1))
+    integer(1).check("Segmenter", "channels", channels)
     listed = isinstance(auxiliary, Sequence) and not isinstance(auxiliary, str | bytes)
     blocks = list(auxiliary) if listed else [None]
     whole = all(isinstance(i, int) and not isinstance(i, bool) for i in blocks)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from ..data.drawing import EpochSampler, Key, check_counts
+from ..checks import integer
+from ..data.drawing import EpochSampler, Key
 from ..errors import SpecError, VPTError
 from ..randomness import seeded
 from .recipes import Recipe
@@ -144,7 +145,7 @@ def loader_batch_size(recipe: Recipe, accumulation: int = 1) -> int:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    check_counts("loader_batch_size", accumulation=(accumulation, 1))
+    integer(1).check("loader_batch_size", "accumulation", accumulation)
     # The flag of `accelerate launch`, which an Accelerator reads and a PartialState does not.
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     parts: int = state.num_processes * accumulation
