@@ -30,7 +30,7 @@ import torch
 from torch import nn
 
 from peft_vpt import PromptSpec, inject_prompts
-from peft_vpt.experiments.cost import Batch, Run, flops, forward, kept_bytes, step, times
+from peft_vpt.experiments.cost import Batch, Pass, flops, forward, kept_bytes, step, times
 
 MODEL, BATCH, CLASSES = "vit_base_patch16_224", 2, 100
 COLUMNS = ("FLOPs forward/bare", "FLOPs step/linear", "kept/full", "time forward", "time step")
@@ -96,7 +96,7 @@ def count(model: nn.Module, batch: Batch) -> Cost:
 
 
 def time_ratios(
-    run: Run, models: dict[Variant, nn.Module], batch: Batch, rounds: int
+    run: Pass, models: dict[Variant, nn.Module], batch: Batch, rounds: int
 ) -> dict[Variant, float]:
     """Return the median over interleaved rounds of CPU time over that of linear probing."""
     names = {str(variant): variant for variant in models}

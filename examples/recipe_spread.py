@@ -26,16 +26,11 @@ from typing import Any, NamedTuple
 
 from peft_vpt.backbones.identity import describe_timm_config
 from peft_vpt.data import eval_transform, open_task
-from peft_vpt.experiments.records import (
-    Record,
-    append_record,
-    make_record,
-    read_records,
-    record_key,
-)
+from peft_vpt.experiments.records import Record, append_record, read_records, record_key
 from peft_vpt.experiments.report import markdown_table
-from peft_vpt.experiments.run import Pixels, config_of, fitted, run_once
+from peft_vpt.experiments.run import Pixels, Run, fitted, run_once
 from peft_vpt.experiments.sums import file_sum
+from peft_vpt.experiments.variants import Variant
 from peft_vpt.hub.backbone import build_from_file
 from peft_vpt.protocols.options import Protocol
 from peft_vpt.training import DivergedError, Recipe, preset
@@ -103,59 +98,38 @@ class Measurement:
         )
         return fitted(dataclasses.replace(found, base_lr=found.base_lr * point.factor), images)
 
-    def stub(self, point: Point) -> Record:
-        """Return a record without results: what makes this run this one."""
-        return make_record(
-            task=self.task.name,
-            group=self.args.group,
-            protocol=self.args.protocol,
-            backbone=self.args.model,
-            seed=self.args.seed,
-            split=self.args.split,
-            metrics={},
-            preset=point.kind,
-            factor=point.factor,
-            config=config_of(
-                self.recipe(point),
-                self.options(point),
-                self.pixels,
-                self.train,
-                self.args.split,
-                file_sum(self.args.weights),
-            ),
-        )
-
     def run(self, point: Point) -> Record:
         """Return the record of a run: the one that is there, or a new one."""
-        stub = self.stub(point)
-        known = {record_key(record): record for record in read_records(self.file)}
-        if record_key(stub) not in known:
-            append_record(self.file, self._train(point, stub))
-            known = {record_key(record): record for record in read_records(self.file)}
-        return known[record_key(stub)]
+        args = self.args
+        run = Run(
+            self.pixels,
+            Variant(args.protocol, args.protocol, self.options(point)),
+            self.build,
+            self.recipe(point),
+            args.model,
+            self.train,
+            args.split,
+            group=args.group,
+            weights=file_sum(args.weights),
+            facts={"preset": point.kind, "factor": point.factor},
+        )
+        key = record_key(run.record({}))
+        for known in read_records(self.file):
+            if record_key(known) == key:
+                return known
+        record = self._train(run)
+        append_record(self.file, record)
+        return record
 
-    def _train(self, point: Point, stub: Record) -> Record:
+    def _train(self, run: Run) -> Record:
         """Run, and note whether the loss rose; values that are not finite are no accuracy."""
-        args, told = self.args, {name: stub[name] for name in ("preset", "factor")}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
-                record = run_once(
-                    self.pixels,
-                    args.protocol,
-                    self.build,
-                    self.recipe(point),
-                    backbone=args.model,
-                    train=self.train,
-                    test=args.split,
-                    group=args.group,
-                    options=self.options(point),
-                    weights=file_sum(args.weights),
-                )
+                record = run_once(run)
             except DivergedError:
-                return stub | {"metrics": {"top1": 0.0, "diverged": 1.0}}
-        risen = any(RISEN in str(warning.message) for warning in caught)
-        return record | told | {"risen": risen}
+                return run.record({"top1": 0.0, "diverged": 1.0})
+        return record | {"risen": any(RISEN in str(warning.message) for warning in caught)}
 
 
 def table(found: dict[Point, Record], counted: Sequence[float]) -> str:

@@ -283,8 +283,7 @@ def percent(records: Sequence[Record], metric: str) -> str:
     if not values:
         return "-"
     found = spread(values)
-    text = f"{100 * found.mean:.1f}"
-    return text + (f" ± {100 * found.std:.1f}" if found.number > 1 else "")
+    return f"{100 * found.mean:.1f}{found.deviation}"
 
 
 def join(values: Iterable[Any]) -> str:

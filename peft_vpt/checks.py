@@ -39,7 +39,7 @@ class Rule:
             raise error(call, f"must be {self.what}", given={name: value}, **facts)
 
 
-def integer(least: int, most: int | None = None) -> Rule:
+def integer(least: int | None = None, most: int | None = None) -> Rule:
     """Return a rule for integers of a range, ends included; numpy's count, True does not."""
 
     def fits(value: Any) -> bool:
@@ -47,10 +47,10 @@ def integer(least: int, most: int | None = None) -> Rule:
             number = operator.index(value)
         except TypeError:
             return False
-        within = least <= number and (most is None or number <= most)
+        within = (least is None or least <= number) and (most is None or number <= most)
         return within and not isinstance(value, bool)
 
-    bound = f" >= {least}" if most is None else f" from {least} to {most}"
+    bound = "" if least is None else f" >= {least}" if most is None else f" from {least} to {most}"
     return Rule(f"an integer{bound}", fits)
 
 

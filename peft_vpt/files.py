@@ -9,6 +9,7 @@ import secrets
 import stat
 from collections.abc import Mapping
 from contextlib import suppress
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +28,15 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def plain(value: Any) -> Any:
-    """Return a value as JSON takes it: tuples as lists, NaN and infinity as None."""
+    """Return a value as JSON takes it: tuples as lists, numpy's numbers as plain, NaN as None."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
+    if isinstance(value, Integral):
+        return value if isinstance(value, int) else int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else None
     return value
 
 

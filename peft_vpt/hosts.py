@@ -8,8 +8,7 @@ from numbers import Integral
 import torch
 from torch import nn
 
-from .backbones.anatomy import Encoder, Head
-from .backbones.projection import module_at
+from .backbones.anatomy import Encoder, Head, first_floating
 from .errors import AlreadyPromptedError, NotPromptedError, SpecError, UnsupportedArchitectureError
 from .prompts import Prompts
 from .spec import PromptSpec
@@ -142,7 +141,7 @@ def check_head(
             f"block {spec.spans(encoder.depth)[-1][1]}; let layers reach block {encoder.depth - 1}."
         )
     width = encoder.blocks[-1].width
-    present = getattr(module_at(model, head.paths[0]), "in_features", width)
+    present = getattr(model.get_submodule(head.paths[0]), "in_features", width)
     if num_classes is None and present != width:
         raise SpecError(
             f"{call}: the model's head takes {present} features and this pooling gives {width}; "
@@ -153,8 +152,8 @@ def check_head(
 
 def device_of(model: nn.Module, encoder: Encoder) -> torch.device:
     """Return where prompts go: with the first block, or where its offloaded weights will run."""
-    start = module_at(model, encoder.start)
-    device = next(p for p in start.parameters() if p.is_floating_point()).device
+    start = model.get_submodule(encoder.start)
+    device = first_floating(start).device
     hooks = [getattr(module, "_hf_hook", None) for module in start.modules()]
     targets = [getattr(hook, "execution_device", None) for hook in hooks]
     target = next((t for t in targets if t is not None), device)
@@ -162,7 +161,7 @@ def device_of(model: nn.Module, encoder: Encoder) -> torch.device:
 
 
 def _check_replaceable(model: nn.Module, encoder: Encoder, head: Head, call: str) -> None:
-    name = type(module_at(model, encoder.path)).__name__
+    name = type(model.get_submodule(encoder.path)).__name__
     if not head.simple:
         raise SpecError(
             f"{call}: the classifier of {name} ({', '.join(head.paths)}) is more than one linear "
@@ -170,7 +169,7 @@ def _check_replaceable(model: nn.Module, encoder: Encoder, head: Head, call: str
             "num_classes=None."
         )
     inner = encoder.path and encoder.library == "timm"
-    if inner and isinstance(module_at(model, head.paths[0]), nn.Identity):
+    if inner and isinstance(model.get_submodule(head.paths[0]), nn.Identity):
         raise SpecError(
             f"{call}: {name} at {encoder.path!r} has no classifier of its own inside "
             f"{type(model).__name__}. Pass the backbone, inject_prompts(model.{encoder.path}), and "

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .backbones.anatomy import Encoder
+from .backbones.anatomy import Encoder, first_floating
 from .backbones.checkpointing import outermost_checkpoint
 from .backbones.find import encoder_for
-from .backbones.heads import host_dtype, replace_head
+from .backbones.heads import replace_head
 from .checks import instance, or_none
 from .errors import SpecError, VPTError
 from .forms.attach import Form, ForwardPatch
@@ -157,7 +157,8 @@ def inject_spec(
                 "materialise it first",
                 given={"init": ...},
             )
-    prompts.to(device=device, dtype=host_dtype(model.get_submodule(encoder.start)))
+    start = model.get_submodule(encoder.start)
+    prompts.to(device=device, dtype=first_floating(start).dtype)
     if not _on_meta(model):
         prompts.place.check_host(prompts, model)
     if prompts.checked or not (encoder.known and encoder.plain):
@@ -316,7 +317,7 @@ def freeze(model: nn.Module, encoder: Encoder) -> None:
     A transformers checkpoint then holds what trains.
     """
     model.requires_grad_(False)
-    for path in encoder.head.paths if encoder.head is not None else ():
+    for path in encoder.head_paths:
         model.get_submodule(path).requires_grad_(True)
     prompts = host_and_prompts(model, "freeze")[1]
     for name, parameter in model.named_parameters():

@@ -294,7 +294,7 @@ class Prompts(nn.Module):
         return {n: p for n, p in self.named_parameters() if not n.startswith("delta.")}
 
     def _head_modules(self) -> Iterator[nn.Module]:
-        for path in self.encoder.head.paths if self.encoder.head else ():
+        for path in self.encoder.head_paths:
             yield from self.host.get_submodule(path).modules()
         # A decoder that trains whole does so with its dropout and statistics.
         inside = (self.encoder.path, "prompts")

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .backbones.anatomy import Encoder, first_argument
-from .backbones.projection import module_at
+from .backbones.anatomy import Encoder, first_argument, first_floating
 from .hosts import bare
 from .undo import Snapshot
 
@@ -118,7 +117,10 @@ def rehearse_host(host: nn.Module, encoder: Encoder, paths: Iterable[str]) -> Re
     """
     if any(p.is_meta for p in host.parameters()):
         return None
-    watch, inner = {path: module_at(host, path) for path in paths}, module_at(host, encoder.path)
+    watch, inner = (
+        {path: host.get_submodule(path) for path in paths},
+        host.get_submodule(encoder.path),
+    )
     for module in dict.fromkeys((host, inner)):
         shown = rehearse(module, dummy_inputs(inner, encoder), watch, within=partial(bare, host))
         if shown.passed:
@@ -199,7 +201,7 @@ def dummy_inputs(module: nn.Module, encoder: Encoder) -> Iterator[Inputs]:
 def dummy_image(module: nn.Module, shape: Shape, device: torch.device | None = None) -> Tensor:
     """Return random pixels of a shape, always the same, where and as a module's parameters are."""
     image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
-    like = next(p for p in module.parameters() if p.is_floating_point())
+    like = first_floating(module)
     return image.to(device=device or like.device, dtype=like.dtype)
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from .backbones.anatomy import Encoder, is_kind
 from .backbones.heads import FormerHead, restore_head
-from .backbones.projection import module_at
 from .prompts import Prompts
 
 _IGNORED = "_keys_to_ignore_on_save"
@@ -21,8 +20,7 @@ _RENAMED = "_weight_conversions"
 
 def remember(prompts: Prompts, model: nn.Module) -> None:
     """Note what `remove_prompts` puts back."""
-    head = prompts.encoder.head
-    states = {p: module_at(model, p).state_dict() for p in (head.paths if head else ())}
+    states = {p: model.get_submodule(p).state_dict() for p in prompts.encoder.head_paths}
     prompts.undo |= {
         "requires_grad": {n: p.requires_grad for n, p in model.named_parameters()},
         "training": {n: m.training != model.training for n, m in model.named_modules()},
@@ -56,12 +54,12 @@ def restore(host: nn.Module, prompts: Prompts) -> None:
 
 def _restore_head(host: nn.Module, prompts: Prompts) -> None:
     """Put the former head back, or the former values into a head that trained in place."""
-    undo, head = prompts.undo, prompts.encoder.head
+    undo = prompts.undo
     if isinstance(undo["head"], FormerHead):
         restore_head(host, undo["head"])
         return
-    for path in head.paths if head else ():
-        module = module_at(host, path)
+    for path in prompts.encoder.head_paths:
+        module = host.get_submodule(path)
         if undo["head_state"][path].keys() == module.state_dict().keys():
             module.load_state_dict(undo["head_state"][path])
         for parameter in module.parameters():
@@ -75,8 +73,7 @@ def checkpoint_what_moves(prompts: Prompts, model: nn.Module) -> None:
     """
     if not is_kind(model, "PreTrainedModel", "transformers"):
         return
-    head = prompts.encoder.head
-    task = ("prompts.", *(f"{path}." for path in (head.paths if head else ())))
+    task = ("prompts.", *(f"{path}." for path in prompts.encoder.head_paths))
     decoder = prompts.undo.get("decoder", ())
     frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
     frozen |= {n for n, _ in model.named_buffers() if n not in decoder and not _moves(prompts, n)}
@@ -169,7 +166,7 @@ def decoder_names(host: nn.Module, encoder: Encoder) -> list[str]:
     """Return parameters and buffers outside the encoder and its classifier."""
     if not encoder.path:
         return []
-    heads = encoder.head.paths if encoder.head is not None else ()
+    heads = encoder.head_paths
     apart = ("prompts.", f"{encoder.path}.", *(f"{path}." for path in heads))
     return [name for name in _state(host) if not name.startswith(apart)]
 
@@ -197,7 +194,7 @@ def has_decoder(prompts: Prompts) -> bool:
 
 def decoder_tensors(host: nn.Module, encoder: Encoder) -> dict[str, Tensor]:
     """Return the decoder's tensors, and a classifier's, under their names in the file."""
-    heads = tuple(f"{path}." for path in (encoder.head.paths if encoder.head else ()))
+    heads = tuple(f"{path}." for path in encoder.head_paths)
     names, state = set(decoder_names(host, encoder)), _state(host)
     names |= {name for name in state if heads and name.startswith(heads)}
     return {f"{_PREFIX}{n}": t for n, t in state.items() if n in names and t.is_floating_point()}

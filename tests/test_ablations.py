@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from support.images import draw_task
 from torch import Tensor, nn
 from torch.nn import functional
 from zoo import build, image, perturb
@@ -22,7 +22,6 @@ pytest.importorskip("timm")
 pytest.importorskip("sklearn")
 pytest.importorskip("matplotlib")
 
-from PIL import Image
 
 from peft_vpt import apply_protocol, count_parameters, inject_prompts, load_task_adapter
 from peft_vpt.backbones.find import says_its_size
@@ -31,29 +30,25 @@ from peft_vpt.data import eval_transform, loader, open_task
 from peft_vpt.errors import SpecError, VPTError
 from peft_vpt.experiments import embeddings
 from peft_vpt.experiments import run as runs
-from peft_vpt.experiments.ablations import (
+from peft_vpt.experiments.backbones import facts_of, pooled, refusal, usual_pool
+from peft_vpt.experiments.compare import Plan, compare
+from peft_vpt.experiments.ensemble import ensemble_record
+from peft_vpt.experiments.records import config_hash, is_ensemble, read_records, select
+from peft_vpt.experiments.report import like, newest, placed, write_ablation, write_report
+from peft_vpt.experiments.run import Pixels, Run, reduced
+from peft_vpt.experiments.sums import image_sums, text_sum
+from peft_vpt.experiments.variants import (
     ABLATIONS,
     DECAYS,
     MLP_LAYERS,
     REDUCTIONS,
+    Facts,
+    Variant,
+    distinct,
     rows_of,
-    variants_of,
+    with_fraction,
+    with_lengths,
 )
-from peft_vpt.experiments.backbones import Facts, facts_of, pooled, refusal, usual_pool
-from peft_vpt.experiments.compare import Plan, compare
-from peft_vpt.experiments.ensemble import ensemble_record
-from peft_vpt.experiments.records import config_hash, make_record, read_records, select
-from peft_vpt.experiments.report import (
-    is_ensemble,
-    like,
-    newest,
-    place,
-    write_ablation,
-    write_report,
-)
-from peft_vpt.experiments.run import Pixels, config_of
-from peft_vpt.experiments.sums import image_sums, text_sum
-from peft_vpt.experiments.variants import Variant, reduced, with_fraction, with_lengths
 from peft_vpt.training import classification_metrics, paper_grid, preset
 
 IMAGES = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear",
@@ -65,7 +60,7 @@ DEEP = Variant("vpt-deep", "vpt-deep", {"length": 2})
 
 
 def labels(name: str, facts: Facts = VIT_B) -> list[str]:
-    return [variant.label for variant in variants_of(rows_of(name, facts))]
+    return [variant.label for variant in distinct(rows_of(name, facts))]
 
 
 # Rows
@@ -106,7 +101,7 @@ def test_every_row_of_every_ablation_is_taken_by_its_kind_of_backbone(kind: str)
             with pytest.raises(SpecError, match=ablation.paper):
                 rows_of(name, facts)
             continue
-        for variant in with_lengths(variants_of(rows_of(name, facts)), [3]):
+        for variant in with_lengths(distinct(rows_of(name, facts)), [3]):
             options = {**variant.options, "length": 0}
             settings = (variant.protocol, json.dumps(options, sort_keys=True))
             if settings not in seen and variant.size is None:
@@ -130,12 +125,12 @@ def test_rows_hold_the_numbers_of_the_paper() -> None:
     assert "vpt-deep" not in labels("methods", RESNET)
     # Table 11: 380 prompts make a sequence at 224 pixels as long as that at 384.
     assert labels("size")[-1] == "vpt-deep 224 px p=380"
-    assert {v.size for v in variants_of(rows_of("size", VIT_B))} == {None, 384}
+    assert {v.size for v in distinct(rows_of("size", VIT_B))} == {None, 384}
     # Figure 13: as many prompts as classes, 200 at most.
     many = dataclasses.replace(VIT_B, classes=397)
-    lengths = [[r.variant.options["length"] for r in rows_of("init", f)] for f in (VIT_B, many)]
+    lengths = [[r.options["length"] for r in rows_of("init", f)] for f in (VIT_B, many)]
     assert lengths == [[47] * 6, [200] * 6]
-    assert [r.variant.fraction for r in rows_of("fraction", VIT_B)][::6] == [0.1, 0.2, 0.4, 0.8]
+    assert [r.fraction for r in rows_of("fraction", VIT_B)][::6] == [0.1, 0.2, 0.4, 0.8]
     with pytest.raises(SpecError, match="must be one of methods"):
         rows_of("colour", VIT_B)
 
@@ -143,14 +138,14 @@ def test_rows_hold_the_numbers_of_the_paper() -> None:
 def test_depth_goes_up_from_the_image_and_down_from_the_head() -> None:
     rows = rows_of("depth", VIT_B)
     found = {
-        series: [(r.place, r.variant.options["layers"]) for r in rows if r.series == series]
+        series: [(r.place, r.options["layers"]) for r in rows if r.series == series]
         for series in ("bottom-up", "top-down")
     }
     every = list(range(12))
     assert found["bottom-up"] == [(n, every[:n]) for n in (1, 3, 6, 9, 12)]
     assert found["top-down"] == [(n, every[-n:]) for n in (1, 3, 6, 9, 12)]
     # All blocks stand on both lines and are trained once.
-    assert len(variants_of(rows)) == len(rows) - 1
+    assert len(distinct(rows)) == len(rows) - 1
     shares = [r.place for r in rows_of("depth", SWIN_B)][::2]
     assert shares == [2, 6, 12, 18, 24]
     assert [r.place for r in rows_of("depth", dataclasses.replace(VIT_B, depth=3))][::2] == [
@@ -171,7 +166,7 @@ def test_depth_goes_up_from_the_image_and_down_from_the_head() -> None:
 ])  # fmt: skip
 def test_rows_train_as_many_vectors_as_they_say(name: str, expected: dict[str, int]) -> None:
     facts = facts_of(vit12(), 32, 4)
-    variants = {v.label: v for v in with_lengths(variants_of(rows_of(name, facts)), [3])}
+    variants = {v.label: v for v in with_lengths(distinct(rows_of(name, facts)), [3])}
     for label, vectors in expected.items():
         variant, model = variants[label], vit12()
         apply_protocol(model, variant.protocol, num_classes=4, **variant.options)
@@ -226,15 +221,8 @@ def test_lengths_and_shares_are_given_to_rows_that_have_none() -> None:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Images of three levels of brightness under noise."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 10), ("val", 4), ("test", 4)):
-        for name, level in (("dark", 40), ("grey", 110), ("light", 190)):
-            spot = tmp_path / "task" / split / name
-            spot.mkdir(parents=True)
-            for i in range(count):
-                noise = rng.integers(0, 60, (36, 36, 3)) + level
-                Image.fromarray(noise.astype(np.uint8)).save(spot / f"{i}.png")
-    return tmp_path / "task"
+    levels = {"dark": 40, "grey": 110, "light": 190}
+    return draw_task(tmp_path / "task", (10, 4, 4), levels, (36, 36))
 
 
 def run(folder: Path, output: Path, variants: Any, **changes: Any) -> Any:
@@ -281,14 +269,10 @@ def test_val_chooses_among_lengths_and_rates_together(
     }
     seen: list[tuple[Any, ...]] = []
 
-    def scripted(pixels: Pixels, protocol: str, make: Any, recipe: Any, **given: Any) -> Any:
-        at = given["options"]["length"], round(recipe.base_lr / rate, 6)
-        seen.append((*at, recipe.seed, given["train"], given["test"]))
-        return make_record(
-            task=pixels.task.name, protocol=given["label"], backbone=given["backbone"],
-            seed=recipe.seed, split=given["test"], metrics={"top1": top1[at]},
-            config=config_of(recipe, given["options"], pixels, given["train"], given["test"]),
-        )  # fmt: skip
+    def scripted(run: Run) -> Any:
+        at = run.variant.options["length"], round(run.recipe.base_lr / rate, 6)
+        seen.append((*at, run.recipe.seed, run.train, run.test))
+        return run.record({"top1": top1[at]})
 
     monkeypatch.setattr(runs, "run_once", scripted)
     row = Variant("deep", "vpt-deep", {"dropout": 0.0}, choices=[{"length": n} for n in (1, 4, 9)])
@@ -306,10 +290,9 @@ def test_a_share_of_the_images_trains_on_that_share_alone(
     seen: list[tuple[str, int, int]] = []
     once = runs.run_once
 
-    def counted(pixels: Pixels, *args: Any, **options: Any) -> Any:
-        counts = [len(pixels.split(options[part])) for part in ("train", "test")]
-        seen.append((options["train"], *counts))
-        return once(pixels, *args, **options)
+    def counted(run: Run) -> Any:
+        seen.append((run.train, *(len(run.pixels.split(part)) for part in (run.train, run.test))))
+        return once(run)
 
     monkeypatch.setattr(runs, "run_once", counted)
     rows = with_fraction((DEEP,), 0.3)
@@ -478,16 +461,15 @@ def test_pages_of_ablations_are_made_from_records_and_the_table(
     folder: Path, tmp_path: Path
 ) -> None:
     facts = facts_of(build("timm/cls", torch.float32), 32, 3)
-    rows = [row._replace(variant=v) for row in rows_of("depth", facts)
-            for v in with_lengths([row.variant], [2])]  # fmt: skip
-    records = run(folder, tmp_path / "out", variants_of(rows), seeds=(0, 1))
+    rows = with_lengths(rows_of("depth", facts), [2])
+    records = run(folder, tmp_path / "out", distinct(rows), seeds=(0, 1))
     assert {r["protocol"] for r in records} == {
         f"vpt-deep blocks {span}" for span in ("1-1", "1-2", "1-3", "2-3", "3-3")
     }
-    placed = place(records, rows)
+    at_rows = placed(records, rows)
     # The row of all blocks stands on both lines.
-    assert len(placed) == len(records) + 2
-    assert {(r["series"], r["place"]) for r in placed if "1-3" in r["protocol"]} == {
+    assert len(at_rows) == len(records) + 2
+    assert {(r["series"], r["place"]) for r in at_rows if "1-3" in r["protocol"]} == {
         ("bottom-up", 3), ("top-down", 3),
     }  # fmt: skip
     texts = []
@@ -508,7 +490,7 @@ def test_rates_are_shown_on_val_alone(folder: Path, tmp_path: Path) -> None:
         r for r in rows_of("rates", dataclasses.replace(VIT_B, depth=3)) if r.place in (0, 0.01)
     ]
     rows = [r for r in rows if r.series == "linear"]
-    records = run(folder, tmp_path, variants_of(rows), factors=(0.1, 1.0), final=False)
+    records = run(folder, tmp_path, distinct(rows), factors=(0.1, 1.0), final=False)
     assert {r["split"] for r in records} == {"val"}
     assert {r["config"]["recipe"]["weight_decay"] for r in records} == {0.0, 0.01}
     page = write_ablation(
@@ -754,7 +736,7 @@ def test_the_command_knows_how_a_pretraining_means_its_tokens(name: str, pool: s
 def test_models_whose_pooling_cannot_be_chosen() -> None:
     model = vit12()
     assert pooled(model, None) is model
-    with pytest.raises(SpecError, match="'token' or 'avg'"):
+    with pytest.raises(SpecError, match="must be one of token, avg"):
         pooled(model, "max")
     for other in (build("timm/gap"), build("transformers/vit"), resnet(), mae(global_pool="avg")):
         with pytest.raises(VPTError, match="no timm ViT with a CLS token"):

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from support.hub_server import Hub, client
+from support.images import draw_task
 from test_hub import HF_BASE, TIMM_BASE, TOKEN, hf_vit, timm_vit, upload_backbone
 from torch import nn
 
@@ -54,14 +55,7 @@ Capture = pytest.CaptureFixture[str]
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bright and dark images in noise, easy to tell apart, and random weights in a file."""
     place = tmp_path_factory.mktemp("made")
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 6), ("test", 7)):
-        for name, level in (("dark", 60), ("light", 190)):
-            folder = place / "task" / split / name
-            folder.mkdir(parents=True)
-            for i in range(count):
-                noise = rng.integers(0, 60, (40, 36, 3)) + level
-                Image.fromarray(noise.astype(np.uint8)).save(folder / f"{i}.png")
+    draw_task(place / "task", (12, 6, 7))
     torch.manual_seed(0)
     save_file(timm.create_model("test_vit").state_dict(), place / "w.safetensors")
     return place
@@ -601,9 +595,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     done: list[str] = []
     once = run.run_once
 
-    def counted(pixels: Any, protocol: str, *args: Any, **options: Any) -> Any:
-        done.append(options["test"])
-        return once(pixels, protocol, *args, **options)
+    def counted(given: run.Run) -> Any:
+        done.append(given.test)
+        return once(given)
 
     monkeypatch.setattr(run, "run_once", counted)
     return done
@@ -737,11 +731,11 @@ def test_a_trial_that_diverges_is_told_and_not_chosen(
 
     once = run.run_once
 
-    def shaky(pixels: Any, protocol: str, build: Any, recipe: Any, **options: Any) -> Any:
-        rate = recipe.base_lr
-        if rate == RATES[2] or (options["test"], recipe.seed) == ("test", 1):
+    def shaky(given: run.Run) -> Any:
+        recipe = given.recipe
+        if recipe.base_lr == RATES[2] or (given.test, recipe.seed) == ("test", 1):
             raise DivergedError("the loss is nan")
-        return once(pixels, protocol, build, recipe, **options)
+        return once(given)
 
     monkeypatch.setattr(run, "run_once", shaky)
     out = call(capsys, *SWEEP, "--lengths", "1")[0]

@@ -10,10 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from support.images import draw_task
 from zoo import build
 
 from peft_vpt import load_task_adapter
@@ -25,6 +24,8 @@ from peft_vpt.experiments.compare import Plan, compare
 from peft_vpt.experiments.records import read_records
 from peft_vpt.experiments.report import write_report
 from peft_vpt.experiments.sums import file_sum, split_sum
+from peft_vpt.experiments.variants import Variant
+from peft_vpt.training import preset
 
 IMAGES = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bilinear",
           "crop": None}  # fmt: skip
@@ -33,15 +34,7 @@ IMAGES = {"size": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation"
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Bright and dark images in noise, easy to tell apart."""
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 12), ("val", 6), ("test", 6)):
-        for name, level in (("dark", 60), ("light", 190)):
-            place = tmp_path / "task" / split / name
-            place.mkdir(parents=True)
-            for i in range(count):
-                noise = rng.integers(0, 60, (40, 36, 3)) + level
-                Image.fromarray(noise.astype(np.uint8)).save(place / f"{i}.png")
-    return tmp_path / "task"
+    return draw_task(tmp_path / "task")
 
 
 PLAN = Plan(
@@ -104,11 +97,11 @@ def test_a_comparison_goes_on_where_it_stopped(
     done: list[str] = []
     once = runs.run_once
 
-    def counted(pixels: Any, protocol: str, *args: Any, **options: Any) -> Any:
+    def counted(given: runs.Run) -> Any:
         if len(done) == 3:
             raise KeyboardInterrupt
-        done.append(protocol)
-        return once(pixels, protocol, *args, **options)
+        done.append(given.variant.protocol)
+        return once(given)
 
     monkeypatch.setattr(runs, "run_once", counted)
     with pytest.raises(KeyboardInterrupt):
@@ -231,7 +224,6 @@ def test_prompts_that_began_otherwise_do_not_stand_beside(folder: Path, tmp_path
 
 def test_lengths_are_tried_against_the_tokens_of_all_training_images() -> None:
     from peft_vpt.experiments.backbones import refusal
-    from peft_vpt.experiments.variants import Variant
 
     def reason(images: int, *lengths: int) -> str:
         choices = tuple({"length": length} for length in lengths)
@@ -248,7 +240,8 @@ def test_prompts_of_a_comparison_begin_as_tokens_of_its_training_images(folder: 
     task, transform = open_task(folder), eval_transform(IMAGES)
     pixels = runs.Pixels(task, transform)
     make = partial(build, "timm/cls", torch.float32)
-    model = runs.prepared(pixels, "vpt-deep", make, 3, {"length": 2, "init": "tokens"}, "train")
+    deep = Variant("deep", "vpt-deep", {"length": 2, "init": "tokens"})
+    model = runs.prepared(runs.Run(pixels, deep, make, preset("vpt-deep", seed=3), "tiny"))
     kept: list[torch.Tensor] = []
     bare = make()
     bare.blocks[1].register_forward_pre_hook(lambda _, args: kept.append(args[0][:, 1:]))
@@ -508,11 +501,9 @@ def test_bad_plans(folder: Path, tmp_path: Path) -> None:
 
 def test_a_page_says_how_the_prompts_of_its_rows_begin() -> None:
     from peft_vpt.cli.compare import beginnings
-    from peft_vpt.experiments.ablations import Row
-    from peft_vpt.experiments.variants import Variant
 
-    rows = [Row(Variant(name, "vpt-deep", {"init": name})) for name in ("tokens", "prototypes")]
-    rows += [Row(Variant("random", "vpt-deep")), Row(Variant("linear", "linear"))]
+    rows = [Variant(name, "vpt-deep", {"init": name}) for name in ("tokens", "prototypes")]
+    rows += [Variant("random", "vpt-deep"), Variant("linear", "linear")]
     assert beginnings(rows) == (
         " Prompts begin as tokens of training images in tokens; as class prototypes in "
         "prototypes; at random in random."

@@ -6,12 +6,11 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
+from support.images import draw_task
 
 timm = pytest.importorskip("timm")
 pytest.importorskip("torchvision")
@@ -28,15 +27,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 4), ("val", 1), ("test", 1)):
-        for name in ("bird", "cat"):
-            where = tmp_path / "pets" / split / name
-            where.mkdir(parents=True)
-            for i in range(count):
-                pixels = rng.integers(0, 256, size=(40, 50, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(where / f"{i}.png")
-    return tmp_path / "pets"
+    return draw_task(tmp_path / "pets", (4, 1, 1), {"bird": 0, "cat": 0}, (40, 50), 256)
 
 
 @pytest.mark.parametrize("student", SMALL)

@@ -10,12 +10,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import sklearn.datasets
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support.images import draw_task
 
 pytest.importorskip("timm")
 
@@ -60,14 +60,10 @@ def test_quickstart_on_few_digits(tmp_path, monkeypatch, capsys):
 
 
 def test_quickstart_on_an_image_folder(tmp_path):
-    rng = np.random.default_rng(0)
-    for split in ("train", "test"):
-        for name, suffix in (("bird", "png"), ("cat", "jpg"), ("dog", "png")):
-            folder = tmp_path / "pets" / split / name
-            folder.mkdir(parents=True)
-            for i in range(3):
-                pixels = rng.integers(0, 256, size=(40, 50, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / f"{i}.{suffix}")
+    draw_task(tmp_path / "pets", (3, 0, 3), dict.fromkeys(("bird", "cat", "dog"), 0), noise=256)
+    for file in tmp_path.glob("pets/*/cat/*.png"):
+        Image.open(file).save(file.with_suffix(".jpg"))
+        file.unlink()
     output = run_script(tmp_path, "--data", "pets", "--epochs", "1", "--seed", "1")
     check_output(output)
     assert re.search(r"^linear probing +class +[\d.]+% +291 ", output, re.M)

@@ -33,7 +33,6 @@ from peft_vpt.experiments import (
     append_record,
     config_hash,
     cost,
-    counts,
     embeddings,
     ensemble,
     holm,
@@ -273,12 +272,13 @@ def test_group_means_and_wins_of_table_1() -> None:
     # Printed to two digits from more digits than the one of the rows: half a digit, and the 0.03
     # by which the sources differ.
     off, other_wins = set(), set()
-    for method, cells in paper.TABLE_1.items():
-        for group, (mean, better) in cells.items():
+    for group in paper.GROUPS:
+        for method, mean in paper.PRINTED["mean", group].items():
             values = paper.results(method, group)
             if abs(np.mean(list(values.values())) - mean) > 0.05:
                 off.add((method, group))
-            if better is not None and won(method, group) != better:
+        for method, better in paper.PRINTED["better than full", group].items():
+            if won(method, group) != better:
                 other_wins.add((method, group))
     # No one row of Adapter gives its two means; the tie of Bias on Flowers is printed as none.
     assert off == {("adapter-64", "Natural"), ("adapter-64", "Structured")}
@@ -291,8 +291,9 @@ def test_group_means_and_wins_of_table_1() -> None:
 
 def test_wilcoxon_of_table_10_from_the_printed_rows() -> None:
     deep = paper.vtab_results("vpt-deep")
-    found = {m: wilcoxon(deep, paper.vtab_results(m)).p_value for m in paper.WILCOXON}
-    equal = {m for m, p in found.items() if float(f"{p:.1e}") == paper.WILCOXON[m]}
+    printed = paper.PRINTED["wilcoxon", ""]
+    found = {m: wilcoxon(deep, paper.vtab_results(m)).p_value for m in printed}
+    equal = {m for m, p in found.items() if float(f"{p:.1e}") == printed[m]}
     # Where the winner wins everywhere the p-value is 2 ** -19, whatever the differences.
     assert equal == {"mlp-3", "sidetune"}
     assert found["sidetune"] == 2**-19
@@ -306,34 +307,34 @@ def test_wilcoxon_of_table_10_from_the_printed_rows() -> None:
     assert max(found.values()) < 0.01
 
 
-@pytest.mark.parametrize("protocol", paper.TOTALS)
-def test_total_parameters_of_24_tasks(protocol: str) -> None:
-    assert round(paper.total(protocol), 2) == paper.TOTALS[protocol]
+@pytest.mark.parametrize(("protocol", "printed"), paper.PRINTED["total", ""].items())
+def test_total_parameters_of_24_tasks(protocol: str, printed: float) -> None:
+    assert round(paper.total(protocol), 2) == printed
 
 
 def test_totals_of_swin_b_on_19_tasks() -> None:
     classes = {t: paper.CLASSES[t] for g in paper.VTAB_GROUPS for t in paper.GROUPS[g]}
     printed = {"full": 19.01, "linear": 1.01, "mlp-3": 1.47, "partial-1": 3.77}
     for protocol, ratio in printed.items():
-        assert round(counts.total_ratio(counts.SWIN_B, protocol, classes), 2) == ratio
+        assert round(paper.total_ratio(paper.SWIN_B, protocol, classes), 2) == ratio
     # The paper's 1.06 counts the tables of relative positions as biases; we do not.
-    tables_too = 19 * counts.bias_count(counts.SWIN_B, tables=True)
+    tables_too = 19 * paper.bias_count(paper.SWIN_B, tables=True)
     head = 1025 * sum(classes.values())
-    size = counts.backbone_count(counts.SWIN_B)
+    size = paper.backbone_count(paper.SWIN_B)
     assert round((size + tables_too + head) / size, 2) == 1.06
-    assert round(counts.total_ratio(counts.SWIN_B, "bias", classes), 2) == 1.04
+    assert round(paper.total_ratio(paper.SWIN_B, "bias", classes), 2) == 1.04
 
 
 def test_regression_numbers_of_the_reference_notebook() -> None:
     for (classes, length), count in paper.NOTEBOOK.items():
-        ours = counts.trainable_count(counts.VIT_B16, "vpt-deep", classes, length=length)
+        ours = paper.trainable_count(paper.VIT_B16, "vpt-deep", classes, length=length)
         assert ours == count
-    assert counts.backbone_count(counts.VIT_B16) == 85_798_656
+    assert paper.backbone_count(paper.VIT_B16) == 85_798_656
     assert {paper.CLASSES[t] for t in paper.GROUPS["FGVC"]} == {200, 555, 102, 120, 196}
 
 
-TINY_VIT = counts.vit("tiny", 32, 3, patch=8, image=SIZE)
-TINY_SWIN = counts.swin("tiny", 16, (2, 2), (2, 4), window=4)
+TINY_VIT = paper.vit("tiny", 32, 3, patch=8, image=SIZE)
+TINY_SWIN = paper.swin("tiny", 16, (2, 2), (2, 4), window=4)
 PROTOCOLS = ("linear", "mlp-3", "partial-1", "partial-2", "partial-3", "bias", "adapter",
              "vpt-shallow", "vpt-deep", "vpt+bias", "prompt-fixed", "cls", "full")  # fmt: skip
 
@@ -352,30 +353,30 @@ def tiny_swin() -> nn.Module:
 def test_closed_formulas_count_what_trains(name: str, protocol: str) -> None:
     if (name, protocol) == ("swin", "cls"):
         with pytest.raises(SpecError, match="no CLS"):
-            counts.trainable_count(TINY_SWIN, protocol, 3)
+            paper.trainable_count(TINY_SWIN, protocol, 3)
         return
     model = build("timm/cls", torch.float32) if name == "vit" else tiny_swin()
     shape = TINY_VIT if name == "vit" else TINY_SWIN
     head = sum(p.numel() for p in model.head.parameters())
-    assert counts.backbone_count(shape) == sum(p.numel() for p in model.parameters()) - head
+    assert paper.backbone_count(shape) == sum(p.numel() for p in model.parameters()) - head
     options: dict[str, Any] = {"length": 4} if "vpt" in protocol or "prompt" in protocol else {}
     options |= {"reduction": 8} if protocol == "adapter" else {}
     apply_protocol(model, protocol, num_classes=7, **options)
-    ours = counts.trainable_count(shape, protocol, 7, length=4, reduction=8)
+    ours = paper.trainable_count(shape, protocol, 7, length=4, reduction=8)
     assert ours == count_parameters(model).trainable
 
 
 def test_closed_formulas_refuse_what_they_cannot_count() -> None:
     with pytest.raises(SpecError, match="3 blocks"):
-        counts.trainable_count(TINY_VIT, "partial-4", 7)
+        paper.trainable_count(TINY_VIT, "partial-4", 7)
     with pytest.raises(SpecError, match="must be one of"):
-        counts.trainable_count(TINY_VIT, "nonsense", 7)
+        paper.trainable_count(TINY_VIT, "nonsense", 7)
     with pytest.raises(SpecError, match="dogs"):
-        counts.total_ratio(TINY_VIT, "vpt-deep", {"dogs": 7})
+        paper.total_ratio(TINY_VIT, "vpt-deep", {"dogs": 7})
     # A side network: AlexNet's convolutions, 9216 features onto 32, and the blend.
     convolutions = 3 * 64 * 121 + 64 * 192 * 25 + 9 * (192 * 384 + 384 * 256 + 256 * 256)
     side = convolutions + 64 + 192 + 384 + 256 + 256 + 9216 * 32 + 1
-    assert counts.trainable_count(TINY_VIT, "sidetune", 7) == side + 33 * 7
+    assert paper.trainable_count(TINY_VIT, "sidetune", 7) == side + 33 * 7
 
 
 # Tables and pages
@@ -761,7 +762,7 @@ def test_costs_of_protocols_stand_in_the_known_order() -> None:
     assert deep["inference_flops"] < tokens["inference_flops"]
     assert linear["train_bytes"] < deep["train_bytes"] < tokens["train_bytes"]
     assert linear["train_flops"] < deep["train_flops"] < full["train_flops"]
-    assert deep["trainable"] == counts.trainable_count(TINY_VIT, "vpt-deep", 4, length=8)
+    assert deep["trainable"] == paper.trainable_count(TINY_VIT, "vpt-deep", 4, length=8)
     table = tables.rows_table(list(rows.values()))
     assert len(table.splitlines()) == 6
 

@@ -17,7 +17,7 @@ from peft_vpt import inject_prompts, is_prompted, load_task_adapter, save_task_a
 from peft_vpt.backbones.anatomy import Encoder
 from peft_vpt.backbones.find import encoder_for
 from peft_vpt.backbones.fingerprint import compare, fingerprint
-from peft_vpt.backbones.projection import join, module_at
+from peft_vpt.backbones.projection import join
 from peft_vpt.errors import AdapterMismatchError
 
 FAMILIES = ("timm/cls", "transformers/dinov2", "swin")
@@ -47,14 +47,14 @@ def make(family: str, seed: int = 0) -> nn.Module:
 
 
 def blocks(model: nn.Module, encoder: Encoder) -> list[nn.Module]:
-    return [module_at(model, block.path) for block in encoder.blocks]
+    return [model.get_submodule(block.path) for block in encoder.blocks]
 
 
 def rows(model: nn.Module, encoder: Encoder, block: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Return views of the rows of queries, keys and values."""
     attention = encoder.blocks[block].attentions[0]
     path = join(encoder.blocks[block].path, attention.path)
-    return attention.projection.rows(module_at(model, path))
+    return attention.projection.rows(model.get_submodule(path))
 
 
 def noise(parameters: Any, size: float = 1e-3) -> None:
@@ -84,7 +84,7 @@ def first_norm(block: nn.Module) -> Any:
 
 def final_norm(model: nn.Module, encoder: Encoder) -> Any:
     assert encoder.norm_weights is not None
-    return module_at(model, encoder.norm_weights)
+    return model.get_submodule(encoder.norm_weights)
 
 
 def merge_low_rank(weight: Tensor) -> None:

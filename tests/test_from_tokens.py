@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from peft_vpt import VPTError, inject_prompts, remove_prompts, save_task_adapter
 from peft_vpt.adapter.file import read_adapter
 from peft_vpt.backbones.find import encoder_for
-from peft_vpt.backbones.projection import module_at
 from peft_vpt.errors import NotPromptedError, SpecError, UnsupportedArchitectureError
 from peft_vpt.training.from_tokens import fewest_tokens, prompts_from_tokens
 
@@ -26,7 +25,7 @@ def inputs(model: nn.Module, pixels: Tensor) -> list[Tensor]:
     """Return what enters each block of a bare model, prefix tokens left out, as rows."""
     encoder, kept = encoder_for(model, "prepend"), []
     handles = [
-        module_at(model, block.path).register_forward_pre_hook(
+        model.get_submodule(block.path).register_forward_pre_hook(
             lambda _, args, kwargs: kept.append((args or tuple(kwargs.values()))[0]),
             with_kwargs=True,
         )

@@ -7,12 +7,11 @@ import runpy
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from safetensors.torch import save_file
+from support.images import draw_task
 
 pytest.importorskip("accelerate")
 
@@ -23,13 +22,7 @@ from peft_vpt.training import preset
 
 SCRIPT = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "recipe_spread.py"))
 MODEL = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-SMALL: dict[str, Any] = {
-    "patch_size": 8,
-    "embed_dim": 24,
-    "depth": 2,
-    "num_heads": 2,
-    "num_classes": 0,
-}
+SMALL = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
 
 
 @pytest.fixture
@@ -39,15 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def draw(folder: Path, levels: dict[str, int]) -> Path:
-    rng = np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 4), ("test", 3)):
-        for name, level in levels.items():
-            place = folder / split / name
-            place.mkdir(parents=True)
-            for i in range(count):
-                noise = rng.integers(0, 40, (20, 20, 3)) + level
-                Image.fromarray(noise.astype(np.uint8)).save(place / f"{i}.png")
-    return folder
+    return draw_task(folder, (8, 4, 3), levels, (20, 20), 40)
 
 
 @pytest.fixture
@@ -109,9 +94,9 @@ def test_a_run_with_a_record_is_not_repeated(
     called: list[Any] = []
     inner = SCRIPT["run_once"]
 
-    def counted(*args: Any, **options: Any) -> Any:
-        called.append(args[3].optimizer)
-        return inner(*args, **options)
+    def counted(run: Any) -> Any:
+        called.append(run.recipe.optimizer)
+        return inner(run)
 
     monkeypatch.setitem(SCRIPT["main"].__globals__, "run_once", counted)
     both = main(arguments, *few)

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..backbones.anatomy import Encoder
 from ..backbones.heads import class_count
-from ..backbones.projection import module_at
 from ..errors import AdapterError, AdapterMismatchError
 from ..protocols.modules import MlpHead
 from ..spec import PromptSpec
@@ -57,7 +56,7 @@ def check_head(
             f"{where}: its head takes {head['in_features']} features, this model gives "
             f"{width}; {hint}"
         )
-    own = module_at(host, encoder.head.paths[0])
+    own = host.get_submodule(encoder.head.paths[0])
     protocol = adapter.protocol
     if protocol is not None and protocol.kind == "mlp":
         _check_mlp(adapter, width, protocol.number, where)
@@ -141,8 +140,8 @@ def new_classes(adapter: Adapter, encoder: Encoder, *, with_head: bool) -> int |
 def head_tensors(host: nn.Module, encoder: Encoder) -> dict[str, Tensor]:
     """Return the head's parameters under their names in the file."""
     tensors: dict[str, Tensor] = {}
-    for path, name in zip(encoder.head.paths if encoder.head else (), HEAD_NAMES, strict=False):
-        module = module_at(host, path)
+    for path, name in zip(encoder.head_paths, HEAD_NAMES, strict=False):
+        module = host.get_submodule(path)
         prefix = name if isinstance(module, nn.Linear) else f"{name}.module"
         state = module.state_dict(keep_vars=True)
         floats = {k: t for k, t in state.items() if isinstance(t, Tensor) and t.is_floating_point()}

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from ..backbones.anatomy import Encoder
 from ..backbones.heads import FormerHead, class_count, head_owner, set_labels
 from ..backbones.identity import label_names
-from ..backbones.projection import module_at
 from ..errors import AdapterMismatchError, SpecError, UnsupportedArchitectureError
 from ..hosts import carries, host_and_prompts
 from ..inject import freeze, inject_spec, remove_prompts
@@ -148,7 +147,7 @@ def _carried(host: nn.Module, wanted: Structure, encoder: Encoder) -> bool:
         return False
     if wanted.classes is None or encoder.head is None:
         return True
-    head: Any = module_at(host, encoder.head.paths[0])
+    head: Any = host.get_submodule(encoder.head.paths[0])
     has_bias = getattr(head, "bias", None) is not None or not isinstance(head, nn.Linear)
     count = class_count(host, encoder.head)
     return _has_task_head(prompts) and (count, has_bias) == (wanted.classes, wanted.bias)
@@ -242,7 +241,7 @@ def _labels(
 def _name_labels(host: nn.Module, encoder: Encoder, labels: list[str] | None) -> None:
     """Write label names, or numbers where there are none, into a transformers config."""
     assert encoder.head is not None
-    owner = module_at(host, head_owner(host, encoder.head.paths[0]))
+    owner = host.get_submodule(head_owner(host, encoder.head.paths[0]))
     config = vars(owner).get("config")
     if config is not None and hasattr(config, "id2label"):
         count = class_count(host, encoder.head)

@@ -16,7 +16,6 @@ from ..backbones.find import encoder_for
 from ..backbones.fingerprint import fingerprint
 from ..backbones.heads import class_count
 from ..backbones.identity import default_preprocessing, describe_backbone, label_names
-from ..backbones.projection import module_at
 from ..errors import AdapterError, UnsupportedArchitectureError, shown
 from ..files import __version__
 from ..hosts import carries, host_and_prompts, parallel_wrapper, refuse_unfit, unwrap
@@ -196,7 +195,7 @@ def _describe_head(
         return described | {"labels": labels}
     if head is None or not head_tensors(host, prompts.encoder):
         return None
-    module = module_at(host, head.paths[0])
+    module = host.get_submodule(head.paths[0])
     classes = class_count(host, head)
     _check_count(labels, classes)
     extra: dict[str, Any] = {}

@@ -26,6 +26,11 @@ def _is_subclass(kind: Any, name: str, package: str) -> bool:
     return any(c.__name__ == name and c.__module__.startswith(package) for c in kind.__mro__)
 
 
+def is_below(name: str, *paths: str) -> bool:
+    """Tell whether a name is one of these paths, or stands below one; all stand below ""."""
+    return any(not path or name == path or name.startswith(f"{path}.") for path in paths)
+
+
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return what a block or attention is called with first: its hidden states."""
     return args[0] if args else next(iter(kwargs.values()))
@@ -155,6 +160,11 @@ class Encoder:
         return f"{name}:norm-after" if self.norm_after_pool and pooling != "cls" else name
 
     @property
+    def head_paths(self) -> tuple[str, ...]:
+        """Paths of the classifier's parts in the host; none where there is no classifier."""
+        return () if self.head is None else self.head.paths
+
+    @property
     def headless(self) -> str | None:
         """What the model has in place of one classifier, in words; None where it has one."""
         if self.head is None:
@@ -179,6 +189,11 @@ class Encoder:
     def widths(self) -> dict[int, int]:
         """Width of each stage."""
         return {block.stage: block.width for block in self.blocks}
+
+
+def first_floating(module: nn.Module) -> nn.Parameter:
+    """Return the first parameter that is no integer: new tensors go to its device and dtype."""
+    return next(p for p in module.parameters() if p.is_floating_point())
 
 
 def first_conv_kernel(encoder: nn.Module) -> tuple[int, int]:

@@ -9,7 +9,6 @@ from torch import nn
 
 from ..errors import VPTError
 from .anatomy import Encoder, is_kind
-from .projection import module_at
 
 
 def keeps_training_flag(module: nn.Module) -> bool:
@@ -22,7 +21,7 @@ def outermost_checkpoint(host: nn.Module, path: str) -> str:
     parts = path.split(".")
     for end in range(1, len(parts)):
         outer = ".".join(parts[:end])
-        if is_kind(module_at(host, outer), "GradientCheckpointingLayer", "transformers"):
+        if is_kind(host.get_submodule(outer), "GradientCheckpointingLayer", "transformers"):
             return outer
     return path
 
@@ -31,7 +30,7 @@ def is_checkpointing(host: nn.Module, encoder: Encoder, index: int) -> bool:
     """Tell whether a block would be recomputed in backward."""
     if encoder.library == "timm":
         # Models of several stages keep the flag in each of them.
-        parts = module_at(host, encoder.path).modules()
+        parts = host.get_submodule(encoder.path).modules()
         return any(bool(getattr(part, "grad_checkpointing", False)) for part in parts)
     return _recomputing(host, encoder, index) is not None
 
@@ -79,7 +78,7 @@ def refuse_cut_off(host: nn.Module, encoder: Encoder, index: int) -> None:
 def _recomputing(host: nn.Module, encoder: Encoder, index: int) -> nn.Module | None:
     """Return what recomputes a transformers block: the outermost layer, or else its encoder."""
     parts = encoder.blocks[index].path.split(".")
-    around = [module_at(host, ".".join(parts[:end])) for end in range(1, len(parts) + 1)]
+    around = [host.get_submodule(".".join(parts[:end])) for end in range(1, len(parts) + 1)]
     active = [m for m in around if m.training and keeps_training_flag(m)]
     return next((m for m in active if _is_layer(m)), active[0] if active else None)
 

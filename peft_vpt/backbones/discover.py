@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .anatomy import Attention, Block
-from .projection import Fused, Projection, Separate, in_width, join, module_at
+from .projection import Fused, Projection, Separate, in_width, join
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Found:
         known = tuple(f"{block.path}." for block in self.blocks)
         for name in lists:
             if _has(model, name):
-                for index, _ in enumerate(module_at(model, name).children()):
+                for index, _ in enumerate(model.get_submodule(name).children()):
                     block = join(path, name, str(index))
                     if not any(found.startswith(f"{block}.") for found in known):
                         return block
@@ -82,7 +82,7 @@ def find_blocks(model: nn.Module, path: str, rule: Rule) -> Found:
     found = Found()
     blocks: dict[str, list[Attention]] = {}
     for name, module in model.named_modules():
-        row = rule(name, module, module_at(model, name.rpartition(".")[0]))
+        row = rule(name, module, model.get_submodule(name.rpartition(".")[0]))
         if isinstance(module, nn.MultiheadAttention):
             row = Refused("torch.nn.MultiheadAttention computes its softmax out of reach")
         if isinstance(row, Refused):
@@ -91,8 +91,8 @@ def find_blocks(model: nn.Module, path: str, rule: Rule) -> Found:
             parts = name.split(".")
             end = len(parts) - row.up
             block, inside = ".".join(parts[:end]), ".".join(parts[end:])
-            blocks.setdefault(block, []).append(_attention(module_at(model, block), inside, row))
-    widths = [_width(module_at(model, name), parts[0]) for name, parts in blocks.items()]
+            blocks.setdefault(block, []).append(_attention(model.get_submodule(block), inside, row))
+    widths = [_width(model.get_submodule(name), parts[0]) for name, parts in blocks.items()]
     stages = _stages(list(blocks), widths)
     found.blocks = tuple(
         Block(join(path, name), tuple(attentions), width, stage)
@@ -126,10 +126,10 @@ def _has(module: nn.Module, path: str) -> bool:
 def _width(block: nn.Module, attention: Attention) -> int:
     """Return the width of the tokens that the attention's block takes."""
     if attention.norm is not None:
-        weight = getattr(module_at(block, attention.norm), "weight", None)
+        weight = getattr(block.get_submodule(attention.norm), "weight", None)
         if weight is not None:
             return int(weight.numel())
-    owner: Any = module_at(block, attention.path)
+    owner: Any = block.get_submodule(attention.path)
     return in_width(attention.projection.modules(owner)[0])
 
 

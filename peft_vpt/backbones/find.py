@@ -17,8 +17,8 @@ from torch import nn
 from ..errors import UnsupportedArchitectureError
 from ..spec import location as place_of
 from . import timm_table, timm_vit, transformers_table, transformers_vit
-from .anatomy import Encoder, Head, is_kind
-from .projection import join, module_at
+from .anatomy import Encoder, Head, is_below, is_kind
+from .projection import join
 from .timm_vit import classifier_paths, is_simple
 
 _DEFAULT_SIZE = (224, 224)
@@ -99,10 +99,10 @@ def is_convnet(host: nn.Module, encoder: Encoder) -> bool:
     if encoder.blocks:
         return False
     for path, module in host.named_modules():
-        parent = module_at(host, path.rpartition(".")[0])
+        parent = host.get_submodule(path.rpartition(".")[0])
         if any(rule(path, module, parent) is not None for rule in _RULES):
             return False
-    model = module_at(host, encoder.path)
+    model = host.get_submodule(encoder.path)
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     return sum(c.kernel_size[0] > c.stride[0] for c in convs) > 1
 
@@ -115,7 +115,7 @@ def image_path(host: nn.Module, encoder: Encoder) -> str:
     path = encoder.path
     takes = _is_timm if encoder.library == "timm" else takes_images
     while True:
-        if takes(module_at(host, path)):
+        if takes(host.get_submodule(path)):
             return path
         if not path:
             return encoder.path
@@ -143,7 +143,7 @@ def image_facts(model: Any, library: str) -> ImageFacts:
 def _outermost(host: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     found: list[str] = []
     for path, module in host.named_modules():
-        if any(not f or path.startswith(f"{f}.") for f in found):
+        if is_below(path, *found):
             continue
         if _is_timm(module) or is_kind(module, "PreTrainedModel", "transformers"):
             found.append(path)
@@ -177,7 +177,7 @@ def _timm_head(model: Any, path: str) -> Head | None:
     names = classifier_paths(model)
     if not names:
         return None
-    first: Any = module_at(model, names[0])
+    first: Any = model.get_submodule(names[0])
     width = getattr(first, "in_features", None) or getattr(first, "in_channels", None)
     width = width or getattr(model, "head_hidden_size", None) or model.num_features
     paths = tuple(join(path, name) for name in names)
@@ -192,7 +192,7 @@ def _transformers_head(model: nn.Module, path: str) -> Head | None:
     if isinstance(classifier, nn.Sequential):
         linear = [n for n, m in classifier.named_children() if isinstance(m, nn.Linear)]
         name = f"classifier.{linear[-1]}" if linear else name
-        classifier = module_at(model, name)
+        classifier = model.get_submodule(name)
     if not isinstance(classifier, nn.Linear):
         return None
     return Head((join(path, name),), "pooled", int(classifier.in_features))
@@ -301,27 +301,15 @@ def _is_spoken_for(match: Match, found: list[Match]) -> bool:
     """
     path, _, family = match
     if family is timm_vit:
-        return any(o is timm_vit and p != path and _is_inside(path, p) for p, _, o in found)
-    return any(p != path and _is_inside(p, path) for p, _, _ in found)
-
-
-def _is_inside(path: str, outer: str) -> bool:
-    return not outer or path.startswith(f"{outer}.")
+        return any(o is timm_vit and p != path and is_below(path, p) for p, _, o in found)
+    return any(p != path and is_below(p, path) for p, _, _ in found)
 
 
 def _other_encoders(host: nn.Module, known: list[str]) -> list[str]:
     """Return the paths of transformers models beside the known ones: text towers, decoders."""
-
-    def related(path: str) -> bool:
-        return any(
-            path == k or k.startswith(f"{path}.") or path.startswith(f"{k}.") or not k or not path
-            for k in known
-        )
-
     others: list[str] = []
     for path, module in host.named_modules():
-        is_model = is_kind(module, "PreTrainedModel", "transformers")
-        nested = any(path.startswith(f"{other}.") for other in others)
-        if is_model and not related(path) and not nested:
+        related = is_below(path, *known, *others) or any(is_below(k, path) for k in known)
+        if not related and is_kind(module, "PreTrainedModel", "transformers"):
             others.append(path)
     return others

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .anatomy import Encoder
-from .projection import join, module_at
+from .projection import join
 from .weights import UnreadableWeightsError, Weight, layer_weight, weights_below
 
 Fingerprint = dict[str, Any]
@@ -144,7 +144,7 @@ def _row(
 ) -> list[float]:
     """Return the nine numbers of one block, and note how its weights are stored."""
     if encoder.blocks:
-        weights = weights_below(module_at(host, encoder.blocks[index].path))
+        weights = weights_below(host.get_submodule(encoder.blocks[index].path))
     else:
         weights = weights_below(*_whole(host, encoder))
     # Empty ones: dequantized weights of all blocks would not fit where the packed ones do.
@@ -162,9 +162,9 @@ def _beside(host: nn.Module, encoder: Encoder) -> list[Weight]:
     """Return weights between the blocks and around them: mergers, stems, norms in front."""
     if not encoder.blocks:
         return []
-    root = module_at(host, encoder.path)
+    root = host.get_submodule(encoder.path)
     below = f"{encoder.path}." if encoder.path else ""
-    heads = encoder.head.paths if encoder.head else ()
+    heads = encoder.head_paths
     taken = [*(block.path for block in encoder.blocks), encoder.norm_weights or "prompts", *heads]
     apart = [path.removeprefix(below) for path in taken if path.startswith(below)]
     convs = [path for path, module in root.named_modules() if isinstance(module, nn.Conv2d)]
@@ -191,12 +191,12 @@ def _last(path: str) -> str:
 
 def _refuse_unreadable(host: nn.Module, encoder: Encoder) -> None:
     """Refuse weights on `meta`, and projections in wrappers that do not show them."""
-    if any(p.is_meta for p in module_at(host, encoder.path).parameters()):
+    if any(p.is_meta for p in host.get_submodule(encoder.path).parameters()):
         raise UnreadableWeightsError("its weights are on the meta device")
     for block in encoder.blocks:
         for attention in block.attentions:
             path = join(block.path, attention.path)
-            layer = attention.projection.modules(module_at(host, path))[0]
+            layer = attention.projection.modules(host.get_submodule(path))[0]
             # Layers of the libraries hold one weight, if only further down (ConvNorm); a wrapper of
             # somebody else may hold any.
             own = type(layer).__module__.startswith(("timm.", "transformers.", "torch."))
@@ -208,16 +208,16 @@ def _refuse_unreadable(host: nn.Module, encoder: Encoder) -> None:
 
 def _whole(host: nn.Module, encoder: Encoder) -> tuple[nn.Module, tuple[str, ...]]:
     """Return the encoder's module, and what in it is not the backbone."""
-    head = encoder.head.paths if encoder.head else ()
+    head = encoder.head_paths
     below = f"{encoder.path}." if encoder.path else ""
     apart = ("prompts", *(path.removeprefix(below) for path in head if path.startswith(below)))
-    return module_at(host, encoder.path), apart
+    return host.get_submodule(encoder.path), apart
 
 
 def _final_norm(host: nn.Module, encoder: Encoder) -> list[Weight]:
     if encoder.norm_weights is None:
         return []
-    return weights_below(module_at(host, encoder.norm_weights))
+    return weights_below(host.get_submodule(encoder.norm_weights))
 
 
 def _precision(weights: Sequence[Weight]) -> str:
@@ -233,7 +233,7 @@ def _rows(
     totals = [0.0, 0.0, 0.0]
     for attention in encoder.blocks[index].attentions if encoder.blocks else ():
         path = join(encoder.blocks[index].path, attention.path)
-        rows = attention.projection.rows(module_at(host, path))
+        rows = attention.projection.rows(host.get_submodule(path))
         squares = (_sum(_rounded(view(w)).square_()) for w in rows)
         totals = [total + square for total, square in zip(totals, squares, strict=True)]
     return totals

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from .anatomy import Head
-from .projection import module_at
+from .anatomy import Head, first_floating
 from .weights import is_packed
 
 _COUNTS = ("num_classes", "num_labels")
@@ -35,7 +34,7 @@ class FormerHead:
 
 def class_count(host: nn.Module, head: Head) -> int:
     """Return the number of classes of the head that the model has (0 where it is an identity)."""
-    return _classes(module_at(host, head.paths[0]))
+    return _classes(host.get_submodule(head.paths[0]))
 
 
 def _classes(head: nn.Module) -> int:
@@ -73,16 +72,16 @@ def replace_head(
     Returns:
         What `restore_head` needs.
     """
-    dtype = host_dtype(host)
+    dtype = first_floating(host).dtype
     former = FormerHead(dtype)
     for path in head.paths:
-        old = module_at(host, path)
+        old = host.get_submodule(path)
         former.modules[path] = old
         at = next((p.dtype for p in old.parameters()), dtype)
         new = _linear(old, width, classes, bias, device, at, generator)
         _set_module(host, path, new.train(host.training))
     former.owner = head_owner(host, head.paths[0])
-    owner: Any = module_at(host, former.owner)
+    owner: Any = host.get_submodule(former.owner)
     for name in _COUNTS:
         if isinstance(vars(owner).get(name), int):
             former.attributes[name] = vars(owner)[name]
@@ -98,31 +97,22 @@ def replace_head(
 
 def swap_head(host: nn.Module, head: Head, module: nn.Module) -> None:
     """Put another classifier in the place of the one that `replace_head` made."""
-    old = module_at(host, head.paths[0])
+    old = host.get_submodule(head.paths[0])
     like = next(old.parameters())
     _set_module(host, head.paths[0], module.to(like.device, like.dtype).train(old.training))
 
 
 def restore_head(host: nn.Module, former: FormerHead) -> None:
     """Undo `replace_head`; the former head follows the model's device and dtype."""
-    like, dtype = _first_floating(host), host_dtype(host)
-    owner: Any = module_at(host, former.owner)
+    like = first_floating(host)
+    owner: Any = host.get_submodule(former.owner)
     for path, module in former.modules.items():
         module.to(like.device)
-        _set_module(host, path, module if dtype == former.dtype else module.to(dtype))
+        _set_module(host, path, module if like.dtype == former.dtype else module.to(like.dtype))
     for name, value in former.attributes.items():
         setattr(owner, name, value)
     if former.config is not None:
         owner.config = former.config
-
-
-def host_dtype(host: nn.Module) -> torch.dtype:
-    """Return the dtype of a model's first floating parameter."""
-    return _first_floating(host).dtype
-
-
-def _first_floating(host: nn.Module) -> nn.Parameter:
-    return next(p for p in host.parameters() if p.is_floating_point())
 
 
 def set_labels(config: Any, labels: list[str]) -> None:
@@ -178,7 +168,7 @@ def head_owner(host: nn.Module, path: str) -> str:
     parent = path.rpartition(".")[0]
     around = parent
     while True:
-        attributes = vars(module_at(host, around))
+        attributes = vars(host.get_submodule(around))
         counts = any(isinstance(attributes.get(name), int) for name in _COUNTS)
         if counts or hasattr(attributes.get("config"), "num_labels"):
             return around
@@ -189,4 +179,4 @@ def head_owner(host: nn.Module, path: str) -> str:
 
 def _set_module(host: nn.Module, path: str, module: nn.Module) -> None:
     owner, _, name = path.rpartition(".")
-    setattr(module_at(host, owner), name, module)
+    setattr(host.get_submodule(owner), name, module)

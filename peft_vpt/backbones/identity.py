@@ -11,7 +11,6 @@ from torch import nn
 
 from .anatomy import Encoder, is_kind
 from .heads import head_owner
-from .projection import module_at
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
@@ -20,7 +19,7 @@ def describe_backbone(host: nn.Module, encoder: Encoder) -> dict[str, Any]:
     """Return library, architecture, Hub id, revision, widths per stage and depth."""
     widths = encoder.widths
     if encoder.library == "timm":
-        names = _timm_names(module_at(host, encoder.path))
+        names = _timm_names(host.get_submodule(encoder.path))
     else:
         names = _transformers_names(_outermost(host, encoder.path))
     hub_id, _, revision = (names["hub_id"] or "").partition("@")
@@ -53,9 +52,9 @@ def _timm_names(model: nn.Module) -> dict[str, Any]:
 def _outermost(host: nn.Module, path: str) -> nn.Module:
     """Return the transformers model that an encoder belongs to: the one with the head, say."""
     parts = path.split(".") if path else []
-    around = (module_at(host, ".".join(parts[:count])) for count in range(len(parts)))
+    around = (host.get_submodule(".".join(parts[:count])) for count in range(len(parts)))
     models = (module for module in around if is_kind(module, "PreTrainedModel", "transformers"))
-    return next(models, module_at(host, path))
+    return next(models, host.get_submodule(path))
 
 
 def _transformers_names(model: nn.Module) -> dict[str, Any]:
@@ -68,7 +67,7 @@ def _transformers_names(model: nn.Module) -> dict[str, Any]:
 
 def default_preprocessing(host: nn.Module, encoder: Encoder) -> dict[str, Any] | None:
     """Return what the backbone's configuration says about its input, or None."""
-    model = module_at(host, encoder.path)
+    model = host.get_submodule(encoder.path)
     config = getattr(model, "pretrained_cfg", None)
     if encoder.library != "timm" or not config:
         return None
@@ -102,7 +101,7 @@ def label_names(host: nn.Module, encoder: Encoder) -> list[str] | None:
         return None
     # A model with a decoder in place of a classifier names the labels itself.
     path = "" if encoder.head is None else head_owner(host, encoder.head.paths[0])
-    owner = module_at(host, path)
+    owner = host.get_submodule(path)
     names = getattr(getattr(owner, "config", None), "id2label", None) or {}
     labels = [str(names[i]) for i in sorted(names)]
     numbered = all(label == f"LABEL_{i}" for i, label in enumerate(labels))

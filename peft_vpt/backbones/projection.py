@@ -68,22 +68,24 @@ class Separate:
 
     def keys_values(self, attention: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Call the two layers and split the heads."""
-        keys, values = (per_token(module_at(attention, n), hidden) for n in (self.key, self.value))
+        keys, values = (
+            per_token(attention.get_submodule(n), hidden) for n in (self.key, self.value)
+        )
         if self.key_half:
             keys = keys.chunk(2, dim=-1)[1]
         if self.value_gate:
-            values = module_at(attention, self.value_gate)(values).chunk(2, dim=-1)[0]
+            values = attention.get_submodule(self.value_gate)(values).chunk(2, dim=-1)[0]
         return _finish(self, attention, keys, values)
 
     def queries(self, attention: nn.Module, hidden: Tensor) -> Tensor:
         """Call the query layer and split the heads."""
         assert self.query is not None
-        return _as_queries(self, attention, per_token(module_at(attention, self.query), hidden))
+        return _as_queries(self, attention, per_token(attention.get_submodule(self.query), hidden))
 
     def rows(self, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         """Return the three weights."""
         query, key, value = (
-            weight_of(module_at(attention, name))
+            weight_of(attention.get_submodule(name))
             for name in (self.query or self.key, self.key, self.value)
         )
         return query if self.query else query[:0], key, value
@@ -123,7 +125,7 @@ class Fused:
 
     def keys_values(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Project with the rows of keys and values only, where the layer is a plain one."""
-        layer: Any = module_at(attention, self.layer)
+        layer: Any = attention.get_submodule(self.layer)
         width = self._inner_width(attention, layer)
         if width and self.order == "qkv" and is_plain_linear(layer):
             bias = None if layer.bias is None else layer.bias[-2 * width :]
@@ -139,14 +141,14 @@ class Fused:
 
     def queries(self, attention: Any, hidden: Tensor) -> Tensor:
         """Call the fused layer and keep the queries."""
-        query = self._split(attention, per_token(module_at(attention, self.layer), hidden))[0]
+        query = self._split(attention, per_token(attention.get_submodule(self.layer), hidden))[0]
         if getattr(attention, "q_bias", None) is not None:
             query = query + attention.q_bias
         return _as_queries(self, attention, query)
 
     def rows(self, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         """Return the parts of the fused weight that queries, keys and values come from."""
-        return self._split(attention, weight_of(module_at(attention, self.layer)).t())
+        return self._split(attention, weight_of(attention.get_submodule(self.layer)).t())
 
     def modules(self, attention: nn.Module) -> list[nn.Module]:
         """Return the fused layer, norms, and what stands before."""
@@ -173,7 +175,8 @@ class Fused:
             return query, key, value
         if self.order == "qkv":
             width = (
-                self._inner_width(attention, module_at(attention, self.layer)) or out.shape[-1] // 3
+                self._inner_width(attention, attention.get_submodule(self.layer))
+                or out.shape[-1] // 3
             )
             queries = width * _heads(attention) // _heads(attention, _KEY_HEADS)
             keys, values = out[..., -2 * width :].chunk(2, dim=-1)
@@ -313,16 +316,8 @@ def _norm_and_split(
     return normed
 
 
-def module_at(root: nn.Module, path: str) -> nn.Module:
-    """Return the module at a dotted path below `root`; the empty path is `root` itself."""
-    module = root
-    for name in path.split(".") if path else ():
-        module = getattr(module, name)
-    return module
-
-
 def reach(root: nn.Module, path: str) -> nn.Module | None:
-    """Return what `module_at` does, or None where there is no module."""
+    """Return the module at a dotted path below `root`, or None where there is none."""
     found: object = root
     for name in path.split("."):
         found = getattr(found, name, None)

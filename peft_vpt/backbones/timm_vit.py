@@ -10,7 +10,7 @@ from ..errors import UnsupportedArchitectureError
 from .anatomy import Encoder, Head, is_kind
 from .discover import Found, find_blocks
 from .heads import can_replace
-from .projection import join, module_at
+from .projection import join
 from .timm_table import MODELS, rule
 
 PACKAGE = "timm.models."
@@ -95,7 +95,7 @@ def _head(model: Any, path: str, *, plain: bool) -> Head | None:
     found = classifier_paths(model)
     if not found:
         return None
-    first: Any = module_at(model, found[0])
+    first: Any = model.get_submodule(found[0])
     width = getattr(first, "in_features", None) or getattr(
         model, "head_hidden_size", model.num_features
     )
@@ -121,7 +121,7 @@ def classifier_paths(model: Any) -> list[str]:
 
 def is_simple(model: nn.Module, paths: list[str]) -> bool:
     """Tell whether linear layers of one width can stand in for all parts of a classifier."""
-    heads = [module_at(model, path) for path in paths]
+    heads = [model.get_submodule(path) for path in paths]
     widths = {getattr(head, "in_features", None) for head in heads} - {None}
     beside = getattr(model, "aux_head", None) is not None
     return len(widths) < 2 and not beside and all(can_replace(head) for head in heads)

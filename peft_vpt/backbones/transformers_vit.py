@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import UnsupportedArchitectureError
 from .anatomy import Encoder, Head, is_kind
 from .discover import Found, find_blocks
-from .projection import join, module_at, reach
+from .projection import join, reach
 from .transformers_table import ALSO, MODELS, rule
 
 PACKAGE = "transformers.models."
@@ -170,7 +170,7 @@ def _owners(host: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     parts = path.split(".") if path else []
     for end in range(len(parts) - 1, -1, -1):
         owner = ".".join(parts[:end])
-        yield owner, module_at(host, owner)
+        yield owner, host.get_submodule(owner)
 
 
 def _head(
@@ -191,7 +191,7 @@ def _head(
 
 def _reads(host: nn.Module, path: str) -> str:
     """Return what is known of the heads of models with several widths."""
-    return "mean" if type(module_at(host, path)).__name__ in _MEAN else "pooled"
+    return "mean" if type(host.get_submodule(path)).__name__ in _MEAN else "pooled"
 
 
 def _input_size(model: Any, row: Family | None) -> tuple[int, int, int]:

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .projection import module_at
-
 
 @dataclass(frozen=True)
 class WindowParts:
@@ -88,11 +86,11 @@ def scores(attention: Any, query: Tensor, keys: Tensor) -> Tensor:
 
 def finish(block: nn.Module, parts: WindowParts, hidden: Tensor, attended: Tensor) -> Tensor:
     """Add attention output and MLP to tokens `(batch, tokens, dim)`, as the block does."""
-    norm1, norm2 = (module_at(block, path) for path in parts.norms)
-    branch: Tensor = module_at(block, parts.out)(attended)
+    norm1, norm2 = (block.get_submodule(path) for path in parts.norms)
+    branch: Tensor = block.get_submodule(parts.out)(attended)
     hidden = hidden + (norm1(branch) if parts.post_norm else branch)
     branch = hidden if parts.post_norm else norm2(hidden)
     for path in parts.mlp:
-        branch = module_at(block, path)(branch)
+        branch = block.get_submodule(path)(branch)
     result: Tensor = hidden + (norm2(branch) if parts.post_norm else branch)
     return result

@@ -40,19 +40,18 @@ from typing import TYPE_CHECKING, Any
 from .options import LENGTH, counts
 
 if TYPE_CHECKING:
-    from ..experiments.ablations import Row
+    from ..experiments.variants import Variant
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ..experiments.ablations import Row
     from ..experiments.records import Record
+    from ..experiments.variants import Variant
 from functools import cached_property
 
 from .options import build, preprocessing_of
 
 if TYPE_CHECKING:
     from ..data import Task
-    from ..experiments.ablations import Row
     from ..experiments.variants import Variant
 
 
@@ -64,7 +63,7 @@ def list_ablations(value: str | None) -> str | None:
     """Print the ablations and end, for `--ablation list`."""
     if value != "list":
         return value
-    from ..experiments.ablations import ABLATIONS
+    from ..experiments.variants import ABLATIONS
 
     write_facts({name: f"{one.what} ({one.paper})" for name, one in ABLATIONS.items()})
     raise typer.Exit
@@ -140,11 +139,11 @@ def compare(
         named_rows(protocols, ablation, bare, edge, classes), length, lengths, fraction
     )
     rows = taken(CALL, named, backbone, task, "--protocols" if protocols else None)
-    usual, names = preset is Preset.default, [row.variant.protocol for row in rows]
+    usual, names = preset is Preset.default, [row.protocol for row in rows]
     if not ablation and begins_as_tokens(init, usual, names):
         rows = as_tokens(CALL, rows, backbone, task, asked=init is not None)
     # All images are read before anything is written.
-    wanted = {row.variant.fraction for row in rows} - {1.0}
+    wanted = {row.fraction for row in rows} - {1.0}
     shares = {share: _open(data, skip_broken, tell, output, share) for share in sorted(wanted)}
     own = bool(ablation or lengths is not None or fraction < 1)
     plan = Plan(
@@ -185,7 +184,7 @@ def _check_words(
     protocols: str | None, ablation: str | None, fraction: float, init: First | None
 ) -> None:
     """Refuse options that exclude one another."""
-    from ..experiments.ablations import ABLATIONS
+    from ..experiments.variants import ABLATIONS
 
     if ablation is not None and ablation not in ABLATIONS:
         raise typer.BadParameter(
@@ -226,7 +225,7 @@ def _tell_failures(records: Iterable[Record]) -> None:
 
 
 def _shows_test(ablation: str | None) -> bool:
-    from ..experiments.ablations import ABLATIONS
+    from ..experiments.variants import ABLATIONS
 
     return ablation is None or ABLATIONS[ablation].final
 
@@ -240,22 +239,20 @@ _BEGINNINGS = {
 
 def named_rows(
     protocols: str | None, ablation: str | None, bare: Any, edge: int, classes: int
-) -> Iterable[Row]:
+) -> Iterable[Variant]:
     """Return the rows of an ablation, or of protocols as they are."""
-    from ..experiments.ablations import Row, rows_of
     from ..experiments.backbones import facts_of
     from ..experiments.compare import PROTOCOLS
-    from ..experiments.variants import plain
+    from ..experiments.variants import named, rows_of
 
     if ablation:
         return rows_of(ablation, facts_of(bare, edge, classes))
-    names = PROTOCOLS if protocols is None else protocols.split(",")
-    return [Row(variant) for variant in plain(names, {})]
+    return named(PROTOCOLS if protocols is None else protocols.split(","))
 
 
 def with_options(
-    rows: Iterable[Row], length: int | None, lengths: str | None, fraction: float
-) -> list[Row]:
+    rows: Iterable[Variant], length: int | None, lengths: str | None, fraction: float
+) -> list[Variant]:
     """Return rows with prompt lengths and a share of the images.
 
     Raises:
@@ -265,7 +262,7 @@ def with_options(
 
     rows = list(rows)
     given = "--length" if lengths is None else "--lengths"
-    free = any(row.variant.prompted and "length" not in row.variant.options for row in rows)
+    free = any(row.prompted and "length" not in row.options for row in rows)
     if not free and (length is not None or lengths is not None):
         raise typer.BadParameter(
             "no row takes it: there are no prompts, or they have lengths of their own; leave it "
@@ -273,27 +270,26 @@ def with_options(
             param_hint=given,
         )
     tried = [length or LENGTH] if lengths is None else counts(lengths, given)
-    variants = with_fraction(with_lengths((row.variant for row in rows), tried), fraction)
-    return [row._replace(variant=v) for row, v in zip(rows, variants, strict=True)]
+    return list(with_fraction(with_lengths(rows, tried), fraction))
 
 
-def rows_of_plan(rows: list[Row], own: bool) -> dict[str, Any]:
+def rows_of_plan(rows: list[Variant], own: bool) -> dict[str, Any]:
     """Return rows in the words of a plan; protocols as they are keep the records they have had."""
-    from ..experiments.ablations import variants_of
+    from ..experiments.variants import distinct
 
     if own:
-        return {"variants": variants_of(rows)}
-    names = tuple(row.variant.protocol for row in rows)
-    options = {row.variant.protocol: row.variant.options for row in rows if row.variant.prompted}
+        return {"variants": distinct(rows)}
+    names = tuple(row.protocol for row in rows)
+    options = {row.protocol: row.options for row in rows if row.prompted}
     return {"protocols": names, "options": options}
 
 
-def beginnings(rows: list[Row]) -> str:
+def beginnings(rows: list[Variant]) -> str:
     """Say how the prompts of rows begin, "" where there are none that train."""
     from ..protocols.options import Protocol
 
     labels: dict[str, list[str]] = {}
-    for variant in (row.variant for row in rows if Protocol(row.variant.protocol).trains_prompts):
+    for variant in (row for row in rows if Protocol(row.protocol).trains_prompts):
         first = _BEGINNINGS[variant.options.get("init", "random")]
         labels.setdefault(first, []).append(variant.label)
     if len(labels) == 1:
@@ -304,7 +300,7 @@ def beginnings(rows: list[Row]) -> str:
 
 def write_pages(
     records: list[Record],
-    rows: list[Row],
+    rows: list[Variant],
     ablation: str | None,
     folder: Path,
     intro: str,
@@ -316,11 +312,10 @@ def write_pages(
     `report.md` is of the task whose records came first into the folder.
     """
     from ..errors import VPTError
-    from ..experiments.ablations import ABLATIONS
     from ..experiments.compare import RECORDS
-    from ..experiments.records import read_records
+    from ..experiments.records import file_name, read_records
     from ..experiments.report import like, write_ablation, write_report
-    from ..experiments.variants import file_name
+    from ..experiments.variants import ABLATIONS
 
     task = records[0]["task"]
     place = file_name(task)
@@ -403,8 +398,8 @@ class Backbone:
 
 
 def taken(
-    call: str, rows: list[Row], backbone: Backbone, task: Task, asked: str | None
-) -> list[Row]:
+    call: str, rows: list[Variant], backbone: Backbone, task: Task, asked: str | None
+) -> list[Variant]:
     """Leave out the rows that a backbone refuses, and say so.
 
     Args:
@@ -418,9 +413,9 @@ def taken(
         VPTError: It refuses all of them, or one that was asked for.
     """
     from ..errors import VPTError
-    from ..experiments.ablations import variants_of
+    from ..experiments.variants import distinct
 
-    reasons = {v.label: _reason(v, backbone, task) for v in variants_of(rows)}
+    reasons = {row.label: _reason(row, backbone, task) for row in distinct(rows)}
     told = [f"{label}: {reason}" for label, reason in reasons.items() if reason]
     if told and asked:
         raise VPTError(f"{call}: {asked}: {'; '.join(told)}")
@@ -428,12 +423,12 @@ def taken(
         complain(f"left out: {line}")
     if len(told) == len(reasons):
         raise VPTError(f"{call}: this backbone takes none of the rows.")
-    return [row for row in rows if not reasons[row.variant.label]]
+    return [row for row in rows if not reasons[row.label]]
 
 
 def as_tokens(
-    call: str, rows: list[Row], backbone: Backbone, task: Task, *, asked: bool
-) -> list[Row]:
+    call: str, rows: list[Variant], backbone: Backbone, task: Task, *, asked: bool
+) -> list[Variant]:
     """Let prompts begin as tokens of training images in the rows that can, and say which cannot.
 
     Args:
@@ -451,14 +446,14 @@ def as_tokens(
 
     changed = []
     for row in rows:
-        variant = with_tokens(row.variant)
-        reason = "" if variant is row.variant else _reason(variant, backbone, task)
+        variant = with_tokens(row)
+        reason = "" if variant is row else _reason(variant, backbone, task)
         if reason and asked:
             raise VPTError(f"{call}: --init tokens: {variant.label}: {reason}")
         if reason:
             complain(f"{variant.label}: prompts begin at random: {reason}")
-            variant = row.variant
-        changed.append(row._replace(variant=variant))
+            variant = row
+        changed.append(variant)
     return changed
 
 

@@ -16,8 +16,6 @@ from .predict import find_device
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..experiments.cost import Row
-
 
 CALL = "peft-vpt cost"
 # Prompts by kind: protocol and options. Tokens are what the paper calls VPT, keys and values what
@@ -146,7 +144,7 @@ def _measure(
     protocols: list[str],
     batch: Any,
     rounds: int,
-) -> list[Row]:
+) -> list[dict[str, Any]]:
     from ..errors import VPTError
     from ..experiments.cost import against_length
 
@@ -174,14 +172,14 @@ def _taken(name: str, make: Callable[[str], nn.Module]) -> bool:
     return True
 
 
-def _shown(row: Row) -> Row:
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
     """Return a row in the units of the table."""
     sizes = {f"{key}_mb": row[f"{key}_bytes"] / 1e6 for key in ("train", "inference")}
     flops = {f"{key}_gflops": row[f"{key}_flops"] / 1e9 for key in ("train", "inference")}
     return {**row, **sizes, **flops, "trained": 100 * row["trainable"] / row["total"]}
 
 
-def _write(folder: Path, about: str, rows: list[Row]) -> Path:
+def _write(folder: Path, about: str, rows: list[dict[str, Any]]) -> Path:
     """Write page, data and figures; return the page's path."""
     from ..experiments.plots import curve
     from ..experiments.report import rows_table

@@ -210,9 +210,10 @@ class _Classifier:
     def _classify(self, pixels: list[Tensor]) -> list[Best]:
         import torch
 
+        from ..backbones.anatomy import first_floating
         from ..preprocessing import output_logits
 
-        dtype = next(p.dtype for p in self.model.parameters() if p.is_floating_point())
+        dtype = first_floating(self.model).dtype
         with torch.inference_mode():
             logits = output_logits(self.model(torch.cat(pixels).to(self.device, dtype)), _CALL)
             best = logits.double().softmax(-1).topk(min(self.top, logits.shape[-1]))

@@ -208,13 +208,12 @@ class Search:
         Raises:
             VPTError: It does.
         """
-        from ..experiments.ablations import Row
         from ..experiments.variants import Variant
 
         names = [name for name in _OPTIONS if name in points]
         for values in product(*(points[name] for name in names)):
             options = dict(zip(names, values, strict=True))
-            row = Row(Variant(describe(options) or self.protocol, self.protocol, options))
+            row = Variant(describe(options) or self.protocol, self.protocol, options)
             taken(CALL, [row], self.backbone, task, f"--protocol {self.protocol}")
 
     def begun(self, points: Mapping[str, Sequence[Any]], task: Task, *, asked: bool) -> Search:
@@ -223,13 +222,12 @@ class Search:
         Raises:
             VPTError: It was asked for, and the backbone has none.
         """
-        from ..experiments.ablations import Row
         from ..experiments.variants import Variant
 
         options = {name: max(points[name]) for name in _OPTIONS if name in points}
-        row = Row(Variant(self.protocol, self.protocol, options))
+        row = Variant(self.protocol, self.protocol, options)
         (found,) = as_tokens(CALL, [row], self.backbone, task, asked=asked)
-        return dataclasses.replace(self, tokens="init" in found.variant.options)
+        return dataclasses.replace(self, tokens="init" in found.options)
 
     def on_val(self, pixels: Pixels, points: Mapping[str, Sequence[Any]]) -> SweepResult:
         """Run every point of the grid on train, judged on val, once among all workers."""
@@ -276,16 +274,18 @@ class Search:
         self, pixels: Pixels, settings: Settings, seed: int, train: str, test: str
     ) -> Record:
         """Return the record of a run: the one that is there, or a new one."""
-        from ..experiments.run import run_recorded
+        from ..experiments.run import Run, run_recorded
+        from ..experiments.variants import Variant
 
-        return run_recorded(
-            self.folder / RECORDS, pixels, self.protocol, partial(self._sized, pixels),
-            self.recipe(settings, seed), backbone=self.backbone.name, train=train, test=test,
-            group=self.group, weights=self.backbone.checksum, facts={"preset": self._preset},
-            options={name: settings[name] for name in _OPTIONS if name in settings}
-            | ({"init": "tokens"} if self.tokens else {}),
+        options = {name: settings[name] for name in _OPTIONS if name in settings}
+        options |= {"init": "tokens"} if self.tokens else {}
+        run = Run(
+            pixels, Variant(self.protocol, self.protocol, options), partial(self._sized, pixels),
+            self.recipe(settings, seed), self.backbone.name, train, test, group=self.group,
+            weights=self.backbone.checksum, facts={"preset": self._preset},
             folder=self.folder if test == "test" else None,
         )  # fmt: skip
+        return run_recorded(self.folder / RECORDS, run)
 
     @property
     def _preset(self) -> str:

@@ -1,7 +1,7 @@
 """Experiments: records, statistics, tables, figures, costs, ensembles, the paper's numbers.
 
-`tables`, `plots`, `cost`, `embeddings`, `ensemble`, `control`, `counts` and `paper` are imported by
-their own names, so that this package stays light.
+`plots`, `cost`, `embeddings`, `ensemble` and `paper` are imported by their own names, so that this
+package stays light.
 """
 
 from __future__ import annotations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -13,51 +11,12 @@ import torch
 from torch import nn
 
 from ..backbones.find import encoder_for
-from ..backbones.projection import module_at
-from ..errors import SpecError, VPTError
+from ..checks import one_of
+from ..errors import VPTError
 from ..protocols.apply import apply_protocol
 from ..rehearsal import dummy_image, rehearse
 from ..training.from_tokens import MOST_IMAGES, fewest_tokens
-from .variants import FROM_IMAGES, Variant
-
-
-@dataclasses.dataclass(frozen=True)
-class Facts:
-    """What the variants of an ablation follow from.
-
-    Args:
-        kind: "tokens" (blocks on one sequence of one width), "windows" (other transformers) or
-            "convolutions" (no blocks).
-        depth: Number of blocks.
-        tokens: In front of the first block, prefix tokens included; None where they are a map.
-        prefix: Number of prefix tokens.
-        has_cls: Whether there is a CLS token.
-        size: Edge of the images.
-        classes: Of the task.
-    """
-
-    kind: str
-    depth: int
-    tokens: int | None
-    prefix: int
-    has_cls: bool
-    size: int
-    classes: int
-
-    def tokens_at(self, size: int) -> int:
-        """Return the number of tokens of images of another size.
-
-        Raises:
-            VPTError: Tokens are no square grid of the images.
-        """
-        patches = 0 if self.tokens is None else self.tokens - self.prefix
-        grid = math.isqrt(patches)
-        if not patches or grid**2 != patches or size * grid % self.size:
-            raise VPTError(
-                f"an image of {size} x {size} is no whole number of the patches into which this "
-                f"backbone cuts {self.size} x {self.size}; choose another size."
-            )
-        return self.prefix + (size * grid // self.size) ** 2
+from .variants import FROM_IMAGES, Facts, Variant
 
 
 def facts_of(model: nn.Module, size: int, classes: int) -> Facts:
@@ -77,11 +36,10 @@ def facts_of(model: nn.Module, size: int, classes: int) -> Facts:
     if encoder.blocks:
         path = encoder.start
         image = dummy_image(model, (1, encoder.input_size[0], size, size))
-        shown = rehearse(model, [image], {path: module_at(model, path)})
+        shown = rehearse(model, [image], {path: model.get_submodule(path)})
         if shown.error is not None:
-            raise VPTError(
-                f"{type(model).__name__} does not take images of {size} x {size}: {shown.error}"
-            ) from shown.error
+            told = f"{type(model).__name__} does not take images of {size} x {size}: {shown.error}"
+            raise VPTError("facts_of", told) from shown.error
         call = shown.first(path)
         shape = () if call is None else call.given
         sequence = len(shape) == 3 and encoder.known
@@ -113,35 +71,28 @@ def refusal(
         size: Height and width of the images, one of which goes through the model.
         images: Number of training images.
     """
-    chosen = {**variant.options, **variant.choices[0]}
-    options = {name: x for name, x in chosen.items() if x not in FROM_IMAGES}
+    choices = [{**variant.options, **choice} for choice in variant.choices]
+    options = {name: x for name, x in choices[0].items() if x not in FROM_IMAGES}
     try:
         with warnings.catch_warnings():
             # What is only warned of is warned of again when the variant is trained.
             warnings.simplefilter("ignore")
             apply_protocol(model, variant.protocol, num_classes=classes, **options)
-            if chosen.get("init") == "tokens":
-                found = fewest_tokens(model, torch.rand(1, 3, *size))
-                _need_tokens(variant, int(found * min(images, MOST_IMAGES)))
+            if choices[0].get("init") == "tokens":
+                each = fewest_tokens(model, torch.rand(1, 3, *size))
+                tokens = int(each * min(images, MOST_IMAGES))
+                longest = max(choice.get("length", 1) for choice in choices)
+                if tokens < longest:
+                    return (
+                        f"the training images give a block {tokens} tokens, fewer than {longest} "
+                        "prompts"
+                    )
     except VPTError as error:
         return str(error)
     shown = rehearse(model, [torch.zeros(1, 3, *size)], hooks=True)
     if shown.error is not None:
         return f"no forward of an image of {size[0]}x{size[1]} pixels: {shown.error}"
     return ""
-
-
-def _need_tokens(variant: Variant, tokens: int) -> None:
-    """Raise where images give fewer tokens than the longest choice has prompts.
-
-    Raises:
-        SpecError: They do.
-    """
-    lengths = [{**variant.options, **choice}.get("length", 1) for choice in variant.choices]
-    if tokens < max(lengths):
-        raise SpecError(
-            f"the training images give a block {tokens} tokens, fewer than {max(lengths)} prompts"
-        )
 
 
 def pooled(model: nn.Module, pool: str | None) -> nn.Module:
@@ -158,16 +109,25 @@ def pooled(model: nn.Module, pool: str | None) -> nn.Module:
     """
     if pool is None:
         return model
-    plain_vit = all(hasattr(model, n) for n in ("norm", "fc_norm", "global_pool", "cls_token"))
+    host: Any = model
     encoder = encoder_for(model, "pad")
-    if not (plain_vit and encoder.has_cls and encoder.library == "timm" and _has_norm(model)):
+    plain_vit = all(hasattr(host, n) for n in ("norm", "fc_norm", "global_pool", "cls_token"))
+    if not (
+        plain_vit
+        and encoder.has_cls
+        and encoder.library == "timm"
+        and isinstance(host.fc_norm, nn.Identity)
+        and not isinstance(host.norm, nn.Identity)
+    ):
         raise VPTError(
-            f"pool={pool!r}: {type(model).__name__} is no timm ViT with a CLS token and a norm in "
-            "front of its pooling; leave pool out, or build the model with the pooling you want."
+            "pooled",
+            f"{type(model).__name__} is no timm ViT with a CLS token and a norm in front of its "
+            "pooling",
+            "leave pool out, or build the model with the pooling you want",
+            given={"pool": pool},
         )
-    if pool not in ("token", "avg"):
-        raise SpecError(f"pool={pool!r}: must be 'token' or 'avg'.")
-    model.reset_classifier(0, global_pool=pool)  # type: ignore[operator]
+    one_of("token", "avg").check("pooled", "pool", pool)
+    host.reset_classifier(0, global_pool=pool)
     return model
 
 
@@ -180,10 +140,6 @@ def usual_pool(name: str) -> str | None:
     Source: Jia et al. 2022, Table 4; He et al. 2022 (MAE), section A.1.
     """
     return "avg" if re.search(r"vit_[a-z]+_patch\d+_\d+\.mae$", name) else None
-
-
-def _has_norm(model: Any) -> bool:
-    return isinstance(model.fc_norm, nn.Identity) and not isinstance(model.norm, nn.Identity)
 
 
 def device() -> torch.device:

@@ -11,15 +11,16 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..backbones.find import says_its_size
+from ..checks import integer, list_of, number
 from ..data import Task
 from ..errors import SpecError, VPTError
 from ..training import Recipe, preset
-from . import compare as control
 from .ensemble import draw_embeddings, ensemble_record, ensemble_stub
 from .records import Key, Record, append_record, field, make_record, read_records, record_key
 from .report import CONTROLS
-from .run import Build, Pixels, Settings, run_recorded
-from .variants import Variant, is_name, plain, reduced
+from .run import Build, Pixels, Run, reduced, run_recorded
+from .variants import Variant, is_name, named
 
 PROTOCOLS = ("linear", "bias", "adapter", "vpt-shallow", "vpt-deep", "full")
 # Multiples of a preset's learning rate among which val chooses.
@@ -66,11 +67,12 @@ class Plan:
         Raises:
             SpecError: An unknown protocol, or two variants of one label.
         """
-        rows = tuple(self.variants) or plain(self.protocols, self.options)
+        rows = tuple(self.variants) or tuple(named(self.protocols, self.options))
         labels = [row.label for row in rows]
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
-            raise SpecError(f"Plan: {', '.join(twice)} stands there twice; labels tell rows apart.")
+            told = f"{', '.join(twice)} stands there twice"
+            raise SpecError("Plan", told, "labels tell rows apart")
         return rows
 
     def recipe(self, variant: Variant, backbone: str, factor: float, seed: int) -> Recipe:
@@ -126,14 +128,14 @@ def compare(
     """
     plan = plan or Plan()
     if not ((plan.variants or plan.protocols) and plan.factors and plan.seeds):
-        raise SpecError("compare(plan=...): needs a protocol, a factor and a seed at least.")
+        told = "needs a protocol, a factor and a seed at least"
+        raise SpecError("compare", told, given={"plan": ...})
     rows = plan.rows()
     _check(task, rows, plan, backbone, resize)
     file = Path(folder) / RECORDS
     file.parent.mkdir(parents=True, exist_ok=True)
-    reopen = reopen or partial(reduced, task)
-    work = _Work(file, Settings(Pixels(task, transform), build, reopen, resize), backbone, plan,
-                 group, weights, progress)  # fmt: skip
+    work = _Work(file, Pixels(task, transform), build, backbone, plan, group, weights, progress,
+                 reopen or partial(reduced, task), resize)  # fmt: skip
     if not plan.variants:
         work.controls()
     for row in rows:
@@ -175,13 +177,17 @@ def _stands_beside(record: Record, own: Sequence[Record], labels: set[str]) -> b
 @dataclasses.dataclass(frozen=True)
 class _Work:
     file: Path
-    settings: Settings
+    whole: Pixels
+    build: Build
     backbone: str
     plan: Plan
     group: str | None
     weights: str | None
     progress: bool
+    reopen: Callable[[float], Task]
+    resize: Callable[[int], tuple[Any, Build]] | None
     used: set[Key] = dataclasses.field(default_factory=set)
+    made: dict[Any, tuple[Pixels, Build]] = dataclasses.field(default_factory=dict)
 
     def row(self, row: Variant) -> None:
         """Do everything that a plan asks for of one row."""
@@ -189,28 +195,41 @@ class _Work:
         if not self.plan.final:
             return
         final = [self.run(row, factor, s, row.final, "test") for s in self.plan.seeds]
-        pixels, build = self.settings.of(row)
+        pixels, build = self.needs(row)
         folder = self.file.parent
         there = [r for r in final if "diverged" not in r["metrics"]]
         if len(there) > 1:
             key = record_key(ensemble_stub(there))
             self.used.add(key)
-            if self.plan.ensemble and key not in map(record_key, self._records()):
+            if self.plan.ensemble and key not in map(record_key, read_records(self.file)):
                 append_record(self.file, ensemble_record(there, pixels, build, folder))
         if self.plan.tsne and there:
             draw_embeddings(there[0], pixels, build, folder)
 
+    def needs(self, row: Variant) -> tuple[Pixels, Build]:
+        """Return images and builder for a row's share of the images and their size."""
+        key = (row.fraction, row.size)
+        if key not in self.made:
+            pixels, build = self.whole, self.build
+            if row.size is not None and self.resize is not None:
+                transform, build = self.resize(row.size)
+                pixels = Pixels(self.whole.task, transform)
+            if row.fraction < 1:
+                pixels = Pixels(self.reopen(row.fraction), pixels.transform, pixels)
+            size = pixels.transform.preprocessing["size"]
+            self.made[key] = pixels, lambda: says_its_size(build(), size)
+        return self.made[key]
+
     def run(self, row: Variant, factor: float, seed: int, train: str, test: str) -> Record:
         """Return the record of a run: the one that is there, or a new one."""
-        pixels, build = self.settings.of(row)
-        record = run_recorded(
-            self.file, pixels, row.protocol, build,
-            self.plan.recipe(row, self.backbone, factor, seed), backbone=self.backbone,
-            train=train, test=test, group=self.group, options=row.options, label=row.label,
-            fraction=row.fraction, weights=self.weights,
+        pixels, build = self.needs(row)
+        run = Run(
+            pixels, row, build, self.plan.recipe(row, self.backbone, factor, seed), self.backbone,
+            train, test, group=self.group, weights=self.weights, progress=self.progress,
             facts={"preset": self.plan.kind, "factor": factor},
-            progress=self.progress, folder=self.file.parent if test == "test" else None,
+            folder=self.file.parent if test == "test" else None,
         )  # fmt: skip
+        record = run_recorded(self.file, run)
         self.used.add(record_key(record))
         return record
 
@@ -230,11 +249,10 @@ class _Work:
 
     def controls(self) -> None:
         """Record the majority class, and logistic regression on 16 x 16 pixels."""
-        task = self.settings.whole.task
-        images = self.settings.whole.sums("trainval", "test")
+        task, images = self.whole.task, self.whole.sums("trainval", "test")
         known = {
             r["protocol"]: r
-            for r in self._records()
+            for r in read_records(self.file)
             if (r["task"], r["backbone"]) == (task.name, self.backbone)
             and field(r, "config.images") == images
         }
@@ -246,10 +264,10 @@ class _Work:
     def _control(self, name: str, task: Task, images: Mapping[str, str]) -> Record:
         config: dict[str, Any] = {"images": images}
         if name == CONTROLS[0]:
-            top1 = control.majority(task.trainval().labels, task.split("test").labels)
+            top1 = majority(task.trainval().labels, task.split("test").labels)
         else:
             parts = [task.split(s) for s in ("train", "val", "test")]
-            found = control.logistic(*((control.raw_pixels(p), p.labels) for p in parts))
+            found = logistic(*((raw_pixels(p), p.labels) for p in parts))
             top1, config = found.top1, config | {"C": found.strength}
         return make_record(
             task=task.name,
@@ -262,9 +280,6 @@ class _Work:
             trainable=0,
             config=config,
         )
-
-    def _records(self) -> list[Record]:
-        return read_records(self.file) if self.file.exists() else []
 
 
 def _check(task: Task, rows: Sequence[Variant], plan: Plan, backbone: str, resize: Any) -> None:
@@ -283,9 +298,9 @@ def _check(task: Task, rows: Sequence[Variant], plan: Plan, backbone: str, resiz
             plan.recipe(chosen, backbone, factor, seed)
     for row in rows:
         if row.size is not None and resize is None:
-            raise SpecError(f"compare: the row {row.label!r} needs resize=...")
+            raise SpecError("compare", f"the row {row.label!r} needs `resize=...`")
     if plan.tsne and len(task.split("test")) < 4:
-        raise SpecError("compare(tsne): needs four test images or more.")
+        raise SpecError("compare", "t-SNE needs four test images or more")
 
 
 STRENGTHS = tuple(10.0**power for power in range(-4, 6))
@@ -310,7 +325,7 @@ def majority(train: Sequence[int], test: Sequence[int]) -> float:
         VPTError: An empty split.
     """
     if not len(train) or not len(test):
-        raise VPTError("majority: an empty split; give labels of train and of test.")
+        raise VPTError("majority", "an empty split", "give labels of train and of test")
     counts = Counter(int(label) for label in train)
     best = min(counts, key=lambda label: (-counts[label], label))
     return sum(int(label) == best for label in test) / len(test)
@@ -330,10 +345,9 @@ def raw_pixels(split: Any, size: int = 16) -> Any:
     import numpy as np
     from PIL import Image
 
-    if size < 1:
-        raise SpecError(f"raw_pixels(size={size}): must be at least 1.")
+    integer(1).check("raw_pixels", "size", size)
     if not len(split):
-        raise VPTError("raw_pixels: the split is empty.")
+        raise VPTError("raw_pixels", "the split is empty")
     rows = [
         np.asarray(split.image(i).resize((size, size), Image.Resampling.BOX), dtype=np.float32)
         for i in range(len(split))
@@ -362,31 +376,32 @@ def logistic(
         SpecError: No strengths, or one that is not positive.
         VPTError: An empty split.
     """
-    if not strengths or min(strengths) <= 0:
-        raise SpecError(f"logistic(strengths={strengths}): give positive values of C.")
+    positive = list_of(number(0, above=True), "positive values of C")
+    positive.check("logistic", "strengths", list(strengths))
     for name, (_, labels) in (("train", train), ("val", val), ("test", test)):
         if not len(labels):
-            raise VPTError(f"logistic: the split {name} is empty.")
+            raise VPTError("logistic", f"the split {name} is empty")
     import numpy as np
-
-    parts = [(np.asarray(x, dtype=np.float64), np.asarray(y)) for x, y in (train, val, test)]
-    scores = {c: _score(parts[0], parts[1], c)[0] for c in sorted(strengths)}
-    best = max(scores, key=lambda c: scores[c])
-    joined = tuple(np.concatenate(pair) for pair in zip(*parts[:2], strict=True))
-    top1, converged = _score(joined, parts[2], best)
-    return Fitted(top1, scores[best], best, converged)
-
-
-def _score(train: Any, test: Any, strength: float) -> tuple[float, bool]:
-    """Return the accuracy on test, and whether the solver came to an end."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, PredefinedSplit
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
-    classifier = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=_STEPS))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        classifier.fit(*train)
-    stopped = any(issubclass(w.category, ConvergenceWarning) for w in caught)
-    return float(classifier.score(*test)), not stopped
+    search = GridSearchCV(
+        make_pipeline(StandardScaler(), LogisticRegression(max_iter=_STEPS)),
+        {"logisticregression__C": sorted(strengths)},
+        # Fitted on train, judged on val; then the best one is fitted on both.
+        cv=PredefinedSplit([-1] * len(train[1]) + [0] * len(val[1])),
+        error_score="raise",
+    )
+    rows, classes = (
+        np.concatenate([np.asarray(x) for x in pair]) for pair in zip(train, val, strict=True)
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        search.fit(rows.astype(np.float64), classes)
+    top1 = search.score(np.asarray(test[0], dtype=np.float64), np.asarray(test[1]))
+    steps = search.best_estimator_[-1].n_iter_.max()
+    strength = search.best_params_["logisticregression__C"]
+    return Fitted(float(top1), float(search.best_score_), strength, bool(steps < _STEPS))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from typing import Any
 
 import torch
@@ -17,16 +18,19 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..checks import integer
 from ..errors import SpecError, VPTError
 from ..inject import count_parameters
 from ..preprocessing import output_logits
 
 Batch = tuple[Tensor, Tensor]
-Run = Callable[[nn.Module, Batch], None]
-Row = dict[str, Any]
+# `forward` or `step`.
+Pass = Callable[[nn.Module, Batch], None]
 
 
-def measure(models: Mapping[str, nn.Module], batch: Batch, *, rounds: int = 5) -> list[Row]:
+def measure(
+    models: Mapping[str, nn.Module], batch: Batch, *, rounds: int = 5
+) -> list[dict[str, Any]]:
     """Measure models side by side.
 
     Inference is in eval mode without gradients; prompts' keys and values are cached then. A
@@ -52,16 +56,24 @@ def measure(models: Mapping[str, nn.Module], batch: Batch, *, rounds: int = 5) -
 
     Source: Jia et al. 2022, appendix, Table 12 and Figures 18 and 19.
     """
-    if not models or rounds < 1:
-        raise SpecError(f"measure: {len(models)} models, rounds={rounds}; give one or more.")
+    integer(1).check("measure", "rounds", rounds)
+    if not models:
+        raise SpecError("measure", "there are no models", "give one or more")
     device = batch[0].device
     for name, model in models.items():
         there = next(model.parameters()).device
         if there != device:
-            raise VPTError(f"measure: {name} is on {there}, the batch on {device}; move one.")
+            told = f"{name} is on {there}, the batch on {device}"
+            raise VPTError("measure", told, "move one")
     modes = {name: model.training for name, model in models.items()}
+    rows: list[dict[str, Any]] = []
+    for name, model in models.items():
+        count = count_parameters(model)
+        rows.append(
+            {"name": name, "device": device.type, "batch": len(batch[1])}
+            | {"trainable": count.trainable, "total": count.total}
+        )
     try:
-        rows = [_facts(name, model, batch) for name, model in models.items()]
         for key, run, training in (("inference", forward, False), ("train", step, True)):
             for model in models.values():
                 model.train(training)
@@ -86,7 +98,7 @@ def against_length(
     *,
     others: Mapping[str, nn.Module] | None = None,
     rounds: int = 5,
-) -> list[Row]:
+) -> list[dict[str, Any]]:
     """Measure prompts of several lengths beside other protocols, all interleaved.
 
     Args:
@@ -103,14 +115,14 @@ def against_length(
     Source: Jia et al. 2022, appendix, Figures 18 and 19.
     """
     models = dict(others or {})
-    told: dict[str, tuple[str, int]] = {name: (name, 0) for name in models}
-    for kind in kinds:
-        for length in lengths:
-            name = f"{kind} p={length}"
-            models[name], told[name] = make(kind, length), (kind, length)
-    rows = measure(models, batch, rounds=rounds)
-    return [{**row, "protocol": told[row["name"]][0], "length": told[row["name"]][1]}
-            for row in rows]  # fmt: skip
+    told = {name: (name, 0) for name in models}
+    for kind, length in product(kinds, lengths):
+        name = f"{kind} p={length}"
+        models[name], told[name] = make(kind, length), (kind, length)
+    return [
+        row | dict(zip(("protocol", "length"), told[row["name"]], strict=True))
+        for row in measure(models, batch, rounds=rounds)
+    ]
 
 
 def forward(model: nn.Module, batch: Batch) -> None:
@@ -122,11 +134,15 @@ def forward(model: nn.Module, batch: Batch) -> None:
 def step(model: nn.Module, batch: Batch) -> None:
     """Compute the gradients of one training step."""
     model.zero_grad(set_to_none=True)
-    F.cross_entropy(output_logits(model(batch[0]), "cost"), batch[1]).backward()  # type: ignore[no-untyped-call]
+    _loss(model, batch).backward()  # type: ignore[no-untyped-call]
+
+
+def _loss(model: nn.Module, batch: Batch) -> Tensor:
+    return F.cross_entropy(output_logits(model(batch[0]), "cost"), batch[1])
 
 
 def times(
-    run: Run, models: Mapping[str, nn.Module], batch: Batch, rounds: int
+    run: Pass, models: Mapping[str, nn.Module], batch: Batch, rounds: int
 ) -> dict[str, list[float]]:
     """Return the seconds of each round by model, interleaved; every model runs once before."""
     clock = _gpu_seconds if batch[0].is_cuda else _cpu_seconds
@@ -139,14 +155,14 @@ def times(
     return found
 
 
-def flops(run: Run, model: nn.Module, batch: Batch) -> int:
+def flops(run: Pass, model: nn.Module, batch: Batch) -> int:
     """Count floating point operations of matrix products and convolutions."""
     with FlopCounterMode(display=False, custom_mapping=_attentions()) as counter:
         run(model, batch)
     return int(counter.get_total_flops())
 
 
-def used_bytes(run: Run, model: nn.Module, batch: Batch) -> int:
+def used_bytes(run: Pass, model: nn.Module, batch: Batch) -> int:
     """Return the memory of a run: see `measure`."""
     own = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
     model.zero_grad(set_to_none=True)
@@ -174,30 +190,19 @@ def kept_bytes(model: nn.Module, batch: Batch) -> int:
         return tensor.detach()
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = F.cross_entropy(output_logits(model(batch[0]), "cost"), batch[1])
+        loss = _loss(model, batch)
     # The loss is alive until here, so that no address was given out twice.
     del loss
     return sum(kept.values())
 
 
-def _facts(name: str, model: nn.Module, batch: Batch) -> Row:
-    count = count_parameters(model)
-    return {
-        "name": name,
-        "device": str(batch[0].device.type),
-        "batch": len(batch[1]),
-        "trainable": count.trainable,
-        "total": count.total,
-    }
-
-
-def _cpu_seconds(run: Run, model: nn.Module, batch: Batch) -> float:
+def _cpu_seconds(run: Pass, model: nn.Module, batch: Batch) -> float:
     start = time.process_time()
     run(model, batch)
     return time.process_time() - start
 
 
-def _gpu_seconds(run: Run, model: nn.Module, batch: Batch) -> float:
+def _gpu_seconds(run: Pass, model: nn.Module, batch: Batch) -> float:
     event: Any = torch.cuda.Event
     begin, end = event(enable_timing=True), event(enable_timing=True)
     begin.record()
@@ -209,24 +214,17 @@ def _gpu_seconds(run: Run, model: nn.Module, batch: Batch) -> float:
 
 def _attentions() -> dict[Any, Any]:
     """Return FLOP formulas of the fused attention on a CPU, which torch does not count."""
+
+    def formula(products: int, query: int) -> Callable[..., int]:
+        # The key follows the query among the shapes.
+        def count(*shapes: tuple[int, ...], **_: object) -> int:
+            batch, heads, queries, dim = shapes[query]
+            return 2 * products * batch * heads * queries * shapes[query + 1][-2] * dim
+
+        return count
+
+    name = "_scaled_dot_product_flash_attention_for_cpu"
+    # Backward makes five products, since it computes the scores again.
+    found = {name: formula(2, 0), f"{name}_backward": formula(5, 1)}
     aten: Any = torch.ops.aten
-    named = {
-        "_scaled_dot_product_flash_attention_for_cpu": (2, 0),
-        # Backward makes five products, since it computes the scores again.
-        "_scaled_dot_product_flash_attention_for_cpu_backward": (5, 1),
-    }
-    return {
-        getattr(aten, name): _attention_flops(*numbers)
-        for name, numbers in named.items()
-        if hasattr(aten, name)
-    }
-
-
-def _attention_flops(products: int, query: int) -> Callable[..., int]:
-    """Return the formula for a number of products; the key follows the query among the shapes."""
-
-    def formula(*shapes: tuple[int, ...], **_: object) -> int:
-        batch, heads, queries, dim = shapes[query]
-        return 2 * products * batch * heads * queries * shapes[query + 1][-2] * dim
-
-    return formula
+    return {getattr(aten, name): count for name, count in found.items() if hasattr(aten, name)}

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.find import encoder_for
-from ..backbones.projection import module_at
-from ..errors import SpecError, UnsupportedArchitectureError, VPTError
+from ..checks import integer
+from ..errors import SpecError, UnsupportedArchitectureError, VPTError, listing
 from ..hosts import carries, host_and_prompts, unwrap
 from ..training.metrics import place
-
-MOST_PROTOTYPES = 200
+from .variants import MOST_PROTOTYPES
 
 
 @torch.no_grad()
@@ -57,7 +56,7 @@ def features(model: nn.Module, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
         handle.remove()
         model.train(was_training)
     if not labels:
-        raise VPTError("features: there are no images; give batches that hold some.")
+        raise VPTError("features", "there are no images", "give batches that hold some")
     return torch.cat(kept), torch.cat(labels)
 
 
@@ -89,11 +88,7 @@ def class_prototypes(
     Source: Jia et al. 2022, appendix, Figure 13.
     """
     count = min(classes, MOST_PROTOTYPES) if length is None else length
-    if not 1 <= count <= classes:
-        raise SpecError(
-            f"class_prototypes(classes={classes}, length={length}): length must be between 1 and "
-            "the number of classes."
-        )
+    integer(1, classes).check("class_prototypes", "length", count)
     found, labels = features(model, batches)
     means = class_means(found, labels, classes)
     if count == classes:
@@ -112,11 +107,12 @@ def class_means(found: Tensor, labels: Tensor, classes: int) -> Tensor:
     """
     low, high = (int(x) for x in labels.aminmax())
     if low < 0 or high >= classes:
-        raise VPTError(f"class_means: labels are {low} to {high}, classes 0 to {classes - 1}.")
+        told = f"labels are {low} to {high}, classes 0 to {classes - 1}"
+        raise VPTError("class_means", told)
     counts = torch.bincount(labels, minlength=classes)
     if not bool(counts.all()):
         empty = torch.nonzero(counts == 0).flatten().tolist()
-        raise VPTError(f"class_means: no images of class {', '.join(map(str, empty[:10]))}.")
+        raise VPTError("class_means", f"no images of class {listing(list(map(str, empty)))}")
     sums = torch.zeros(classes, found.shape[1], dtype=torch.float64)
     return (sums.index_add_(0, labels, found.double()) / counts[:, None]).float()
 
@@ -137,8 +133,10 @@ def prompt_values(model: nn.Module, prototypes: Tensor, *, deep: bool = True) ->
     other = {block.width for block in blocks} - {prototypes.shape[1]}
     if other:
         raise SpecError(
-            f"prompt_values: features have the width {prototypes.shape[1]}, but blocks have "
-            f"{', '.join(map(str, sorted(other)))}; prototypes need a backbone of one width."
+            "prompt_values",
+            f"features have the width {prototypes.shape[1]}, but blocks have "
+            f"{', '.join(map(str, sorted(other)))}",
+            "prototypes need a backbone of one width",
         )
     return prototypes.expand(len(blocks), *prototypes.shape).clone()
 
@@ -157,7 +155,7 @@ def tsne(found: Tensor, *, seed: int = 0, perplexity: float = 30.0) -> Any:
     Source: Jia et al. 2022, Figures 9 and 21.
     """
     if len(found) < 4:
-        raise SpecError(f"tsne: {len(found)} images; give four or more.")
+        raise SpecError("tsne", f"{len(found)} images", "give four or more")
     from sklearn.manifold import TSNE
 
     perplexity = min(perplexity, (len(found) - 1) / 3)
@@ -167,13 +165,10 @@ def tsne(found: Tensor, *, seed: int = 0, perplexity: float = 30.0) -> Any:
 
 
 def _head(host: nn.Module) -> nn.Module:
-    if carries(host):
-        encoder = host_and_prompts(host, "features")[1].encoder
-    else:
-        encoder = encoder_for(host, "pad")
-    if encoder.head is None or len(encoder.head.paths) > 1:
-        what = "no classifier" if encoder.head is None else "two classifiers (distillation)"
-        raise UnsupportedArchitectureError(
-            f"features: {type(host).__name__} has {what}, so there is no one place in front of it."
-        )
-    return module_at(host, encoder.head.paths[0])
+    prompted = carries(host)
+    encoder = host_and_prompts(host, "")[1].encoder if prompted else encoder_for(host, "pad")
+    if len(encoder.head_paths) != 1:
+        what = "two classifiers (distillation)" if encoder.head else "no classifier"
+        told = f"{type(host).__name__} has {what}, so there is no one place in front of it"
+        raise UnsupportedArchitectureError("features", told)
+    return host.get_submodule(encoder.head_paths[0])

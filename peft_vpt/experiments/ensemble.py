@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..adapter.verbs import load_task_adapter
-from ..backbones.projection import module_at
+from ..backbones.anatomy import is_below
+from ..checks import one_of
 from ..data import loader
 from ..errors import SpecError, VPTError
 from ..forms.kv import KeyValueForm
@@ -26,12 +27,13 @@ from ..training.metrics import classification_metrics, place
 from .backbones import device
 from .embeddings import features, tsne
 from .plots import Figure, scatter
-from .records import Record, make_record
+from .records import Record, adapter_of, figure_name, make_record
 from .run import TEST_BATCH, Build, Pixels
-from .variants import file_name
 
 # What one adapter brings, by its name in the host.
 Member = dict[str, Tensor]
+# Enough to see classes apart; t-SNE takes minutes from about ten thousand points on.
+_MOST_POINTS = 2000
 
 
 def member(model: nn.Module) -> Member:
@@ -41,12 +43,12 @@ def member(model: nn.Module) -> Member:
         NotPromptedError: The model carries no prompts and no protocol.
     """
     host, prompts = host_and_prompts(model, "member")
-    heads = prompts.encoder.head.paths if prompts.encoder.head else ()
+    inside = ("prompts", *prompts.encoder.head_paths)
     moved = {place.name for place in prompts.delta.places.values()} if prompts.delta else set()
     return {
         name: tensor.detach().clone()
         for name, tensor in host.state_dict().items()
-        if name.startswith("prompts.") or name in moved or _below(name, heads)
+        if name in moved or is_below(name, *inside)
     }
 
 
@@ -106,8 +108,10 @@ def ensemble_logits(
     possible = can_batch(host)
     if one_forward and not possible:
         raise SpecError(
-            f"ensemble_logits(one_forward=True): location={prompts.spec.location!r} or the "
-            "protocol changes more than tokens; leave one_forward out."
+            "ensemble_logits",
+            f"location={prompts.spec.location!r} or the protocol changes more than tokens",
+            "leave one_forward out",
+            given={"one_forward": True},
         )
     device, dtype = place(host)
     pixels = pixels.to(device, dtype)
@@ -135,110 +139,79 @@ def combine(logits: Tensor, how: str = "probabilities") -> Tensor:
     Raises:
         SpecError: Another way.
     """
+    one_of("probabilities", "logits").check("combine", "how", how)
     if how == "logits":
         return logits.mean(dim=0).log_softmax(dim=-1)
-    if how == "probabilities":
-        mean = logits.log_softmax(dim=-1).logsumexp(dim=0)
-        return mean - torch.log(torch.tensor(float(len(logits)))).to(mean)
-    raise SpecError(f"combine(how={how!r}): must be 'probabilities' or 'logits'.")
+    mean = logits.log_softmax(dim=-1).logsumexp(dim=0)
+    return mean - torch.log(torch.tensor(float(len(logits)))).to(mean)
 
 
 def _together(
     host: nn.Module, prompts: Prompts, members: Sequence[Mapping[str, Tensor]], pixels: Tensor
 ) -> Tensor:
-    tokens = _tokens(prompts, members)
-    with _each_its_prompts(prompts, tokens), _each_its_head(host, prompts, members):
-        logits = output_logits(host(pixels.repeat(len(members), 1, 1, 1)), "ensemble")
-    return logits.reshape(len(members), len(pixels), *logits.shape[1:])
-
-
-def _tokens(prompts: Prompts, members: Sequence[Mapping[str, Tensor]]) -> dict[int, Tensor]:
-    """Return every entry's prompts: `(members, length, dim)`."""
-    own = [
-        {n.removeprefix("prompts."): t for n, t in m.items() if n.startswith("prompts.")}
-        for m in members
-    ]
-    return {
-        entry: torch.cat([functional_call(prompts, values, (entry, 1)) for values in own])
+    """Let each part of the batch meet its member's prompts and head, by hooks behind both."""
+    stored = [_below("prompts", values) for values in members]
+    tokens = {
+        entry: torch.cat([functional_call(prompts, values, (entry, 1)) for values in stored])
         for entry in prompts.entries
     }
-
-
-@contextmanager
-def _each_its_prompts(prompts: Prompts, tokens: Mapping[int, Tensor]) -> Iterator[None]:
-    """Let `prompts(entry, batch)` give each part of the batch its member's prompts."""
     # This form itself spreads keys and values over samples, so they are made once per member.
     spreading = {form.index for form in prompts.forms if type(form) is KeyValueForm}
 
-    def swap(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    def own_prompts(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         entry, batch = args
         found = tokens[entry].to(output)
-        if entry in spreading:
-            return found
-        return found.repeat_interleave(batch // len(found), dim=0)
+        each = 1 if entry in spreading else batch // len(found)
+        return found.repeat_interleave(each, dim=0)
 
-    handle = prompts.register_forward_hook(swap)
+    def own_head(
+        copies: list[nn.Module], module: nn.Module, args: tuple[Any, ...], output: Tensor
+    ) -> Tensor:
+        parts = args[0].chunk(len(copies))
+        return torch.cat([copy(part) for copy, part in zip(copies, parts, strict=True)])
+
+    handles = [prompts.register_forward_hook(own_prompts)]
     try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _each_its_head(
-    host: nn.Module, prompts: Prompts, members: Sequence[Mapping[str, Tensor]]
-) -> Iterator[None]:
-    """Let each part of the batch go through its member's head."""
-    paths = prompts.encoder.head.paths if prompts.encoder.head else ()
-    handles = []
-    for path in paths:
-        head = module_at(host, path)
-        copies = [_head(head, path, values) for values in members]
-
-        def swap(
-            module: nn.Module, args: tuple[Any, ...], output: Tensor, copies: Any = copies
-        ) -> Tensor:
-            parts = args[0].chunk(len(copies))
-            return torch.cat([copy(part) for copy, part in zip(copies, parts, strict=True)])
-
-        handles.append(head.register_forward_hook(swap))
-    try:
-        yield
+        for path in prompts.encoder.head_paths:
+            head = host.get_submodule(path)
+            copies = [_head(head, _below(path, values)) for values in members]
+            handles.append(head.register_forward_hook(partial(own_head, copies)))
+        logits = output_logits(host(pixels.repeat(len(members), 1, 1, 1)), "ensemble")
     finally:
         for handle in handles:
             handle.remove()
+    return logits.reshape(len(members), len(pixels), *logits.shape[1:])
 
 
-def _head(head: nn.Module, path: str, values: Mapping[str, Tensor]) -> nn.Module:
+def _below(path: str, values: Mapping[str, Tensor]) -> Member:
+    """Return what of a member belongs to a module, by its name there."""
+    start = f"{path}."
+    return {n.removeprefix(start): t for n, t in values.items() if n.startswith(start)}
+
+
+def _head(head: nn.Module, values: Member) -> nn.Module:
     """Return a copy of a head with a member's values, without the hooks around it."""
     single = copy.deepcopy(head)
     single._forward_hooks.clear()
     single._forward_pre_hooks.clear()
-    own = {n.removeprefix(f"{path}."): t for n, t in values.items() if _below(n, (path,))}
-    single.load_state_dict(own)
+    single.load_state_dict(values)
     return single
 
 
 def _check(members: Sequence[Mapping[str, Tensor]], host: nn.Module) -> None:
     if not members:
-        raise SpecError("ensemble_logits: there are no members.")
+        raise SpecError("ensemble_logits", "there are no members")
     expected = {name: tensor.shape for name, tensor in member(host).items()}
     for index, values in enumerate(members):
         found = {name: tensor.shape for name, tensor in values.items()}
         wrong = sorted(n for n in set(found) | set(expected) if found.get(n) != expected.get(n))
         if wrong:
             raise SpecError(
-                f"ensemble_logits: member {index} differs from the model in {wrong[0]} "
-                f"({len(wrong)} tensors in all); members need the same prompts and classes."
+                "ensemble_logits",
+                f"member {index} differs from the model in {wrong[0]} "
+                f"({len(wrong)} tensors in all)",
+                "members need the same prompts and classes",
             )
-
-
-def _below(name: str, paths: Sequence[str]) -> bool:
-    return any(name == path or name.startswith(f"{path}.") for path in paths)
-
-
-# Enough to see classes apart; t-SNE takes minutes from about ten thousand points on.
-_MOST_POINTS = 2000
 
 
 def ensemble_record(final: Sequence[Record], pixels: Pixels, build: Build, folder: Path) -> Record:
@@ -258,7 +231,7 @@ def ensemble_record(final: Sequence[Record], pixels: Pixels, build: Build, folde
 
     Source: Jia et al. 2022, appendix, Figure 15.
     """
-    members = []
+    members: list[Member] = []
     for record in final:
         model = adapted(record, build, folder)
         members.append(member(model))
@@ -276,38 +249,15 @@ def ensemble_stub(final: Sequence[Record]) -> Record:
     """Return the record of an ensemble without its results."""
     first = final[0]
     recipe = {k: v for k, v in first["config"]["recipe"].items() if k != "seed"}
+    shared = ("task", "group", "backbone", "seed", "split", "preset", "total", "versions")
     return make_record(
-        task=first["task"],
-        group=first["group"],
+        **{name: first.get(name) for name in shared},
         protocol=f"{first['protocol']} ensemble",
-        backbone=first["backbone"],
-        seed=first["seed"],
-        split="test",
-        preset=first.get("preset"),
         metrics={},
         trainable=sum(record["trainable"] or 0 for record in final),
-        total=first["total"],
         stored_bytes=sum(record["stored_bytes"] or 0 for record in final),
         config=first["config"] | {"recipe": recipe, "members": [r["seed"] for r in final]},
-        versions=first["versions"],
     )
-
-
-def is_ensemble(record: Record) -> bool:
-    """Tell whether a record is one of several adapters together."""
-    return "members" in record["config"]
-
-
-def adapter_of(record: Record, folder: Path) -> Path:
-    """Return the folder of the adapter that a record is about.
-
-    Args:
-        record: Of a final run.
-        folder: Of all runs.
-    """
-    # Older records do not name it.
-    old = f"{record['task']}/{file_name(record['protocol'])}-{record['seed']}"
-    return folder / (record.get("adapter") or old)
 
 
 def adapted(record: Record, build: Build, folder: Path) -> nn.Module:
@@ -323,9 +273,9 @@ def adapted(record: Record, build: Build, folder: Path) -> nn.Module:
     """
     path = adapter_of(record, folder)
     what = f"the adapter of {record['protocol']!r}, seed {record['seed']}"
-    advice = "Take its line out of the records, and run the comparison again."
+    advice = "Take its line out of the records, and run the comparison again"
     if not path.exists():
-        raise VPTError(f"compare: {what} is not at {path}. {advice}")
+        raise VPTError("compare", f"{what} is not at {path}", advice)
     model = load_task_adapter(build(), path).to(device())
     found = host_and_prompts(model, "compare")[1].info["metrics"] or {}
     same = all(
@@ -333,7 +283,7 @@ def adapted(record: Record, build: Build, folder: Path) -> nn.Module:
         for name in ("top1", "loss")
     )
     if not same:
-        raise VPTError(f"compare: {path} is of another run than {what}. {advice}")
+        raise VPTError("compare", f"{path} is of another run than {what}", advice)
     return model
 
 
@@ -364,8 +314,3 @@ def draw_embeddings(record: Record, pixels: Pixels, build: Build, folder: Path) 
         names=pixels.task.classes,
         title=f"{record['protocol']}, {record['task']}",
     )
-
-
-def figure_name(record: Record) -> str:
-    """Return the name of the figure of a run's embeddings, without suffix; no other run has it."""
-    return file_name(f"tsne-{record['task']}-{Path(adapter_of(record, Path())).name}")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import VPTError
-from .records import Record, field
+from ..files import replace_file
+from .records import Record, field, values_of
 from .stats import by_task, spread, task_means
 
 _SETTINGS: Any = {
@@ -51,18 +53,18 @@ def bar_chart(
         VPTError: No records to draw.
     """
     values = by_task(records, metric=metric, split=split)
-    _need(values, "bar_chart", metric, split)
+    _need(values, "bar_chart", {}, metric, split)
     tasks = sorted({task for of in values.values() for task in of})
     order = sorted(values, key=lambda p: spread(task_means(values[p]).values()).mean)
     width = 0.8 / len(order)
     # The legend has a line per protocol.
-    edges = {"width": 1.5 + 0.25 * len(tasks) * len(order), "height": 0.25 * len(order)}
-    least = {edge: max(own, at) for (edge, at), own in zip(edges.items(), _SIZE, strict=True)}
-    with _figure(path, title, **least) as drawn:
+    wide = max(_SIZE[0], 1.5 + 0.25 * len(tasks) * len(order))
+    high = max(_SIZE[1], 0.25 * len(order))
+    with _figure(path, title, width=wide, height=high) as (axes, files):
         for place, protocol in enumerate(order):
             there = [(i, spread(values[protocol][t])) for i, t in enumerate(tasks)
                      if t in values[protocol]]  # fmt: skip
-            drawn.axes.bar(
+            axes.bar(
                 [i + (place - (len(order) - 1) / 2) * width for i, _ in there],
                 [100 * s.mean for _, s in there],
                 width,
@@ -71,10 +73,10 @@ def bar_chart(
                 color=_COLOURS[place % len(_COLOURS)],
                 error_kw={"elinewidth": 1},
             )
-        drawn.axes.set_xticks(range(len(tasks)), tasks, rotation=20 if len(tasks) > 3 else 0)
-        drawn.axes.set_ylabel(f"{metric} on {split} (%)")
-        _legend_outside(drawn.axes)
-    return drawn.files
+        axes.set_xticks(range(len(tasks)), tasks, rotation=20 if len(tasks) > 3 else 0)
+        axes.set_ylabel(f"{metric} on {split} (%)")
+        _legend_outside(axes)
+    return files
 
 
 def curve(
@@ -114,13 +116,13 @@ def curve(
         VPTError: No records to draw.
     """
     lines = _lines(records, x, by, metric, split)
-    _need(lines, f"curve(x={x!r})", metric, split)
+    _need(lines, "curve", {"x": x}, metric, split)
     places = list(dict.fromkeys(at for points in lines.values() for at in points))
     numbers = all(isinstance(at, int | float) for at in places)
-    with _figure(path, title) as drawn:
+    with _figure(path, title) as (axes, files):
         for index, (name, points) in enumerate(lines.items()):
             at = sorted(points) if numbers else [place for place in places if place in points]
-            drawn.axes.errorbar(
+            axes.errorbar(
                 at if numbers else [places.index(place) for place in at],
                 [scale * points[place].mean for place in at],
                 yerr=[scale * points[place].std for place in at],
@@ -130,13 +132,13 @@ def curve(
                 capsize=3,
             )
         if log:
-            drawn.axes.set_xscale("log")
+            axes.set_xscale("log")
         if not numbers:
-            drawn.axes.set_xticks(range(len(places)), [str(place) for place in places])
-        drawn.axes.set_xlabel(label or x)
-        drawn.axes.set_ylabel(unit or f"{metric} on {split} (%)")
-        _legend_outside(drawn.axes)
-    return drawn.files
+            axes.set_xticks(range(len(places)), [str(place) for place in places])
+        axes.set_xlabel(label or x)
+        axes.set_ylabel(unit or f"{metric} on {split} (%)")
+        _legend_outside(axes)
+    return files
 
 
 def heat_map(
@@ -164,27 +166,27 @@ def heat_map(
         VPTError: No records to draw.
     """
     rows = _lines(records, x, y, metric, split)
-    _need(rows, f"heat_map(x={x!r}, y={y!r})", metric, split)
+    _need(rows, "heat_map", {"x": x, "y": y}, metric, split)
     columns, order = sorted({at for cells in rows.values() for at in cells}), sorted(rows)
     nothing = float("nan")
     shares = [
         [100 * rows[row][at].mean if at in rows[row] else nothing for at in columns]
         for row in order
     ]
-    with _figure(path, title, width=max(_SIZE[0], 1.5 + 0.7 * len(columns))) as drawn:
-        image = drawn.axes.imshow(shares, cmap="viridis", aspect="auto", origin="lower")
+    with _figure(path, title, width=max(_SIZE[0], 1.5 + 0.7 * len(columns))) as (axes, files):
+        image = axes.imshow(shares, cmap="viridis", aspect="auto", origin="lower")
         middle = sum(image.get_clim()) / 2
         for i, line in enumerate(shares):
             for j, share in enumerate(line):
                 if share == share:
                     colour = "black" if share > middle else "white"
-                    drawn.axes.text(j, i, f"{share:.1f}", ha="center", va="center", color=colour)
-        drawn.axes.set_xticks(range(len(columns)), [f"{at:g}" for at in columns])
-        drawn.axes.set_yticks(range(len(order)), [f"{at:g}" for at in order])
-        drawn.axes.set_xlabel(x.rpartition(".")[2])
-        drawn.axes.set_ylabel(y.rpartition(".")[2])
-        drawn.axes.figure.colorbar(image, label=f"{metric} on {split} (%)")
-    return drawn.files
+                    axes.text(j, i, f"{share:.1f}", ha="center", va="center", color=colour)
+        axes.set_xticks(range(len(columns)), [f"{at:g}" for at in columns])
+        axes.set_yticks(range(len(order)), [f"{at:g}" for at in order])
+        axes.set_xlabel(x.rpartition(".")[2])
+        axes.set_ylabel(y.rpartition(".")[2])
+        axes.figure.colorbar(image, label=f"{metric} on {split} (%)")
+    return files
 
 
 def scatter(
@@ -208,34 +210,30 @@ def scatter(
         VPTError: No points, or another number of labels.
     """
     if not len(labels) or len(points) != len(labels):
-        raise VPTError(f"scatter: {len(points)} points and {len(labels)} labels; one label each.")
+        told = f"{len(points)} points and {len(labels)} labels"
+        raise VPTError("scatter", told, "one label each")
     import matplotlib
 
     classes = sorted(set(labels))
     map_name = "tab10" if len(classes) <= 10 else "viridis"
     colours = matplotlib.colormaps[map_name].resampled(max(2, len(classes)))
-    with _figure(path, title, height=_SIZE[0] * 0.8) as drawn:
+    with _figure(path, title, height=_SIZE[0] * 0.8) as (axes, files):
         for place, label in enumerate(classes):
             own = [p for p, at in zip(points, labels, strict=True) if at == label]
+            xs, ys = ([float(p[axis]) for p in own] for axis in (0, 1))
             name = names[label] if names else str(label)
-            xs, ys = [float(p[0]) for p in own], [float(p[1]) for p in own]
-            drawn.axes.scatter(xs, ys, s=8, label=name, color=colours(place))
-        drawn.axes.set_xticks([])
-        drawn.axes.set_yticks([])
+            axes.scatter(xs, ys, s=8, label=name, color=colours(place))
+        axes.set_xticks([])
+        axes.set_yticks([])
         if len(classes) <= 20:
-            _legend_outside(drawn.axes)
-    return drawn.files
-
-
-class _Drawing(NamedTuple):
-    axes: Any
-    files: Figure
+            _legend_outside(axes)
+    return files
 
 
 @contextmanager
 def _figure(
     path: str | Path, title: str, *, width: float = _SIZE[0], height: float = _SIZE[1]
-) -> Iterator[_Drawing]:
+) -> Iterator[tuple[Any, Figure]]:
     """Give axes, then write the figure; no state of pyplot is touched, no date is written."""
     import matplotlib
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -250,20 +248,13 @@ def _figure(
         axes = figure.add_subplot()
         if title:
             axes.set_title(title)
-        yield _Drawing(axes, files)
+        yield axes, files
         stem.parent.mkdir(parents=True, exist_ok=True)
-        _write(figure, files.png, "png", {"Software": None})
-        _write(figure, files.svg, "svg", {"Date": None, "Creator": None})
-
-
-def _write(figure: Any, path: Path, kind: str, metadata: Mapping[str, None]) -> None:
-    import io
-
-    from ..files import replace_file
-
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=kind, metadata=metadata)
-    replace_file(path, buffer.getvalue())
+        metadata = ({"Software": None}, {"Date": None, "Creator": None})
+        for file, kind, without in zip(files, Figure._fields, metadata, strict=True):
+            buffer = io.BytesIO()
+            figure.savefig(buffer, format=kind, metadata=without)
+            replace_file(file, buffer.getvalue())
 
 
 def _legend_outside(axes: Any) -> None:
@@ -273,16 +264,15 @@ def _legend_outside(axes: Any) -> None:
 def _lines(records: Iterable[Record], x: str, by: str, metric: str, split: str) -> dict[Any, Any]:
     """Return the spread of a metric by line and place, in the order of the records."""
     found: dict[Any, dict[Any, list[float]]] = {}
-    for record in records:
-        at, line = field(record, x), field(record, by)
-        value = field(record, f"metrics.{metric}")
-        if record["split"] != split or None in (at, line, value):
-            continue
-        at, line = (tuple(v) if isinstance(v, list) else v for v in (at, line))
-        found.setdefault(line, {}).setdefault(at, []).append(value)
+    for record, value in values_of(records, metric, split):
+        own = (field(record, name) for name in (x, by))
+        at, line = (tuple(v) if isinstance(v, list) else v for v in own)
+        if at is not None and line is not None:
+            found.setdefault(line, {}).setdefault(at, []).append(value)
     return {line: {at: spread(v) for at, v in of.items()} for line, of in found.items()}
 
 
-def _need(found: Any, call: str, metric: str, split: str) -> None:
+def _need(found: Any, call: str, given: Mapping[str, str], metric: str, split: str) -> None:
     if not found:
-        raise VPTError(f"{call}: no record of split {split!r} has that and the metric {metric!r}.")
+        told = f"no record of split {split!r} has that and the metric {metric!r}"
+        raise VPTError(call, told, given=given)

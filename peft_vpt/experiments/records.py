@@ -5,24 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import VPTError
+from ..checks import Rule, instance, integer, misfits, number, optional, or_none
+from ..errors import VPTError, shown
+from ..files import plain
 
 Record = dict[str, Any]
 # (task, protocol, backbone, seed, split, hash of the configuration)
 Key = tuple[str, str, str, int, str, str]
-_NEEDED = ("task", "protocol", "backbone", "seed", "split", "metrics")
-_OPTIONAL: dict[str, Any] = {
-    "group": None,
-    "trainable": None,
-    "total": None,
-    "stored_bytes": None,
-    "seconds": None,
+_OF_A_RUN = ("task", "protocol", "backbone", "seed", "split")
+_OPTIONAL = dict.fromkeys(("group", "trainable", "total", "stored_bytes", "seconds"))
+_TEXT = instance(str, "text")
+_METRIC = or_none(number())
+_RULES = {
+    "task": _TEXT,
+    "protocol": _TEXT,
+    "backbone": _TEXT,
+    "seed": integer(),
+    "split": _TEXT,
+    "metrics": Rule(
+        "numbers by name",
+        lambda found: isinstance(found, dict) and all(map(_METRIC.fits, found.values())),
+    ),
+    "config": optional(or_none(instance(dict, "an object"))),
 }
 # Facts about the machine, which do not make another run.
 _NOT_THE_RUN = ("versions", "machine")
@@ -46,12 +57,9 @@ def make_record(**fields: Any) -> Record:
     Raises:
         VPTError: A field is missing or of the wrong kind.
     """
-    from ..files import plain
-
     record: Record = plain({**_OPTIONAL, "config": {}, "versions": {}, **fields})
-    reason = _fault(record)
-    if reason:
-        raise VPTError(f"make_record: {reason}.")
+    if reason := _fault(record):
+        raise VPTError("make_record", reason)
     return record
 
 
@@ -67,14 +75,8 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 def record_key(record: Mapping[str, Any]) -> Key:
     """Return what makes a run this run and no other."""
-    return (
-        record["task"],
-        record["protocol"],
-        record["backbone"],
-        record["seed"],
-        record["split"],
-        config_hash(record.get("config") or {}),
-    )
+    task, protocol, backbone, seed, split = (record[name] for name in _OF_A_RUN)
+    return task, protocol, backbone, seed, split, config_hash(record.get("config") or {})
 
 
 def append_record(path: str | Path, record: Mapping[str, Any]) -> bool:
@@ -126,14 +128,16 @@ def read_records(path: str | Path, *, strict: bool = False) -> list[Record]:
     try:
         text = source.read_bytes().decode(errors="replace")
     except OSError as error:
-        raise VPTError(f"read_records: {source}: cannot be read ({error.strerror}).") from error
+        told = f"cannot be read ({error.strerror})"
+        raise VPTError("read_records", told, path=source) from error
     records, broken = parse_records(text)
     if broken:
         told = "; ".join(f"line {line}: {reason}" for line, reason in broken)
-        message = f"read_records: {source}: {told}. Delete such lines; their runs are run again."
+        advice = "Delete such lines; their runs are run again"
+        fault = VPTError("read_records", told, advice, path=source)
         if strict:
-            raise VPTError(message)
-        warnings.warn(message, stacklevel=2)
+            raise fault
+        warnings.warn(str(fault), stacklevel=2)
     return records
 
 
@@ -141,18 +145,17 @@ def parse_records(text: str) -> tuple[list[Record], list[Broken]]:
     """Split JSON lines into records and lines that are none, numbered from 1."""
     records: list[Record] = []
     broken: list[Broken] = []
-    for number, line in enumerate(text.split("\n"), start=1):
+    for place, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
             value = json.loads(line)
         # Numbers may be too long to read, and lists nested too deep.
         except (ValueError, RecursionError) as error:
-            broken.append(Broken(number, f"not JSON ({getattr(error, 'msg', error)})"))
+            broken.append(Broken(place, f"not JSON ({getattr(error, 'msg', error)})"))
             continue
-        reason = _fault(value)
-        if reason:
-            broken.append(Broken(number, reason))
+        if reason := _fault(value):
+            broken.append(Broken(place, reason))
         else:
             records.append(value)
     return records, broken
@@ -200,35 +203,56 @@ def field(record: Mapping[str, Any], name: str) -> Any:
     return value
 
 
+def values_of(records: Iterable[Record], metric: str, split: str) -> Iterator[tuple[Record, float]]:
+    """Give the records of a split that have a metric, each with its value."""
+    for record in records:
+        value = record["metrics"].get(metric)
+        if record["split"] == split and value is not None:
+            yield record, value
+
+
 def missing(records: Iterable[Record], wanted: Iterable[Record]) -> list[Record]:
     """Return the planned runs (records without results) that are not among the records."""
     there = {record_key(record) for record in records}
     return [record for record in wanted if record_key(record) not in there]
 
 
+def file_name(text: str) -> str:
+    """Return a text as the name of a file or folder."""
+    return re.sub(r"[^A-Za-z0-9.+_=-]+", "-", text).strip("-")
+
+
+def is_ensemble(record: Record) -> bool:
+    """Tell whether a record is one of several adapters together."""
+    return "members" in record["config"]
+
+
+def adapter_of(record: Record, folder: Path) -> Path:
+    """Return the folder of the adapter that a record is about.
+
+    Args:
+        record: Of a final run.
+        folder: Of all runs.
+    """
+    # Older records do not name it.
+    old = f"{record['task']}/{file_name(record['protocol'])}-{record['seed']}"
+    return folder / (record.get("adapter") or old)
+
+
+def figure_name(record: Record) -> str:
+    """Return the name of the figure of a run's embeddings, without suffix; no other run has it."""
+    return file_name(f"tsne-{record['task']}-{Path(adapter_of(record, Path())).name}")
+
+
 def _fault(value: Any) -> str:
     """Say why a value is no record, or return ""."""
     if not isinstance(value, dict):
         return f"a record is an object, this is {type(value).__name__}"
-    absent = [name for name in _NEEDED if name not in value]
+    wrong = misfits(value, _RULES)
+    absent = [name for name in wrong if name not in value]
     if absent:
         return f"{', '.join(absent)} missing"
-    texts = ("task", "protocol", "backbone", "split")
-    wrong = [name for name in texts if not isinstance(value[name], str)]
-    if wrong:
-        return f"{wrong[0]}={value[wrong[0]]!r} must be text"
-    if isinstance(value["seed"], bool) or not isinstance(value["seed"], int):
-        return f"seed={value['seed']!r} must be an integer"
-    metrics = value["metrics"]
-    if not isinstance(metrics, dict) or not all(map(_is_number, metrics.values())):
-        return f"metrics={metrics!r} must be numbers by name"
-    if not isinstance(value.get("config", {}), dict | None):
-        return "config must be an object"
-    return ""
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+    return f"{wrong[0]}={shown(value[wrong[0]])} must be {_RULES[wrong[0]].what}" if wrong else ""
 
 
 @contextmanager

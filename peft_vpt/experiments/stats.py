@@ -7,14 +7,16 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..checks import integer, number, one_of
 from ..errors import SpecError, VPTError
-from .records import Record, field
+from .records import Record, values_of
 
 _EXACT_UP_TO = 25
 # Accuracies are printed with a few digits; differences that are equal there must tie, which binary
 # fractions hide (0.3 - 0.1 is not 0.2).
 _DIGITS = 10
-_ALTERNATIVES = ("greater", "less", "two-sided")
+_ALTERNATIVES = one_of("greater", "less", "two-sided")
+_ZEROS = one_of("wilcox", "pratt")
 
 
 class Spread(NamedTuple):
@@ -24,8 +26,13 @@ class Spread(NamedTuple):
     std: float
     number: int
 
+    @property
+    def deviation(self) -> str:
+        """What stands behind a mean in percent: " ± 1.4", "" for one value."""
+        return f" ± {100 * self.std:.1f}" if self.number > 1 else ""
 
-class Comparison(NamedTuple):
+
+class Significance(NamedTuple):
     """A test: its statistic, its p-value, the pairs (or seeds) it used, and how it was computed."""
 
     statistic: float
@@ -42,7 +49,7 @@ def spread(values: Iterable[float]) -> Spread:
     """
     found = [float(value) for value in values]
     if not found:
-        raise SpecError("spread: there are no values.")
+        raise SpecError("spread", "there are no values")
     mean = math.fsum(found) / len(found)
     squares = math.fsum((value - mean) ** 2 for value in found)
     return Spread(mean, math.sqrt(squares / max(1, len(found) - 1)), len(found))
@@ -50,10 +57,8 @@ def spread(values: Iterable[float]) -> Spread:
 
 def accuracy_error(accuracy: float, images: int) -> float:
     """Return the binomial standard error of an accuracy over `images` test images."""
-    if not 0 <= accuracy <= 1 or images < 1:
-        raise SpecError(
-            f"accuracy_error({accuracy}, {images}): needs a share of 0 to 1 and at least one image."
-        )
+    number(0, 1).check("accuracy_error", "accuracy", accuracy)
+    integer(1).check("accuracy_error", "images", images)
     return math.sqrt(accuracy * (1 - accuracy) / images)
 
 
@@ -63,7 +68,7 @@ def wilcoxon(
     *,
     alternative: str = "greater",
     zeros: str = "wilcox",
-) -> Comparison:
+) -> Significance:
     """Test over tasks whether a method is better than another: Wilcoxon's signed-rank test.
 
     Up to 25 pairs the p-value is exact, also under ties (over all signs of the midranks); above
@@ -84,29 +89,34 @@ def wilcoxon(
 
     Source: Jia et al. 2022, appendix, Table 10.
     """
-    if alternative not in _ALTERNATIVES or zeros not in ("wilcox", "pratt"):
-        raise SpecError(
-            f"wilcoxon(alternative={alternative!r}, zeros={zeros!r}): alternative is one of "
-            f"{', '.join(_ALTERNATIVES)}; zeros is 'wilcox' or 'pratt'."
-        )
+    _ALTERNATIVES.check("wilcoxon", "alternative", alternative)
+    _ZEROS.check("wilcoxon", "zeros", zeros)
     pairs = _pairs(first, second)
     if not all(math.isfinite(value) for pair in pairs for value in pair):
-        raise SpecError("wilcoxon: a result is not finite; leave its task out on both sides.")
+        advice = "leave its task out on both sides"
+        raise SpecError("wilcoxon", "a result is not finite", advice)
+    from scipy import stats
+
     differences = [round(a - b, _DIGITS) for a, b in pairs]
     moved = sum(d != 0 for d in differences)
     if not moved:
-        return Comparison(0.0, 1.0, 0, "no differences")
-    if moved > _EXACT_UP_TO:
-        return _approximate(differences, moved, alternative, zeros)
-    ranks = _signed_ranks(differences, drop_first=zeros == "wilcox")
-    positive = sum(rank for rank in ranks if rank > 0)
-    p_value = _exact_p([abs(rank) for rank in ranks], positive, alternative)
-    return Comparison(positive, p_value, moved, f"exact, zeros={zeros}")
+        return Significance(0.0, 1.0, 0, "no differences")
+    ranked = differences if zeros == "pratt" else [d for d in differences if d]
+    # Midranks of the sizes; those of zeros are dropped here at the latest.
+    ranks = list(zip(map(float, stats.rankdata([abs(d) for d in ranked])), ranked, strict=True))
+    positive = sum(rank for rank, d in ranks if d > 0)
+    if moved <= _EXACT_UP_TO:
+        p_value = _exact_p([rank for rank, d in ranks if d], positive, alternative)
+        return Significance(positive, p_value, moved, f"exact, zeros={zeros}")
+    found: Any = stats.wilcoxon(
+        differences, alternative=alternative, zero_method=zeros, method="approx"
+    )
+    return Significance(positive, float(found.pvalue), moved, f"normal, zeros={zeros}")
 
 
 def welch(
     first: Sequence[float], second: Sequence[float], *, alternative: str = "greater"
-) -> Comparison:
+) -> Significance:
     """Test over seeds of one task whether a method is better than another: Welch's t-test.
 
     Args:
@@ -123,21 +133,20 @@ def welch(
 
     Source: Jia et al. 2022, appendix, Figure 16.
     """
-    if alternative not in _ALTERNATIVES or min(len(first), len(second)) < 2:
-        raise SpecError(
-            f"welch({len(first)} and {len(second)} values, alternative={alternative!r}): needs two "
-            f"seeds or more on each side, and one of {', '.join(_ALTERNATIVES)}."
-        )
+    _ALTERNATIVES.check("welch", "alternative", alternative)
+    if min(len(first), len(second)) < 2:
+        given = {"first": first, "second": second}
+        raise SpecError("welch", "needs two seeds or more on each side", given=given)
     count = len(first) + len(second)
     if len(set(first)) == len(set(second)) == 1:
-        return Comparison(math.nan, math.nan, count, "Welch, neither varies")
+        return Significance(math.nan, math.nan, count, "Welch, neither varies")
     from scipy import stats
 
     with warnings.catch_warnings():
         # Seeds that come to nearly the same; the statistic is large then, as it should be.
         warnings.filterwarnings("ignore", "Precision loss", RuntimeWarning)
         found = stats.ttest_ind(list(first), list(second), equal_var=False, alternative=alternative)
-    return Comparison(float(found.statistic), float(found.pvalue), count, "Welch")
+    return Significance(float(found.statistic), float(found.pvalue), count, "Welch")
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -167,15 +176,14 @@ def by_task(
             would say nothing.
     """
     found: dict[str, dict[str, dict[int, float]]] = {}
-    for record in records:
-        value = field(record, f"metrics.{metric}")
-        if record["split"] != split or value is None:
-            continue
+    for record, value in values_of(records, metric, split):
         runs = found.setdefault(record["protocol"], {}).setdefault(record["task"], {})
         if record["seed"] in runs:
             raise VPTError(
-                f"by_task: two {split} runs of {record['protocol']} on {record['task']} with seed "
-                f"{record['seed']}; choose one backbone and one setting by select(records, ...)."
+                "by_task",
+                f"two {split} runs of {record['protocol']} on {record['task']} with seed "
+                f"{record['seed']}",
+                "choose one backbone and one setting by `select(records, ...)`",
             )
         runs[record["seed"]] = value
     return {
@@ -197,32 +205,17 @@ def wins(first: Mapping[str, float], second: Mapping[str, float], *, ties: bool 
 
 
 def _pairs(first: Any, second: Any) -> list[tuple[float, float]]:
+    problem = ""
     if isinstance(first, Mapping) and isinstance(second, Mapping):
-        other = sorted(set(first) ^ set(second))
-        if other or not first:
-            raise SpecError(
-                f"wilcoxon: both sides need the same tasks; only one has {', '.join(other)}."
-                if other
-                else "wilcoxon: there are no tasks."
-            )
-        return [(first[task], second[task]) for task in first]
-    if isinstance(first, Mapping) or isinstance(second, Mapping) or len(first) != len(second):
-        raise SpecError(
-            "wilcoxon: give two mappings of the same tasks, or two sequences of the same length."
-        )
-    if not len(first):
-        raise SpecError("wilcoxon: there are no tasks.")
+        if other := sorted(set(first) ^ set(second)):
+            problem = f"both sides need the same tasks; only one has {', '.join(other)}"
+        else:
+            first, second = list(first.values()), [second[task] for task in first]
+    elif isinstance(first, Mapping) or isinstance(second, Mapping) or len(first) != len(second):
+        problem = "give two mappings of the same tasks, or two sequences of the same length"
+    if problem or not len(first):
+        raise SpecError("wilcoxon", problem or "there are no tasks")
     return list(zip(first, second, strict=True))
-
-
-def _signed_ranks(differences: list[float], *, drop_first: bool) -> list[float]:
-    """Return the midranks of the sizes, with the signs of the differences; zeros are left out."""
-    from scipy.stats import rankdata
-
-    if drop_first:
-        differences = [d for d in differences if d]
-    ranks = rankdata([abs(d) for d in differences])
-    return [math.copysign(float(r), d) for r, d in zip(ranks, differences, strict=True) if d]
 
 
 def _exact_p(ranks: list[float], positive: float, alternative: str) -> float:
@@ -243,14 +236,3 @@ def _exact_p(ranks: list[float], positive: float, alternative: str) -> float:
     if alternative == "two-sided":
         return min(1.0, 2 * min(greater, less))
     return greater if alternative == "greater" else less
-
-
-def _approximate(differences: list[float], moved: int, alternative: str, zeros: str) -> Comparison:
-    from scipy import stats
-
-    found: Any = stats.wilcoxon(
-        differences, alternative=alternative, zero_method=zeros, method="approx"
-    )
-    ranks = _signed_ranks(differences, drop_first=zeros == "wilcox")
-    positive = sum(rank for rank in ranks if rank > 0)
-    return Comparison(positive, float(found.pvalue), moved, f"normal, zeros={zeros}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backbones.anatomy import is_below
 from ..backbones.find import encoder_for
 from ..data import Split, Task
 from ..data.loading import each
@@ -37,7 +38,8 @@ def file_sum(path: str | Path) -> str:
                     total = zlib.crc32(chunk, total)
             _known[key] = f"{state.st_size} {total:08x}"
     except OSError as error:
-        raise VPTError(f"{path} cannot be read: {error}; replace it, or leave it out.") from error
+        told = f"cannot be read: {error}"
+        raise VPTError("file_sum", told, "replace it, or leave it out", path=path) from error
     return _known[key]
 
 
@@ -47,10 +49,9 @@ def model_sum(model: nn.Module) -> str:
     A classifier that a checkpoint lacks is drawn anew whenever the model is built.
     """
     encoder = encoder_for(model, "pad")
-    heads = () if encoder.head is None else tuple(f"{path}." for path in encoder.head.paths)
     total, count = 0, 0
     for name, tensor in sorted(model.state_dict().items()):
-        if not name.startswith(heads or "\0"):
+        if not is_below(name, *encoder.head_paths):
             raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
             total = zlib.crc32(raw.numpy().data, zlib.crc32(name.encode(), total))
             count += tensor.numel()
@@ -73,7 +74,6 @@ def split_sum(split: Split) -> str:
         VPTError: An image cannot be read.
     """
     root = os.path.commonpath([os.path.dirname(path) for path in split.paths] or [""])
-
     places = [f"{Path(path).relative_to(root).as_posix()}\t" for path in split.paths]
     rows = zip(places or [""] * len(split), image_marks(split), split.labels, strict=True)
     return text_sum([f"{place}{mark}\t{label}" for place, mark, label in rows])

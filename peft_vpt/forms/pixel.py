@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backbones.anatomy import Encoder
+from ..backbones.anatomy import Encoder, first_floating
 from ..backbones.find import takes_images
 from ..backbones.projection import join
 from ..errors import SpecError, UnsupportedArchitectureError, VPTError
@@ -168,7 +168,7 @@ class Border(PixelPlace):
         """
         if not self.module or not takes_images(host):
             return
-        like = next(p for p in host.parameters() if p.is_floating_point())
+        like = first_floating(host)
         image = torch.zeros(1, *self.image).to(like)
         error = rehearse(host, [image], within=partial(attached, self.forms(prompts, host))).error
         if error is not None:

@@ -18,7 +18,6 @@ from ..adapter.source import download, hub_errors
 from ..backbones.anatomy import Encoder
 from ..backbones.find import encoder_for
 from ..backbones.heads import class_count
-from ..backbones.projection import module_at
 from ..errors import AdapterError, UnsupportedArchitectureError, VPTError, shown
 from ..preprocessing import describe_preprocessing, timm_transform
 
@@ -377,7 +376,7 @@ def _takes_head(model: nn.Module, adapter: Adapter) -> bool:
         return False
     if new_classes(adapter, encoder, with_head=True) is not None:
         return True
-    own = module_at(model, encoder.head.paths[0])
+    own = model.get_submodule(encoder.head.paths[0])
     same_class = head.get("class") in (None, type(own).__name__)
     return same_class and class_count(model, encoder.head) == head["classes"]
 

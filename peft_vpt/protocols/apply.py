@@ -8,10 +8,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from ..backbones.anatomy import Encoder
+from ..backbones.anatomy import Encoder, first_floating
 from ..backbones.find import encoder_for, is_convnet
-from ..backbones.heads import class_count, host_dtype, swap_head
-from ..backbones.projection import module_at
+from ..backbones.heads import class_count, swap_head
 from ..errors import SpecError, UnsupportedArchitectureError
 from ..hosts import device_of, host_and_prompts, refuse_unfit
 from ..inject import freeze, inject_prompts, inject_spec, watch_input
@@ -131,7 +130,7 @@ def apply_delta(
         classes = _classes(model, encoder, protocol, num_classes)
     inject_spec(model, spec, encoder, num_classes=classes, head_bias=head_bias, generator=generator)
     if protocol.kind == "mlp" and encoder.head is not None:
-        linear: Any = module_at(model, encoder.head.paths[0])
+        linear: Any = model.get_submodule(encoder.head.paths[0])
         with torch.device("meta"):
             head = MlpHead(linear.in_features, linear.out_features, protocol.number)
         fill(head, linear.weight.device, linear.weight.dtype, generator)
@@ -142,7 +141,7 @@ def apply_delta(
 def _put(model: Model, delta: Delta, encoder: Encoder, generator: torch.Generator | None) -> Model:
     """Attach the state of a protocol to a model that carries a `Prompts`, empty or not."""
     prompts = host_and_prompts(model, "apply_protocol")[1]
-    dtype = host_dtype(module_at(model, encoder.start))
+    dtype = first_floating(model.get_submodule(encoder.start)).dtype
     delta.materialise(device_of(model, encoder), dtype, generator)
     delta.attach(model, prompts)
     prompts.delta = delta

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..backbones.anatomy import Encoder
+from ..backbones.anatomy import Encoder, is_below
 from ..backbones.fingerprint import Fingerprint, fingerprint
-from ..backbones.projection import module_at
 from ..errors import UnsupportedArchitectureError, VPTError
 from .modules import Bottleneck, FeedForward, SideNetwork, feed_forwards, fill
 from .moved import moved
@@ -91,10 +90,10 @@ class Delta(nn.Module):
         for part in self._parts():
             part.serve(prompts)
         for index, bottleneck in self._bottlenecks().items():
-            layer = module_at(host, self.layers[int(index)].path)
+            layer = host.get_submodule(self.layers[int(index)].path)
             self._handles.append(layer.register_forward_hook(bottleneck.behind))
         if self.side is not None and encoder.head is not None:
-            head = module_at(host, encoder.head.paths[0])
+            head = host.get_submodule(encoder.head.paths[0])
             self._handles.append(host.register_forward_pre_hook(self.side.see, with_kwargs=True))
             self._handles.append(head.register_forward_pre_hook(self.side.blend))
             self._handles.append(host.register_forward_hook(self.side.forget, always_call=True))
@@ -151,7 +150,7 @@ class Delta(nn.Module):
 
     def keeps_mode(self, path: str) -> bool:
         """Tell whether a module of the host follows it into train mode."""
-        return any(not p or path == p or path.startswith(f"{p}.") for p in self.trained_paths)
+        return is_below(path, *self.trained_paths)
 
     def _copies(self, host: nn.Module) -> dict[str, Tensor]:
         known = _tensors(host)

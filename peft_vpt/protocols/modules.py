@@ -18,7 +18,7 @@ from inspect import signature
 from typing import NamedTuple
 
 from ..backbones.anatomy import Block, Encoder
-from ..backbones.projection import join, module_at
+from ..backbones.projection import join
 from ..errors import UnsupportedArchitectureError
 from ..rehearsal import Rehearsal, Shape, rehearse_host
 
@@ -281,7 +281,7 @@ def feed_forwards(host: nn.Module, encoder: Encoder) -> list[FeedForward]:
         )
     paths = []
     for index, block in enumerate(encoder.blocks):
-        inside = _inside(module_at(host, block.path))
+        inside = _inside(host.get_submodule(block.path))
         if inside is None:
             raise UnsupportedArchitectureError(
                 f"apply_protocol('adapter'): block {index} ({block.path}) of "
@@ -310,7 +310,7 @@ def _refuse_others(host: nn.Module, encoder: Encoder) -> None:
     Such layers stand among the known blocks; what pools behind the last one is no block.
     """
     blocks = tuple(f"{block.path}." for block in encoder.blocks)
-    paths = [path for path, _ in module_at(host, encoder.path).named_modules()]
+    paths = [path for path, _ in host.get_submodule(encoder.path).named_modules()]
     paths = [join(encoder.path, path) for path in paths]
     last = max(i for i, path in enumerate(paths) if f"{path}." in blocks)
     for path in paths[:last]:
@@ -325,7 +325,7 @@ def _refuse_others(host: nn.Module, encoder: Encoder) -> None:
 
 def _described(host: nn.Module, path: str, block: Block, shown: Rehearsal | None) -> FeedForward:
     """Return what is behind a layer: as its dummy call showed, or else as its parts say."""
-    width, axis = _last_layer(module_at(host, path), block.width)
+    width, axis = _last_layer(host.get_submodule(path), block.width)
     if shown is None:
         return FeedForward(path, width, axis)
     call = shown.first(path)

@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..backbones.anatomy import Encoder
-from ..backbones.projection import module_at
+from ..backbones.anatomy import Encoder, is_below
 from ..backbones.weights import is_packed
 from ..errors import SpecError, UnsupportedArchitectureError
 from ..rehearsal import Rehearsal, rehearse_host
@@ -77,7 +76,7 @@ def _statistics(host: nn.Module, encoder: Encoder, paths: tuple[str, ...]) -> li
         name
         for name, buffer in host.named_buffers()
         if "running_" in name and buffer.is_floating_point() and not _apart(encoder, name)
-        if any(_below(name, path) for path in paths)
+        if is_below(name, *paths)
     ]
 
 
@@ -90,7 +89,7 @@ def _refuse_integers(
     wrong += [
         path
         for path, module in host.named_modules()
-        if is_packed(module) and any(_below(path, p) for p in paths)
+        if is_packed(module) and is_below(path, *paths)
     ]
     if wrong:
         raise UnsupportedArchitectureError(
@@ -118,14 +117,14 @@ def _last(
     parts = sorted(parts, key=lambda path: order.get(path, -1))
     behind = _Behind(parts, protocol.number, order, stages=not encoder.blocks)
     idle = _idle(host, order)
-    first = next((i for i, name in enumerate(names) if _below(name, behind.first)), len(names))
+    first = next((i for i, name in enumerate(names) if is_below(name, behind.first)), len(names))
     names = [
         name
         for i, name in enumerate(names)
         if behind(name, registered=i >= first and name.rpartition(".")[0] not in idle)
     ]
     beside = {name.rpartition(".")[0] for name in names}
-    apart = sorted(p for p in beside if not any(_below(p, b) for b in behind.last))
+    apart = sorted(p for p in beside if not is_below(p, *behind.last))
     return names, (*behind.last, *apart)
 
 
@@ -177,7 +176,7 @@ class _Behind:
         self._begin = order.get(self.first, 0)
         if stages and number < len(parts):
             before = parts[-number - 1]
-            self._begin = max((at for p, at in order.items() if _below(p, before)), default=0)
+            self._begin = max((at for p, at in order.items() if is_below(p, before)), default=0)
         self._around = {part[:end] for part in parts for end in _ends(part)}
 
     def __call__(self, name: str, *, registered: bool) -> bool:
@@ -216,7 +215,7 @@ def _stages(host: nn.Module, encoder: Encoder) -> list[tuple[str, nn.Module]]:
 
 
 def _shown_stages(host: nn.Module, encoder: Encoder) -> list[tuple[str, nn.Module]]:
-    model: Any = module_at(host, encoder.path)
+    model: Any = host.get_submodule(encoder.path)
     prefix = f"{encoder.path}." if encoder.path else ""
     info = getattr(getattr(model, "feature_info", None), "info", None) or getattr(
         model, "feature_info", None
@@ -240,9 +239,4 @@ def _no_stages(host: nn.Module) -> UnsupportedArchitectureError:
 
 
 def _apart(encoder: Encoder, name: str) -> bool:
-    head = encoder.head.paths if encoder.head else ()
-    return any(_below(name, path) for path in ("prompts", *head))
-
-
-def _below(name: str, path: str) -> bool:
-    return not path or name == path or name.startswith(f"{path}.")
+    return is_below(name, "prompts", *encoder.head_paths)

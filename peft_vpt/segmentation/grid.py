@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones.anatomy import Encoder
-from ..backbones.projection import join, module_at
+from ..backbones.projection import join
 from ..errors import SpecError, UnsupportedArchitectureError
 from ..hosts import bare
 from ..rehearsal import Rehearsal, dummy_inputs, rehearse
@@ -72,7 +72,7 @@ def token_map(backbone: nn.Module, encoder: Encoder) -> TokenMap:
     Raises:
         UnsupportedArchitectureError: They are no map that lies over the image.
     """
-    module = module_at(backbone, encoder.path)
+    module = backbone.get_submodule(encoder.path)
     name, (shown, tokens) = type(module).__name__, _rehearse(module, backbone, encoder)
     if tokens is None or tokens.dim() != 3 or not isinstance(shown.inputs, Tensor):
         raise UnsupportedArchitectureError(
@@ -95,7 +95,7 @@ def token_map(backbone: nn.Module, encoder: Encoder) -> TokenMap:
             f"{count} image tokens lie; take a ViT whose patches are made by one."
         )
     first, grid = maps[0], _sides(maps[0].gave)
-    conv: Any = module_at(module, first.path)
+    conv: Any = module.get_submodule(first.path)
     found = _layout(join(encoder.path, first.path), conv, _sides(first.given), size)
     if not found.apart and any(
         getattr(part, "dynamic_img_pad", False) for part in module.modules()
@@ -139,7 +139,7 @@ def _rehearse(
     shown = rehearse(
         module,
         (image[:1].repeat(2, 1, 1, 1) for image in images),
-        convs | {start: module_at(backbone, start)},
+        convs | {start: backbone.get_submodule(start)},
         see=lambda path, given: tokens.append(given) if path == start else None,
         within=partial(bare, backbone),
     )

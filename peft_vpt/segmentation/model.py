@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backbones.anatomy import Encoder
+from ..backbones.anatomy import Encoder, first_floating
 from ..backbones.find import encoder_for
-from ..backbones.projection import module_at
 from ..checks import integer
 from ..data.transforms import IGNORE
 from ..errors import SpecError, UnsupportedArchitectureError, VPTError
@@ -126,7 +125,7 @@ class Segmenter(nn.Module):
         )
         self.classes = classes
         self.labels: list[str] | None = None
-        like = next(p for p in backbone.parameters() if p.is_floating_point())
+        like = first_floating(backbone)
         for head in (self.decoder, self.auxiliary):
             head.to(like.device, like.dtype)
         self._freeze_classifier(encoder)
@@ -186,8 +185,8 @@ class Segmenter(nn.Module):
         return scores
 
     def _freeze_classifier(self, encoder: Encoder) -> None:
-        for path in encoder.head.paths if encoder.head is not None else ():
-            module_at(self.backbone, path).requires_grad_(False)
+        for path in encoder.head_paths:
+            self.backbone.get_submodule(path).requires_grad_(False)
 
 
 def _checked(masks: Tensor, wanted: tuple[int, ...], classes: int) -> Tensor:
@@ -282,7 +281,7 @@ def _recorded(backbone: nn.Module, paths: Sequence[str]) -> Iterator[list[list[T
         def keep(module: nn.Module, args: Any, output: Any, into: list[Tensor] = outputs) -> None:
             into.append(output[0] if isinstance(output, tuple) else output)
 
-        handles.append(module_at(backbone, path).register_forward_hook(keep))
+        handles.append(backbone.get_submodule(path).register_forward_hook(keep))
     try:
         yield seen
     finally:

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backbones.anatomy import first_floating
 from ..backbones.find import image_path
-from ..backbones.projection import module_at
 from ..errors import SpecError, UnsupportedArchitectureError
 from ..hosts import device_of, host_and_prompts
 from ..prompts import Prompts
@@ -165,11 +165,11 @@ def _watch(
     take: Callable[[int, Tensor], None],
 ) -> None:
     """Run images through the bare model; give the tokens `(tokens, width)` that enter blocks."""
-    module: Any = module_at(host, image_path(host, prompts.encoder))
-    dtype = next(p.dtype for p in module.parameters() if p.is_floating_point())
+    module: Any = host.get_submodule(image_path(host, prompts.encoder))
+    dtype = first_floating(module).dtype
     device = device_of(host, prompts.encoder)
     blocks = {prompts.encoder.blocks[e].path: e for e in entries}
-    watch = {path: module_at(host, path) for path in blocks}
+    watch = {path: host.get_submodule(path) for path in blocks}
 
     def see(path: str, hidden: Any) -> None:
         take(blocks[path], _tokens(prompts, blocks[path], hidden, watch[path]))

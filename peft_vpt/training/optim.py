@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..backbones.anatomy import is_below
 from ..errors import SpecError
 from ..hosts import unwrap
 from ..inject import trainable_parameters
@@ -108,15 +109,9 @@ def owner_of(model: nn.Module, name: str) -> str:
     if name.startswith(("prompts.", "delta.")):
         return "prompts"
     decoder = getattr(getattr(model, "prompts", None), "undo", {}).get("decoder", {})
-    inside = any(name == path or name.startswith(f"{path}.") for path in _head_paths(model))
-    return "head" if inside or name in decoder else "backbone"
-
-
-def _head_paths(model: nn.Module) -> tuple[str, ...]:
     encoder = getattr(getattr(model, "prompts", None), "encoder", None)
-    if encoder is None:
-        return _HEADS
-    return encoder.head.paths if encoder.head is not None else ()
+    inside = is_below(name, *(_HEADS if encoder is None else encoder.head_paths))
+    return "head" if inside or name in decoder else "backbone"
 
 
 def _rate(group: str, recipe: Recipe) -> float:

@@ -1,4 +1,4 @@
-"""`python -m peft_vpt.matrix`: walk timm and transformers and write docs/supported-models.md."""
+"""`python -m tests.matrix`: walk timm and transformers and write docs/supported-models.md."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from .page import render
 from .walk import Result, walk
 
+_PAGE = Path(__file__).parents[2] / "docs" / "supported-models.md"
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Walk the libraries, print a line per architecture, write the page.
@@ -17,8 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The number of architectures that were neither supported nor refused.
     """
-    parser = argparse.ArgumentParser(prog="python -m peft_vpt.matrix", description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("docs/supported-models.md"))
+    parser = argparse.ArgumentParser(prog="python -m tests.matrix", description=__doc__)
+    parser.add_argument("--out", type=Path, default=_PAGE)
     parser.add_argument("--library", choices=["timm", "transformers"], action="append")
     parser.add_argument("--names", nargs="*", help="only these; nothing is written")
     options = parser.parse_args(arguments)

@@ -35,7 +35,7 @@ def render(results: Iterable[Result], versions: Mapping[str, str]) -> str:
     lines = [
         "# Supported models",
         "",
-        "Written by `python -m peft_vpt.matrix` with "
+        "Written by `python -m tests.matrix` with "
         + " and ".join(f"{name} {number}" for name, number in versions.items())
         + ".",
         "Every architecture was built small, with random weights and the module classes of the",

@@ -594,15 +594,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def body(self, cut: int | None) -> bytes | None:
         """Read the request's body, or up to `cut` bytes of it and return None."""
-        if "chunked" in self.headers.get("Transfer-Encoding", ""):
-            body = b""
-            while (size := int(self.rfile.readline().split(b";")[0], 16)) > 0:
-                body += self.rfile.read(size)
-                self.rfile.readline()
-                if cut is not None and len(body) >= cut:
-                    return None
-            self.rfile.readline()
-            return None if cut is not None else body
         length = int(self.headers.get("Content-Length", 0))
         if cut is not None:
             self.rfile.read(min(cut, length))
