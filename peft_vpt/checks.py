@@ -84,14 +84,17 @@ def instance(kind: type | tuple[type, ...], what: str) -> Rule:
     return Rule(what, lambda value: isinstance(value, kind))
 
 
-def list_of(rule: Rule, what: str, least: int = 1) -> Rule:
-    """Return a rule for lists of at least so many values that fit another rule."""
-    return Rule(
-        what,
-        lambda value: (
-            isinstance(value, list) and len(value) >= least and all(map(rule.fits, value))
-        ),
-    )
+def list_of(
+    rule: Rule, what: str, least: int = 1, most: int | None = None, *, tuples: bool = False
+) -> Rule:
+    """Return a rule for lists (and tuples) of so many values that fit another rule."""
+    kinds = (list, tuple) if tuples else list
+
+    def fits(value: Any) -> bool:
+        listed = isinstance(value, kinds) and least <= len(value) <= (most or len(value))
+        return listed and all(map(rule.fits, value))
+
+    return Rule(what, fits)
 
 
 def or_none(rule: Rule, none: str = "None") -> Rule:

@@ -313,7 +313,8 @@ def refused_unchanged(host: nn.Module, message: str, call: Callable[[], Any]) ->
     [
         *(({"classes": n}, r"Segmenter\(classes=.*from 2 to 255") for n in
           (-1, 0, 1, 256, 2.5, "a", None, True)),
-        *(({"channels": n}, r"Segmenter\(channels=.*an integer >= 1") for n in (0, -1, "x", 2.5, None)),
+        *(({"channels": n}, r"Segmenter\(channels=.*integer >= 1") for n in
+          (0, -1, "x", 2.5, None)),
         *(({"auxiliary": n}, "a list of blocks, each once; they are 0 to 2") for n in
           ((3,), (-1,), (0, 0), 1, ("a",), (1.0,), "a", None)),
         ({"protocol": "sidetune"}, "added in front of the classifier"),

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..adapter.schema import INTERPOLATIONS
-from ..checks import integer, number, one_of
+from ..checks import integer, list_of, number, one_of
 from ..errors import SpecError
 from ..preprocessing import describe_preprocessing, timm_transform
 
@@ -19,6 +19,8 @@ IGNORE = 255
 KINDS, MODES = ("vtab", "fgvc", "timm"), ("train", "eval", "full")
 # 224 of 256: floor(size / 0.875) is 256 for 224, 438 for 384 and 512 for 448 pixels.
 _FGVC_CROP = 0.875
+_PAIR = list_of(integer(1), "an edge or (height, width), positive integers", 2, 2, tuples=True)
+_RANGE = list_of(number(0, above=True), "two rising numbers > 0, finite", 2, 2, tuples=True)
 _NEEDED = ("size", "mean", "std", "interpolation")
 
 
@@ -128,11 +130,10 @@ def edges_of(size: Any) -> list[int]:
     Raises:
         SpecError: It is neither.
     """
-    pair = list(size) if isinstance(size, list | tuple) else [size, size]
-    if len(pair) != 2 or not all(map(integer(1).fits, pair)):
-        problem = "must be an edge or (height, width), positive integers"
-        raise SpecError("train_transform", problem, given={"size": size})
-    return pair
+    pair = size if isinstance(size, list | tuple) else [size, size]
+    if not _PAIR.fits(pair):
+        raise SpecError("train_transform", f"must be {_PAIR.what}", given={"size": size})
+    return list(pair)
 
 
 def _augmented(steps: Any) -> Any:
@@ -248,8 +249,8 @@ def segmentation_transform(
         SpecError: A wrong mode, size or scale.
     """
     one_of(*MODES).check("segmentation_transform", "mode", mode)
-    pair = tuple(scale) if isinstance(scale, list | tuple) else ()
-    if len(pair) != 2 or not all(map(number(0, above=True).fits, pair)) or pair[0] > pair[1]:
-        problem = "must be two rising numbers > 0, finite"
-        raise SpecError("segmentation_transform", problem, given={"scale": scale})
-    return SegmentationTransform(preprocessing_for(preprocessing, "vtab", size), mode, pair)
+    _RANGE.check("segmentation_transform", "scale", scale)
+    if scale[0] > scale[1]:
+        raise SpecError("segmentation_transform", f"must be {_RANGE.what}", given={"scale": scale})
+    low, high = scale
+    return SegmentationTransform(preprocessing_for(preprocessing, "vtab", size), mode, (low, high))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from math import isfinite
-from numbers import Real
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..checks import integer
+from ..checks import integer, list_of, number
 from ..data.transforms import IGNORE
-from ..errors import SpecError, VPTError
+from ..errors import VPTError
+
+_EDGES = "the height and width in pixels that the model takes, two integers > 0"
+_WINDOW = list_of(integer(1), _EDGES, 2, 2, tuples=True)
+_SCALES = list_of(number(0, above=True), "a list of one or more numbers > 0", tuples=True)
 
 
 class Scores(NamedTuple):
@@ -49,8 +52,10 @@ class Confusion:
         """
         if found.shape != truth.shape:
             raise VPTError(
-                f"Confusion.add: predictions {tuple(found.shape)} and truth {tuple(truth.shape)} "
-                "must be of one shape; resize the predictions to the masks."
+                "Confusion.add",
+                f"predictions {tuple(found.shape)} and truth {tuple(truth.shape)} must be of one "
+                "shape",
+                "resize the predictions to the masks",
             )
         classes, known = len(self._table), truth != IGNORE
         sides = {"prediction": found[known].long().cpu(), "true label": truth[known].long().cpu()}
@@ -58,8 +63,9 @@ class Confusion:
             wrong = labels[(labels < 0) | (labels >= classes)]
             if len(wrong):
                 raise VPTError(
-                    f"Confusion.add: the {name} {int(wrong[0])} is none of {classes} classes (0 to "
-                    f"{classes - 1}); count every class that the model can predict."
+                    "Confusion.add",
+                    f"the {name} {int(wrong[0])} is none of {classes} classes (0 to {classes - 1})",
+                    "count every class that the model can predict",
                 )
         index = sides["true label"] * classes + sides["prediction"]
         counts = torch.bincount(index, minlength=classes**2)
@@ -75,17 +81,9 @@ class Confusion:
 
 
 def check_classes(call: str, classes: Any) -> None:
-    """Check a number of classes.
-
-    Raises:
-        SpecError: It is none that labels of one byte have room for.
-    """
-    whole = isinstance(classes, int) and not isinstance(classes, bool)
-    if not whole or not 2 <= classes <= IGNORE:
-        raise SpecError(
-            f"{call}(classes={classes!r}): must be an integer from 2 to {IGNORE}; the label "
-            f"{IGNORE} is ignored."
-        )
+    """Check a number of classes, for which labels of one byte have room."""
+    what = f"an integer from 2 to {IGNORE}; the label {IGNORE} is ignored"
+    replace(integer(2, IGNORE), what=what).check(call, "classes", classes)
 
 
 @torch.no_grad()
@@ -117,7 +115,9 @@ def predict(
     Raises:
         SpecError: A wrong window, scale, overlap or number of windows.
     """
-    _check_prediction(window, scales, overlap)
+    _WINDOW.check("predict", "window", window)
+    _SCALES.check("predict", "scales", scales)
+    number(0, 1, below=True).check("predict", "overlap", overlap)
     integer(1).check("predict", "at_once", at_once)
     size = pixels.shape[-2:]
     total = torch.zeros(())
@@ -125,31 +125,13 @@ def predict(
         scaled = [max(round(edge * scale), 1) for edge in size]
         image = F.interpolate(pixels, scaled, mode="bilinear", align_corners=False)
         views = [image, image.flip(-1)] if flip else [image]
-        for number, view in enumerate(views):
+        for mirrored, view in enumerate(views):
             found = _slide(model, _cover(view, window), window, overlap, at_once)
             found = found[..., : scaled[0], : scaled[1]].softmax(1)
-            found = found.flip(-1) if number else found
+            found = found.flip(-1) if mirrored else found
             found = F.interpolate(found, size, mode="bilinear", align_corners=False)
             total = total.to(found) + found
     return total / (len(scales) * (2 if flip else 1))
-
-
-def _check_prediction(window: Any, scales: Any, overlap: Any) -> None:
-    edges = window if isinstance(window, tuple | list) else ()
-    if len(edges) != 2 or not all(isinstance(n, int) and n > 0 for n in edges):
-        raise SpecError(
-            f"predict(window={window!r}): must be the height and width in pixels that the model "
-            "takes, two integers > 0."
-        )
-    factors = scales if isinstance(scales, tuple | list) else ()
-    if not factors or not all(_is_number(factor) and factor > 0 for factor in factors):
-        raise SpecError(f"predict(scales={scales!r}): must be a list of one or more numbers > 0.")
-    if not _is_number(overlap) or not 0 <= overlap < 1:
-        raise SpecError(f"predict(overlap={overlap!r}): must be a share from 0 to below 1.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
 
 
 def _cover(image: Tensor, window: tuple[int, int]) -> Tensor:

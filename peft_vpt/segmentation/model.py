@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from itertools import pairwise
 from typing import Any, NoReturn, cast
 
@@ -111,8 +112,8 @@ class Segmenter(nn.Module):
     ) -> None:
         super().__init__()
         encoder = plain_encoder(backbone)
-        check_options(encoder, classes, channels, auxiliary, protocol)
-        check_protocol_options(protocol, options)
+        _check_options(encoder, classes, channels, auxiliary)
+        _check_protocol(protocol, options)
         self._map = token_map(backbone, encoder)
         if protocol is not None:
             with unchanged_on_error(backbone, ()):
@@ -177,10 +178,8 @@ class Segmenter(nn.Module):
             # Prompts, where a block has them as tokens, stand behind the image's.
             tokens = outputs[-1][:, first : first + rows * columns]
             if tokens.shape[1] != rows * columns:
-                raise SpecError(
-                    f"Segmenter: {rows} x {columns} patches come out of a block as "
-                    f"{tokens.shape[1]} tokens; switch off what drops or merges them."
-                )
+                came = f"{rows} x {columns} patches come out of a block as {tokens.shape[1]} tokens"
+                raise SpecError("Segmenter", came, "switch off what drops or merges them")
             scores.append(self._map.lay(head(tokens, (rows, columns)), (rows, columns), size))
         return scores
 
@@ -191,17 +190,18 @@ class Segmenter(nn.Module):
 
 def _checked(masks: Tensor, wanted: tuple[int, ...], classes: int) -> Tensor:
     """Return masks as int64."""
+    fail = partial(VPTError, "Segmenter.loss", given={"masks": ...})
     if masks.shape != wanted or masks.is_floating_point() or masks.dtype == torch.bool:
-        raise VPTError(
-            f"Segmenter.loss(masks=...): {tuple(masks.shape)} of {masks.dtype}; they must be class "
-            f"numbers, integers of shape {wanted}."
+        raise fail(
+            f"{tuple(masks.shape)} of {masks.dtype}",
+            f"they must be class numbers, integers of shape {wanted}",
         )
     masks = masks.long()
     wrong = (masks != IGNORE) & ((masks < 0) | (masks >= classes))
     if bool(wrong.any()):
-        raise VPTError(
-            f"Segmenter.loss(masks=...): the label {int(masks[wrong][0])} is none of {classes} "
-            f"classes, 0 to {classes - 1}; write {IGNORE} where nothing is known."
+        raise fail(
+            f"the label {int(masks[wrong][0])} is none of {classes} classes, 0 to {classes - 1}",
+            f"write {IGNORE} where nothing is known",
         )
     return masks
 
@@ -234,19 +234,22 @@ def apply_to_encoder(model: nn.Module, protocol: str, **options: Any) -> nn.Modu
         UnsupportedArchitectureError: The protocol has no place in this model, or nothing says which
             part of it is the encoder.
     """
-    refuse_unfit(model, "apply_to_encoder")
-    refuse_unread("apply_to_encoder", None, options.get("location"))
+    call = "apply_to_encoder"
+    refuse_unfit(model, call)
+    refuse_unread(call, None, options.get("location"))
     encoder = encoder_for(model, "pad")
     if not encoder.path:
         _refuse_whole(model, encoder)
     if options.get("num_classes") is not None:
         raise SpecError(
-            f"apply_to_encoder(num_classes={options['num_classes']!r}): the decoder is the model's "
-            "own; build the model for that many classes."
+            call,
+            "the decoder is the model's own",
+            "build the model for that many classes",
+            given={"num_classes": options["num_classes"]},
         )
     with unchanged_on_error(model, ()):
         apply_inside(model, protocol, **options)
-        prompts = host_and_prompts(model, "apply_to_encoder")[1]
+        prompts = host_and_prompts(model, call)[1]
         claim_decoder(model, prompts)
         freeze(model, prompts.encoder)
     return model
@@ -257,17 +260,16 @@ def _refuse_whole(model: nn.Module, encoder: Encoder) -> NoReturn:
     name = type(model).__name__
     if encoder.library != "transformers" or encoder.head is not None or not _TASK.search(name):
         raise SpecError(
-            f"apply_to_encoder: {name} is an encoder without a decoder around it; use "
-            "apply_protocol."
+            "apply_to_encoder",
+            f"{name} is an encoder without a decoder around it",
+            "use `apply_protocol`",
         )
-    why = (
-        "its blocks serve as decoder too"
-        if encoder.blocks
-        else "its encoder has no attention that prompts could join"
-    )
+    why = "its encoder has no attention that prompts could join"
+    why = "its blocks serve as decoder too" if encoder.blocks else why
     raise UnsupportedArchitectureError(
-        f"apply_to_encoder: in {name} encoder and decoder cannot be told apart ({why}); take a "
-        "model whose encoder is a vision transformer of its own, UperNet over Swin say."
+        "apply_to_encoder",
+        f"in {name} encoder and decoder cannot be told apart ({why})",
+        "take a model whose encoder is a vision transformer of its own, UperNet over Swin say",
     )
 
 
@@ -275,18 +277,15 @@ def _refuse_whole(model: nn.Module, encoder: Encoder) -> NoReturn:
 def _recorded(backbone: nn.Module, paths: Sequence[str]) -> Iterator[list[list[Tensor]]]:
     """Keep what comes out of some modules, every time that they are called."""
     seen: list[list[Tensor]] = [[] for _ in paths]
-    handles = []
-    for path, outputs in zip(paths, seen, strict=True):
 
-        def keep(module: nn.Module, args: Any, output: Any, into: list[Tensor] = outputs) -> None:
-            into.append(output[0] if isinstance(output, tuple) else output)
+    def keep(into: list[Tensor], module: nn.Module, args: Any, output: Any) -> None:
+        into.append(output[0] if isinstance(output, tuple) else output)
 
-        handles.append(backbone.get_submodule(path).register_forward_hook(keep))
-    try:
+    with ExitStack() as stack:
+        for path, outputs in zip(paths, seen, strict=True):
+            hook = backbone.get_submodule(path).register_forward_hook(partial(keep, outputs))
+            stack.callback(hook.remove)
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 _UNREAD = {
@@ -304,8 +303,9 @@ def plain_encoder(backbone: nn.Module) -> Encoder:
     """
     if unwrap(backbone) is not backbone:
         raise UnsupportedArchitectureError(
-            f"Segmenter: the backbone is wrapped ({type(backbone).__name__}); give the bare model, "
-            "and wrap the Segmenter."
+            "Segmenter",
+            f"the backbone is wrapped ({type(backbone).__name__})",
+            "give the bare model, and wrap the Segmenter",
         )
     if not carries(backbone):
         encoder = encoder_for(backbone, "prepend")
@@ -316,8 +316,9 @@ def plain_encoder(backbone: nn.Module) -> Encoder:
         encoder = prompts.encoder
     if not (encoder.plain and encoder.known and encoder.blocks):
         raise UnsupportedArchitectureError(
-            f"Segmenter: {encoder.family} has no one sequence of image tokens; SETR-PUP takes "
-            "plain ViTs. For a model with a decoder of its own, use apply_to_encoder."
+            "Segmenter",
+            f"{encoder.family} has no one sequence of image tokens; SETR-PUP takes plain ViTs",
+            "For a model with a decoder of its own, use `apply_to_encoder`",
         )
     return encoder
 
@@ -335,48 +336,39 @@ def refuse_unread(call: str, protocol: Protocol | None, location: Any) -> None:
         )
     if str(location) in LOCATIONS and LOCATIONS[location].moves_image:
         raise SpecError(
-            f"{call}: with a border around the image (location='pad'), tokens no longer lie over "
-            "its pixels; take another location."
+            call,
+            "with a border around the image (location='pad'), tokens no longer lie over its pixels",
+            "take another location",
         )
 
 
-def check_options(
-    encoder: Encoder, classes: Any, channels: Any, auxiliary: Any, protocol: Any
-) -> None:
-    """Check the options of a `Segmenter` but those of its protocol.
-
-    Raises:
-        SpecError: One is wrong.
-    """
+def _check_options(encoder: Encoder, classes: Any, channels: Any, auxiliary: Any) -> None:
+    """Check what is the decoder's own."""
     check_classes("Segmenter", classes)
     integer(1).check("Segmenter", "channels", channels)
-    listed = isinstance(auxiliary, Sequence) and not isinstance(auxiliary, str | bytes)
-    blocks = list(auxiliary) if listed else [None]
-    whole = all(isinstance(i, int) and not isinstance(i, bool) for i in blocks)
-    if not whole or not set(blocks) <= set(range(encoder.depth)) or len(set(blocks)) < len(blocks):
-        raise SpecError(
-            f"Segmenter(auxiliary={auxiliary!r}): must be a list of blocks, each once; they are 0 "
-            f"to {encoder.depth - 1}."
-        )
+    blocks = list(auxiliary) if isinstance(auxiliary, Sequence) else [None]
+    known = all(map(integer(0, encoder.depth - 1).fits, blocks))
+    if not known or len({*blocks}) < len(blocks):
+        problem = f"must be a list of blocks, each once; they are 0 to {encoder.depth - 1}"
+        raise SpecError("Segmenter", problem, given={"auxiliary": auxiliary})
+
+
+def _check_protocol(protocol: str | None, options: Mapping[str, Any]) -> None:
+    """Refuse what of a protocol a decoder rules out."""
     refuse_unread("Segmenter", None if protocol is None else Protocol(protocol), None)
-
-
-def check_protocol_options(protocol: str | None, options: Mapping[str, Any]) -> None:
-    """Check what of a protocol's options a decoder rules out.
-
-    Raises:
-        SpecError: One has no place here.
-    """
-    given = ", ".join(f"{name}={value!r}" for name, value in options.items())
     if protocol is None and options:
         raise SpecError(
-            f"Segmenter(protocol=None, {given}): without a protocol there is nothing that takes "
-            "options; name one, or leave them out."
+            "Segmenter",
+            "without a protocol there is nothing that takes options",
+            "name one, or leave them out",
+            given={"protocol": None, **options},
         )
     for name, default in (("num_classes", None), ("pooling", "default")):
         if options.get(name, default) != default:
             raise SpecError(
-                f"Segmenter({name}={options[name]!r}): is about the backbone's classifier, which a "
-                "decoder does not read; leave it out."
+                "Segmenter",
+                "is about the backbone's classifier, which a decoder does not read",
+                "leave it out",
+                given={name: options[name]},
             )
     refuse_unread("Segmenter", None, options.get("location"))
