@@ -58,6 +58,27 @@ def test_xavier_bound() -> None:
     assert float(values.detach().std()) == pytest.approx(bound / math.sqrt(3), rel=0.01)
 
 
+def test_xavier_bound_of_several_widths_is_that_of_the_first() -> None:
+    from test_fingerprint import swin
+
+    prompts = inject_prompts(swin(), 200, generator=torch.Generator().manual_seed(0)).prompts
+    assert [prompts.stored(i).shape[1] for i in prompts.entries] == [16, 32, 64, 64]
+    bound = math.sqrt(6 / (3 * 4 * 4 + 16))
+    for i in prompts.entries:
+        # 3,200 uniform draws or more.
+        assert 0.99 * bound < float(prompts.stored(i).detach().abs().max()) <= bound
+
+
+def test_dropout_stands_behind_the_projection_alone() -> None:
+    model = inject_prompts(build("timm/cls"), 6, project=5, dropout=0.5)
+    tokens = model.eval().prompts(0, 1)
+    drawn = model.train().prompts(0, 8)
+    kept = drawn != 0
+    torch.testing.assert_close(drawn[kept], (2 * tokens).expand_as(drawn)[kept])
+    # 1,536 draws: a deviation of 0.013.
+    assert 0.4 < float(kept.double().mean()) < 0.6
+
+
 @pytest.mark.parametrize("init", ["normal", "zeros"])
 def test_other_initialisations(init: str) -> None:
     model = inject_prompts(build("timm/cls"), 200, init=init)

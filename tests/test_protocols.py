@@ -118,6 +118,22 @@ def apply(name: str, protocol: str, num_classes: int | None = 4) -> nn.Module:
     return apply_protocol(MODELS[name](), protocol, num_classes=num_classes, **options)
 
 
+def test_a_hidden_layer_of_an_mlp_head_is_relu_norm_and_dropout() -> None:
+    head = apply("timm/cls", "mlp-3").train().head
+    *hidden, last = (layer for layer in head if isinstance(layer, nn.Linear))
+    features = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).double()
+    torch.manual_seed(0)
+    found = head(features)
+    torch.manual_seed(0)
+    for layer in hidden:
+        features = torch.relu(layer(features))
+        features = features - features.mean(0)
+        features = features / (features.square().mean(0) + 1e-5).sqrt()
+        features = nn.functional.dropout(features, 0.1)
+    # Double precision, in another order of sums.
+    torch.testing.assert_close(found, last(features), rtol=1e-10, atol=1e-10)
+
+
 def train_a_little(model: nn.Module, name: str, steps: int = 2, protocol: str = "") -> None:
     optimizer = torch.optim.SGD(list(trainable_parameters(model).values()), lr=0.05)
     model.train()
