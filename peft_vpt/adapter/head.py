@@ -58,8 +58,8 @@ def check_head(
         )
     own = host.get_submodule(encoder.head.paths[0])
     protocol = adapter.protocol
-    if protocol is not None and protocol.kind == "mlp":
-        _check_mlp(adapter, width, protocol.number, where)
+    if protocol is not None and protocol.head_layers:
+        _check_mlp(adapter, width, protocol.head_layers, where)
         return
     if head.get("class") not in (None, type(own).__name__):
         raise AdapterMismatchError(
@@ -130,7 +130,7 @@ def new_classes(adapter: Adapter, encoder: Encoder, *, with_head: bool) -> int |
     """Return the size of the head to put in, or None where the model's own one is filled."""
     head = adapter.metadata["head"]
     protocol = adapter.protocol
-    mlp = protocol is not None and protocol.kind == "mlp"
+    mlp = protocol is not None and protocol.head_layers > 0
     filled = head is None or (head.get("class") is not None and not mlp)
     if not with_head or filled or not (encoder.head and encoder.head.simple):
         return None

@@ -17,7 +17,7 @@ from ..errors import AdapterError, AdapterMismatchError, SpecError, UnsupportedA
 from ..hosts import bare, carries, host_and_prompts
 from ..inject import prepare, survey
 from ..prompts import Place
-from ..protocols.delta import Delta, given_features
+from ..protocols.delta import shapes
 from ..spec import PromptSpec
 from ..undo import decoder_names
 from .file import Adapter
@@ -168,7 +168,7 @@ def _check_protocol(
     present = host_and_prompts(host, where)[1].delta if carries(host) else None
     if present is not None and not present.protocol.same(protocol):
         present.check_restorable("load_task_adapter")
-        if present.protocol.kind == "mlp" and not with_head:
+        if present.protocol.head_layers and not with_head:
             raise AdapterMismatchError(
                 f"{where}: strict='prompts' keeps the model's head, but that of the protocol "
                 f"{present.protocol.name!r} goes with it; remove_prompts(model) first."
@@ -176,28 +176,26 @@ def _check_protocol(
     if protocol is None:
         adapter.expect({}, prefix="delta.")
         return
-    if protocol.kind == "mlp" and not with_head:
+    if protocol.head_layers and not with_head:
         raise AdapterError(
             f"{where}: it holds a head and nothing else, so strict='prompts' leaves nothing."
         )
     try:
-        delta = Delta(protocol, host, encoder, given_features(present))
+        decoder = decoder_names(host, encoder) if trains_decoder(adapter) else []
+        expected = shapes(host, encoder, protocol, present, apart=decoder)
     except (SpecError, UnsupportedArchitectureError) as error:
         raise AdapterMismatchError(f"{where}: does not fit this model: {error}") from error
-    if trains_decoder(adapter):
-        delta.leave(decoder_names(host, encoder))
-    shapes = {name: tuple(t.shape) for name, t in delta.tensors(host).items()}
     have = {n: tuple(t.shape) for n, t in adapter.tensors.items() if n.startswith("delta.")}
-    if have != shapes:
-        names = sorted(n for n in {*have, *shapes} if have.get(n) != shapes.get(n))
-        listed = [f"{n} (file: {have.get(n)}, model: {shapes.get(n)})" for n in names[:5]]
+    if have != expected:
+        names = sorted(n for n in {*have, *expected} if have.get(n) != expected.get(n))
+        listed = [f"{n} (file: {have.get(n)}, model: {expected.get(n)})" for n in names[:5]]
         made_in = adapter.metadata["backbone"]["library"]
         foreign = made_in != encoder.library and any("path." in name for name in names)
         raise AdapterMismatchError(
             f"{where}: its weights of protocol {protocol.name!r} do not fit this model: "
             f"{', '.join(listed)}{' ...' if len(names) > 5 else ''}."
             f"{_PATH_HINT.format(made_in) if foreign else ''}"
-            f"{_SIDE_HINT if protocol.kind == 'sidetune' else ''}"
+            f"{_SIDE_HINT if 'features' in protocol.row.options else ''}"
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..backbones.identity import is_hub_name
 from ..errors import AdapterError, SpecError, is_text, short
-from ..protocols.options import PROMPTED, Protocol
+from ..protocols.options import Protocol
 from ..spec import PromptSpec
 
 # A bound that no adapter reaches.
@@ -320,8 +320,9 @@ def _check_protocol(metadata: Mapping[str, Any], where: str) -> None:
             f"{where}: its protocol is wrong: {short(error)} If a newer release wrote the file, "
             "update peft_vpt."
         ) from error
-    prompted = protocol.kind in PROMPTED
-    if protocol.to_dict() != metadata["protocol"] or prompted != (metadata["spec"] is not None):
+    if protocol.to_dict() != metadata["protocol"] or protocol.prompted != (
+        metadata["spec"] is not None
+    ):
         raise AdapterError(f"{where}: its protocol and its prompts contradict.")
 
 

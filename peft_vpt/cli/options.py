@@ -190,7 +190,7 @@ def protocol_options(
     from ..protocols.options import PROMPTED, Protocol
 
     chosen = Protocol(protocol, reduction=reduction)
-    if chosen.kind in PROMPTED:
+    if chosen.prompted:
         return {"length": LENGTH if length is None else length}
     if length is not None:
         raise SpecError(

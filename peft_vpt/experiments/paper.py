@@ -20,7 +20,7 @@ from typing import Any
 from ..checks import integer
 from ..data.tasks import TASKS
 from ..errors import SpecError
-from ..protocols.options import PROMPTED, Protocol
+from ..protocols.options import Protocol
 
 # In the order of the columns of Tables 14 and 13.
 GROUPS: dict[str, tuple[str, ...]] = {
@@ -219,7 +219,7 @@ def total_ratio(
     Source: Jia et al. 2022, Table 1, column "total params".
     """
     numbers, given = per_task or {}, Protocol(protocol)
-    needs = given.reduction is not None or given.kind in PROMPTED
+    needs = given.reduction is not None or given.prompted
     absent = sorted(set(classes) - set(numbers)) if needs else []
     if absent:
         told = f"per_task needs a number for {', '.join(absent)} too"

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..checks import number, one_of
 from ..errors import SpecError
-from ..protocols.options import PROMPTED, Protocol
+from ..protocols.options import Protocol
 
 Options = Mapping[str, Any]
 FINAL = ("trainval", "train")
@@ -62,7 +62,7 @@ class Variant:
     @property
     def prompted(self) -> bool:
         """Whether the protocol has prompts."""
-        return Protocol(self.protocol).kind in PROMPTED
+        return Protocol(self.protocol).prompted
 
 
 def named(protocols: Iterable[str], options: Mapping[str, Options] | None = None) -> list[Variant]:

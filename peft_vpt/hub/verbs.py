@@ -238,7 +238,7 @@ def _classes(adapter: Adapter) -> int | None:
     """Return the number of outputs to build a model with, None where its head is replaced later."""
     head = adapter.metadata["head"]
     replaced = head is None or "class" not in head or is_segmenter(head)
-    if replaced or (adapter.protocol is not None and adapter.protocol.kind == "mlp"):
+    if replaced or (adapter.protocol is not None and adapter.protocol.head_layers):
         return None
     # More than the file holds is refused when it is loaded, so that no memory need go to it.
     return int(head["classes"]) if head["classes"] <= head_elements(adapter) else None

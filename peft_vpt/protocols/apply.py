@@ -11,7 +11,8 @@ from torch import nn
 from ..backbones.anatomy import Encoder, first_floating
 from ..backbones.find import encoder_for, is_convnet
 from ..backbones.heads import class_count, swap_head
-from ..errors import SpecError, UnsupportedArchitectureError
+from ..checks import instance, or_none
+from ..errors import SpecError
 from ..hosts import device_of, host_and_prompts, refuse_unfit
 from ..inject import freeze, inject_prompts, inject_spec, watch_input
 from ..rehearsal import rehearse_host
@@ -19,11 +20,9 @@ from ..spec import PromptSpec
 from ..undo import unchanged_on_error
 from .delta import Delta
 from .modules import MlpHead, fill
-from .options import PROMPTED, Protocol
+from .options import Protocol
 
 Model = TypeVar("Model", bound=nn.Module)
-# What trains inside blocks, and may have no trained weight in front of them.
-_INSIDE = ("adapter", "bias", "partial")
 _OWN = ("reduction", "keep_original")
 
 
@@ -89,15 +88,14 @@ def apply_inside(
     own = {key: options.pop(key) for key in _OWN if key in options}
     protocol = Protocol(name, **own)
     refuse_unfit(model, "apply_protocol")
-    if not isinstance(generator, torch.Generator | None):
-        raise SpecError(
-            f"apply_protocol({name!r}, generator={generator!r}): must be a torch.Generator."
-        )
-    if protocol.kind in PROMPTED:
+    or_none(instance(torch.Generator, "a torch.Generator")).check(
+        "apply_protocol", "generator", generator
+    )
+    if protocol.prompted:
         return _with_prompts(model, protocol, num_classes, generator, options)
-    features = options.pop("features", None) if protocol.kind == "sidetune" else None
+    features = options.pop("features", None) if "features" in protocol.row.options else None
     if options:
-        raise SpecError(f"apply_protocol({name!r}): has no options {', '.join(sorted(options))}.")
+        raise _wrong(protocol, f"has no options {', '.join(sorted(options))}")
     encoder = encoder_for(model, "pad")
     return apply_delta(
         model,
@@ -123,16 +121,16 @@ def apply_delta(
 ) -> Model:
     """Do the work of `apply_protocol` for a protocol and an anatomy that are at hand."""
     delta = Delta(protocol, model, encoder, features)
-    if protocol.kind in ("mlp", "sidetune"):
+    if protocol.row.classifier:
         check_head_input(model, encoder, protocol)
-    classes = num_classes
-    if protocol.kind == "mlp":
+    layers, classes = protocol.head_layers, num_classes
+    if layers:
         classes = _classes(model, encoder, protocol, num_classes)
     inject_spec(model, spec, encoder, num_classes=classes, head_bias=head_bias, generator=generator)
-    if protocol.kind == "mlp" and encoder.head is not None:
+    if layers and encoder.head is not None:
         linear: Any = model.get_submodule(encoder.head.paths[0])
         with torch.device("meta"):
-            head = MlpHead(linear.in_features, linear.out_features, protocol.number)
+            head = MlpHead(linear.in_features, linear.out_features, layers)
         fill(head, linear.weight.device, linear.weight.dtype, generator)
         swap_head(model, encoder.head, head)
     return _put(model, delta, encoder, generator)
@@ -145,7 +143,7 @@ def _put(model: Model, delta: Delta, encoder: Encoder, generator: torch.Generato
     delta.materialise(device_of(model, encoder), dtype, generator)
     delta.attach(model, prompts)
     prompts.delta = delta
-    if prompts.first_block is None and encoder.blocks and delta.protocol.kind in _INSIDE:
+    if prompts.first_block is None and encoder.blocks and delta.protocol.row.inside:
         inside = [i for i, b in enumerate(encoder.blocks) if b.path in delta.trained_paths]
         prompts.first_block = min(inside, default=0)
         watch_input(prompts, model)
@@ -162,24 +160,17 @@ def _with_prompts(
     options: dict[str, Any],
 ) -> Model:
     """Inject prompts by the protocol's name, and biases beside them for "vpt+bias"."""
-    fixed = PROMPTED[protocol.kind]
-    wrong = [key for key in options if key in fixed and options[key] != fixed[key]]
-    # The reach of the prompts is in the name of these alone.
-    wrong = [key for key in wrong if key != "deep" or protocol.kind in ("vpt-shallow", "vpt-deep")]
-    if wrong:
-        raise SpecError(
-            f"apply_protocol({protocol.name!r}, {wrong[0]}={options[wrong[0]]!r}): the name says "
-            f"{wrong[0]}={fixed[wrong[0]]!r}."
-        )
+    fixed = protocol.row.prompts or {}
+    for name in fixed.keys() & options.keys():
+        if options[name] != fixed[name]:
+            problem = f"the name says {name}={fixed[name]!r}"
+            raise _wrong(protocol, problem, **{name: options[name]})
     encoder = encoder_for(model, "pad")
     if is_convnet(model, encoder):
         options = {"location": "pad"} | options
-    known = set(signature(inject_prompts).parameters) - {"model"}
-    unknown = sorted(set(options) - known)
+    unknown = sorted(set(options) - (set(signature(inject_prompts).parameters) - {"model"}))
     if unknown:
-        raise SpecError(
-            f"apply_protocol({protocol.name!r}): prompts have no options {', '.join(unknown)}."
-        )
+        raise _wrong(protocol, f"prompts have no options {', '.join(unknown)}")
     delta = Delta(protocol, model, encoder) if protocol.moves else None
     inject_prompts(model, **{**fixed, **options}, num_classes=num_classes, generator=generator)
     return model if delta is None else _put(model, delta, encoder, generator)
@@ -191,13 +182,12 @@ def _refuse_idle(model: nn.Module, name: str, num_classes: int | None) -> None:
         return
     head = host_and_prompts(model, "apply_protocol")[1].encoder.head
     raise SpecError(
-        f"apply_protocol({name!r}, num_classes={num_classes!r}): nothing would train, since "
-        f"{type(model).__name__} has no classifier"
-        + (
-            "; give num_classes."
-            if head is not None
-            else ". Use its image classification class, or a protocol that trains the backbone."
-        )
+        "apply_protocol",
+        f"nothing would train, since {type(model).__name__} has no classifier",
+        "Use its image classification class, or a protocol that trains the backbone"
+        if head is None
+        else "give num_classes",
+        given={"name": name, "num_classes": num_classes},
     )
 
 
@@ -205,16 +195,17 @@ def _classes(
     model: nn.Module, encoder: Encoder, protocol: Protocol, num_classes: int | None
 ) -> int:
     if encoder.head is None or encoder.headless:
-        raise SpecError(
-            f"apply_protocol({protocol.name!r}): {type(model).__name__} has {encoder.headless}."
-        )
+        raise _wrong(protocol, f"{type(model).__name__} has {encoder.headless}")
     classes = class_count(model, encoder.head) if num_classes is None else num_classes
     if classes == 0:
-        raise SpecError(
-            f"apply_protocol({protocol.name!r}, num_classes={num_classes}): the model has no "
-            "classes of its own; give their number."
-        )
+        problem = "the model has no classes of its own"
+        raise _wrong(protocol, problem, "give their number", num_classes=num_classes)
     return classes
+
+
+def _wrong(protocol: Protocol, problem: str, advice: str = "", **given: Any) -> SpecError:
+    given = {"name": protocol.name} | given
+    return SpecError("apply_protocol", problem, advice, given=given)
 
 
 def check_head_input(host: nn.Module, encoder: Encoder, protocol: Protocol) -> None:
@@ -230,7 +221,7 @@ def check_head_input(host: nn.Module, encoder: Encoder, protocol: Protocol) -> N
     call = None if shown is None else shown.first(path)
     shape = () if call is None else call.given
     if shape and not (len(shape) == 2 or (len(shape) == 4 and shape[2:] == (1, 1))):
-        raise UnsupportedArchitectureError(
-            f"apply_protocol({protocol.name!r}): the classifier {path} of {type(host).__name__} "
-            f"is called with {shape}, where one vector per image, (batch, features), is needed."
+        raise protocol.misfit(
+            f"the classifier {path} of {type(host).__name__} is called with {shape}, where one "
+            "vector per image, (batch, features), is needed"
         )

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, cast
+import re
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..backbones.anatomy import Encoder, is_below
+from ..backbones.anatomy import Block, Encoder, is_below
 from ..backbones.fingerprint import Fingerprint, fingerprint
-from ..errors import UnsupportedArchitectureError, VPTError
-from .modules import Bottleneck, FeedForward, SideNetwork, feed_forwards, fill
+from ..backbones.projection import Fused, Separate, join
+from ..errors import VPTError
+from . import modules
+from .modules import Bottlenecks, SideNetwork, fill
 from .moved import moved
 from .options import Protocol
 
 if TYPE_CHECKING:
     from ..prompts import Prompts
-import re
-from typing import NamedTuple
-
-from ..backbones.anatomy import Block
-from ..backbones.projection import Fused, Separate, join
 
 
 class Delta(nn.Module):
@@ -52,51 +50,37 @@ class Delta(nn.Module):
         # Outside the module tree, so that `.to()` leaves them on the CPU.
         self.originals: dict[str, Tensor] = {}
         self.fingerprint: Fingerprint | None = None
-        self.layers = feed_forwards(host, encoder) if protocol.kind == "adapter" else []
-        self.adapters: nn.ModuleDict | None = None
-        self.side: SideNetwork | None = None
-        # Filled by `materialise`, so that a check of what fits draws no random numbers.
-        with torch.device("meta"):
-            if protocol.kind == "adapter":
-                self.adapters = nn.ModuleDict(_bottlenecks(protocol, self.layers))
-            if protocol.kind == "sidetune":
-                self.side = SideNetwork(_head_width(host, encoder), features)
-        if self.side is not None and not self.side.given:
-            _check_image(host, encoder)
-        if any(p.is_meta for p in host.parameters()) and (
-            self.places or self.adapters or self.side
-        ):
-            raise UnsupportedArchitectureError(
-                f"apply_protocol({protocol.name!r}): {type(host).__name__} is on the meta device; "
-                "materialise it first."
+        if protocol.row.adds:
+            kind = getattr(modules, protocol.row.adds)
+            self.add_module(kind.slot, kind.build(host, encoder, protocol, features))
+        changes = self.places or self.added is not None
+        if changes and any(p.is_meta for p in host.parameters()):
+            raise protocol.misfit(
+                f"{type(host).__name__} is on the meta device", "materialise it first"
             )
         self._handles: list[Any] = []
+
+    @property
+    def added(self) -> Bottlenecks | SideNetwork | None:
+        """What the protocol adds to the model: the one child."""
+        return cast("Bottlenecks | SideNetwork | None", next(self.children(), None))
 
     def materialise(
         self, device: torch.device, dtype: torch.dtype, generator: torch.Generator | None
     ) -> None:
         """Bring what the protocol adds to a device, with its first values."""
-        for part in self._parts():
-            fill(part, device, dtype, generator)
+        if self.added is not None:
+            fill(self.added, device, dtype, generator)
 
     def attach(self, host: nn.Module, prompts: Prompts) -> None:
         """Keep what will change, and hook what was added into the model."""
-        encoder = prompts.encoder
         if self.protocol.moves:
             # Later the weights are others, and the file must name those that they came from.
-            self.fingerprint = fingerprint(host, encoder)
+            self.fingerprint = fingerprint(host, prompts.encoder)
         if self.protocol.restores:
             self.originals = self._copies(host)
-        for part in self._parts():
-            part.serve(prompts)
-        for index, bottleneck in self._bottlenecks().items():
-            layer = host.get_submodule(self.layers[int(index)].path)
-            self._handles.append(layer.register_forward_hook(bottleneck.behind))
-        if self.side is not None and encoder.head is not None:
-            head = host.get_submodule(encoder.head.paths[0])
-            self._handles.append(host.register_forward_pre_hook(self.side.see, with_kwargs=True))
-            self._handles.append(head.register_forward_pre_hook(self.side.blend))
-            self._handles.append(host.register_forward_hook(self.side.forget, always_call=True))
+        if self.added is not None:
+            self._handles = self.added.attach(host, prompts)
 
     def detach(self, host: nn.Module) -> None:
         """Take hooks off and put the backbone's own weights back.
@@ -117,8 +101,10 @@ class Delta(nn.Module):
         """Raise where the backbone's own weights are gone."""
         if not self.protocol.restores:
             raise VPTError(
-                f"{call}: the whole model was trained, and its former weights were not kept; use "
-                "apply_protocol(model, 'full', keep_original=True), or build the model anew."
+                call,
+                "the whole model was trained, and its former weights were not kept",
+                f"use `apply_protocol(model, {self.protocol.name!r}, keep_original=True)`, or "
+                "build the model anew",
             )
 
     def unfreeze(self, host: nn.Module) -> None:
@@ -139,14 +125,9 @@ class Delta(nn.Module):
     def tensors(self, host: nn.Module) -> dict[str, Tensor]:
         """Return everything that an adapter holds of this, under the names in the file."""
         known = _tensors(host)
-        found = {f"delta.{name}": place.of(known) for name, place in self.places.items()}
-        for index, part in self._bottlenecks().items():
-            for name, parameter in part.named_parameters():
-                found[f"delta.{index}.adapter.{name}"] = parameter
-        if self.side is not None:
-            side = _tensors(self.side)
-            found |= {f"delta.side.{n}": t for n, t in side.items() if t.is_floating_point()}
-        return found
+        found = {name: place.of(known) for name, place in self.places.items()}
+        found |= {} if self.added is None else self.added.stored()
+        return {f"delta.{name}": tensor for name, tensor in found.items()}
 
     def keeps_mode(self, path: str) -> bool:
         """Tell whether a module of the host follows it into train mode."""
@@ -159,14 +140,6 @@ class Delta(nn.Module):
         names |= {n for n in counters if self.keeps_mode(n.rpartition(".")[0])}
         return {name: known[name].detach().to("cpu", copy=True) for name in sorted(names)}
 
-    def _parts(self) -> Iterator[Bottleneck | SideNetwork]:
-        yield from self._bottlenecks().values()
-        if self.side is not None:
-            yield self.side
-
-    def _bottlenecks(self) -> dict[str, Bottleneck]:
-        return cast("dict[str, Bottleneck]", dict(self.adapters or {}))
-
     def extra_repr(self) -> str:
         """Say which protocol this is, and how much of the backbone trains."""
         return f"protocol={self.protocol.name}, tensors of the backbone={len(self.names)}"
@@ -174,41 +147,40 @@ class Delta(nn.Module):
 
 def given_features(delta: Delta | None) -> nn.Module | None:
     """Return the features that a side network was given; None for those of its own."""
-    side = None if delta is None else delta.side
-    return side.features if side is not None and side.given else None
+    side = None if delta is None else delta.added
+    return side.features if isinstance(side, SideNetwork) and side.given else None
 
 
-def _head_width(host: nn.Module, encoder: Encoder) -> int:
-    if encoder.head is None or encoder.headless:
-        raise UnsupportedArchitectureError(
-            f"apply_protocol('sidetune'): {type(host).__name__} has {encoder.headless}, so there "
-            "is no one place where a side network could be blended in."
-        )
-    return encoder.head.width
+def shapes(
+    host: nn.Module,
+    encoder: Encoder,
+    protocol: Protocol,
+    present: Delta | None = None,
+    *,
+    apart: Iterable[str] = (),
+) -> dict[str, tuple[int, ...]]:
+    """Return names and shapes of all that an adapter file holds of a protocol, without its head.
 
+    Nothing is made but on `meta`, and the model is left alone.
 
-def _check_image(host: nn.Module, encoder: Encoder) -> None:
-    """Raise where AlexNet would be called with other things than images of three channels."""
-    if encoder.input_size[0] == 3 and encoder.inputs not in ("video", "patches"):
-        return
-    what = "videos or patches" if encoder.input_size[0] == 3 else "images of other channels"
-    raise UnsupportedArchitectureError(
-        f"apply_protocol('sidetune'): {type(host).__name__} takes {what}, and AlexNet's features "
-        "(batch, 3, H, W); give features=..., a module from its pixels to maps (batch, 256, h, w)."
-    )
+    Args:
+        host: The model, prompted or not.
+        encoder: Its anatomy.
+        protocol: What trains.
+        present: What the model carries; a side network lends the features that it was given.
+        apart: Names of the host's tensors that belong to a decoder that trains whole.
+
+    Raises:
+        SpecError: More blocks than there are.
+        UnsupportedArchitectureError: The protocol has no place in this model.
+    """
+    delta = Delta(protocol, host, encoder, given_features(present))
+    delta.leave(apart)
+    return {name: tuple(tensor.shape) for name, tensor in delta.tensors(host).items()}
 
 
 def _tensors(host: nn.Module) -> dict[str, Any]:
     return dict(host.named_parameters()) | dict(host.named_buffers())
-
-
-def _bottlenecks(protocol: Protocol, layers: list[FeedForward]) -> dict[str, nn.Module]:
-    assert protocol.reduction is not None
-    found: dict[str, nn.Module] = {}
-    for index, layer in enumerate(layers):
-        hidden = max(1, layer.width // protocol.reduction)
-        found[str(index)] = Bottleneck(layer.width, hidden, layer.axis)
-    return found
 
 
 # What a module inside a block is for, by the names that timm and transformers give it.

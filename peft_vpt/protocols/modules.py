@@ -1,29 +1,30 @@
-"""What some protocols add to a model: bottlenecks, a side network, a head of several layers."""
+"""What some protocols add to a model: bottlenecks, a side network, a head of several layers.
+
+A class that a row of `options.KINDS` names in `adds` has what `Bottlenecks` has: `build`,
+`initialise`, `attach` and `stored`.
+"""
 
 from __future__ import annotations
 
 import math
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, cast
+from inspect import signature
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import SpecError, VPTError
-
-if TYPE_CHECKING:
-    from ..prompts import Prompts
-from inspect import signature
-from typing import NamedTuple
-
 from ..backbones.anatomy import Block, Encoder
 from ..backbones.projection import join
-from ..errors import UnsupportedArchitectureError
+from ..checks import instance, or_none
+from ..errors import VPTError
+from ..prompts import Prompts, Slot
 from ..rehearsal import Rehearsal, Shape, rehearse_host
+from .options import Protocol
 
 _SIDE_SIZE = 256 * 6 * 6
 _MLP_DROPOUT = 0.1
+_FEATURES = "from pixels (batch, 3, H, W) to maps (batch, 256, h, w)"
 # Below this, a pooling of AlexNet has nothing left to pool.
 _SMALLEST = 63
 
@@ -52,14 +53,9 @@ class Bottleneck(nn.Module):
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None) -> None:
         """Draw `down` on the generator's device, and let the rest be zero."""
-        bound = 1 / math.sqrt(self.down.in_features)
-        self.down.weight.copy_(_uniform(self.down.weight, bound, generator))
-        for parameter in (self.down.bias, self.up.weight, self.up.bias):
+        for parameter in self.parameters():
             parameter.zero_()
-
-    def serve(self, prompts: Prompts) -> None:
-        """Look to these prompts, outside the module tree, for whether they are disabled."""
-        self._prompts = (prompts,)
+        _draw(self.down.weight, generator)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map tokens `(..., width)` to tokens, or maps `(batch, width, h, w)` to maps.
@@ -69,8 +65,10 @@ class Bottleneck(nn.Module):
         """
         if hidden.shape[self.axis] != self.down.in_features:
             raise VPTError(
-                f"adapter: a feed-forward layer gave {tuple(hidden.shape)}, where axis {self.axis} "
-                f"must be {self.down.in_features} wide; this model cannot take adapters."
+                "adapter",
+                f"a feed-forward layer gave {tuple(hidden.shape)}, where axis {self.axis} must be "
+                f"{self.down.in_features} wide",
+                "this model cannot take adapters",
             )
         tokens = hidden.movedim(self.axis, -1).to(self.down.weight.dtype)
         change: Tensor = self.up(F.gelu(self.down(tokens)))
@@ -83,6 +81,53 @@ class Bottleneck(nn.Module):
         if isinstance(output, tuple):
             return (self(output[0]), *output[1:])
         return self(output)
+
+
+class Bottlenecks(nn.ModuleDict):
+    """A bottleneck for every block, under its number: what "adapter" adds."""
+
+    slot = "adapters"
+    paths: list[str]
+
+    @classmethod
+    def build(
+        cls, host: nn.Module, encoder: Encoder, protocol: Protocol, features: nn.Module | None
+    ) -> Bottlenecks:
+        """Make the module for a model, on `meta`: a check of what fits draws no random numbers.
+
+        Raises:
+            UnsupportedArchitectureError: The protocol has no place in this model.
+        """
+        layers, reduction = feed_forwards(host, encoder, protocol), cast(int, protocol.reduction)
+        found = cls()
+        for index, layer in enumerate(layers):
+            hidden = max(1, layer.width // reduction)
+            with torch.device("meta"):
+                found[str(index)] = Bottleneck(layer.width, hidden, layer.axis)
+        found.paths = [layer.path for layer in layers]
+        return found
+
+    def initialise(self, generator: torch.Generator | None) -> None:
+        """Give all of them their first values, in the order of the blocks."""
+        for part in self._each():
+            part.initialise(generator)
+
+    def attach(self, host: nn.Module, prompts: Prompts) -> list[Any]:
+        """Hook them into the model that carries these prompts; return the handles."""
+        handles = []
+        for path, part in zip(self.paths, self._each(), strict=True):
+            # Outside the module tree: whether what was added is disabled.
+            part._prompts = (prompts,)
+            handles.append(host.get_submodule(path).register_forward_hook(part.behind))
+        return handles
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return what an adapter file holds, under its names there but for the `delta.`."""
+        found = {name.partition("."): p for name, p in self.named_parameters()}
+        return {f"{index}.adapter.{name}": p for (index, _, name), p in found.items()}
+
+    def _each(self) -> list[Bottleneck]:
+        return cast("list[Bottleneck]", list(self.values()))
 
 
 class SideNetwork(nn.Module):
@@ -99,35 +144,66 @@ class SideNetwork(nn.Module):
     Source: Jia et al. 2022, section 4.1 (Sidetune, after Zhang et al. 2020).
     """
 
+    slot = "side"
+
     def __init__(self, width: int, features: nn.Module | None = None) -> None:
         super().__init__()
-        if not isinstance(features, nn.Module | None):
-            raise SpecError(
-                f"apply_protocol('sidetune', features={features!r}): must be a torch.nn.Module "
-                "from pixels (batch, 3, H, W) to maps (batch, 256, h, w)."
-            )
+        or_none(instance(nn.Module, f"a torch.nn.Module {_FEATURES}")).check(
+            "apply_protocol", "features", features
+        )
         self.given = features is not None
         self.features = _alexnet() if features is None else features
         self.project = nn.Linear(_SIDE_SIZE, width, bias=False)
         self.alpha = nn.Parameter(torch.zeros(()))
+        self._pixels = Slot()
         self._prompts: tuple[Prompts, ...] = ()
+
+    @classmethod
+    def build(
+        cls, host: nn.Module, encoder: Encoder, protocol: Protocol, features: nn.Module | None
+    ) -> SideNetwork:
+        """Make the module for a model, as `Bottlenecks.build`."""
+        name = type(host).__name__
+        if encoder.head is None or encoder.headless:
+            raise protocol.misfit(
+                f"{name} has {encoder.headless}, so there is no one place where a side network "
+                "could be blended in"
+            )
+        with torch.device("meta"):
+            found = cls(encoder.head.width, features)
+        images = encoder.inputs not in ("video", "patches")
+        if not found.given and not (images and encoder.input_size[0] == 3):
+            what = "videos or patches" if encoder.input_size[0] == 3 else "images of other channels"
+            raise protocol.misfit(
+                f"{name} takes {what}, and AlexNet's features (batch, 3, H, W)",
+                "give `features=...`, a module from its pixels to maps (batch, 256, h, w)",
+            )
+        return found
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator | None) -> None:
         """Draw every matrix on the generator's device; biases are zero, given features stay."""
         given = {id(p) for p in self.features.parameters()} if self.given else set()
         for parameter in self.parameters():
-            if id(parameter) in given:
-                continue
-            if parameter.dim() < 2:
+            if id(parameter) not in given and parameter.dim() < 2:
                 parameter.zero_()
-                continue
-            bound = 1 / math.sqrt(parameter[0].numel())
-            parameter.copy_(_uniform(parameter, bound, generator))
+            elif id(parameter) not in given:
+                _draw(parameter, generator)
 
-    def serve(self, prompts: Prompts) -> None:
-        """Look to these prompts, outside the module tree, for whether they are disabled."""
+    def attach(self, host: nn.Module, prompts: Prompts) -> list[Any]:
+        """Hook it into the model that carries these prompts; return the handles."""
         self._prompts = (prompts,)
+        head = host.get_submodule(prompts.encoder.head_paths[0])
+        return [
+            host.register_forward_pre_hook(self.see, with_kwargs=True),
+            head.register_forward_pre_hook(self.blend),
+            host.register_forward_hook(self.forget, always_call=True),
+        ]
+
+    def stored(self) -> dict[str, Tensor]:
+        """Return what an adapter file holds, under its names there but for the `delta.`."""
+        found: list[tuple[str, Tensor]] = [*self.named_parameters(), *self.named_buffers()]
+        return {f"side.{n}": t for n, t in found if t.is_floating_point()}
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Map pixels `(batch, 3, H, W)` to features `(batch, width)`.
@@ -143,26 +219,22 @@ class SideNetwork(nn.Module):
     def see(self, host: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the host: keep the pixels of this call."""
         seen = args[0] if args else kwargs.get("pixel_values", next(iter(kwargs.values()), None))
-        _PIXELS.set(_PIXELS.get() | {id(self): seen})
+        self._pixels.set(seen)
 
     def forget(self, host: nn.Module, args: Any, output: Any) -> None:
         """Forward hook of the host: let the pixels of this call go."""
-        _PIXELS.set({key: seen for key, seen in _PIXELS.get().items() if key != id(self)})
+        self._pixels.set(None)
 
     def blend(self, head: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Forward pre-hook of the head: blend the side network into its input."""
         if any(prompts.disabled() for prompts in self._prompts):
             return None
-        pixels = _PIXELS.get().get(id(self))
+        pixels = self._pixels.get()
         if not isinstance(pixels, Tensor):
-            raise VPTError("sidetune: call the whole model with an image, not its head alone.")
+            raise VPTError("sidetune", "call the whole model with an image, not its head alone")
         base, share = args[0], torch.sigmoid(self.alpha)
         side = self(pixels).to(base.dtype).reshape(base.shape)
         return (share * base + (1 - share) * side, *args[1:])
-
-
-# Per thread or task, so that a model may serve several at once.
-_PIXELS: ContextVar[dict[int, Any]] = ContextVar("peft_vpt_side_pixels", default={})  # noqa: B039
 
 
 class MlpHead(nn.Sequential):
@@ -199,14 +271,12 @@ class MlpHead(nn.Sequential):
         linear = [layer for layer in self if isinstance(layer, nn.Linear)]
         for layer in linear:
             std = 0.02 if layer is linear[-1] else math.sqrt(2 / layer.out_features)
-            source = generator.device if generator is not None else torch.device("cpu")
-            drawn = torch.empty(layer.weight.shape, device=source)
-            layer.weight.copy_(drawn.normal_(0.0, std, generator=generator))
+            _draw(layer.weight, generator, std)
             layer.bias.zero_()
 
 
 def fill(
-    part: Bottleneck | SideNetwork | MlpHead,
+    part: Bottlenecks | SideNetwork | MlpHead,
     device: torch.device,
     dtype: torch.dtype,
     generator: torch.Generator | None,
@@ -219,18 +289,25 @@ def fill(
     part.initialise(generator)
 
 
-def _uniform(like: Tensor, bound: float, generator: torch.Generator | None) -> Tensor:
-    source = generator.device if generator is not None else torch.device("cpu")
-    return torch.empty(like.shape, device=source).uniform_(-bound, bound, generator=generator)
+def _draw(weight: Tensor, generator: torch.Generator | None, std: float | None = None) -> None:
+    """Fill a weight `(out, in, ...)` on the generator's device: U(+-1 / sqrt(in)), or normal."""
+    drawn = torch.empty(weight.shape, device="cpu" if generator is None else generator.device)
+    bound = 1 / math.sqrt(weight[0].numel())
+    if std is None:
+        weight.copy_(drawn.uniform_(-bound, bound, generator=generator))
+    else:
+        weight.copy_(drawn.normal_(0.0, std, generator=generator))
 
 
 def _check_pixels(pixels: Tensor) -> None:
     shape = tuple(pixels.shape)
     if len(shape) != 4 or shape[1] != 3 or min(shape[2:]) < _SMALLEST:
         raise VPTError(
-            f"sidetune: AlexNet's features take images (batch, 3, H, W) of {_SMALLEST} pixels or "
-            f"more, got {shape}; give larger ones, or apply_protocol(model, 'sidetune', "
-            "features=...) a module of your own for these."
+            "sidetune",
+            f"AlexNet's features take images (batch, 3, H, W) of {_SMALLEST} pixels or more, got "
+            f"{shape}",
+            "give larger ones, or `apply_protocol(model, 'sidetune', features=...)` a module of "
+            "your own for these",
         )
 
 
@@ -239,15 +316,16 @@ def _alexnet() -> nn.Module:
         from torchvision.models import alexnet
     except ImportError as error:
         raise VPTError(
-            "apply_protocol('sidetune'): the features of AlexNet come from torchvision, which is "
-            "not installed; install torchvision, or give features=..., a module from pixels "
-            "(batch, 3, H, W) to maps (batch, 256, h, w)."
+            "apply_protocol",
+            "the features of AlexNet come from torchvision, which is not installed",
+            f"install torchvision, or give `features=...`, a module {_FEATURES}",
+            given={"name": "sidetune"},
         ) from error
-
     features: nn.Module = alexnet(weights=None).features
     return features
 
 
+_INSTEAD = "Use prompts, 'bias' or 'partial-k'"
 _NAMES = ("mlp", "ffn", "feed_forward", "mlp_channels", "output")
 # Of a map `(batch, channels, height, width)` and of tokens `(..., channels)`.
 _MAPS, _TOKENS = 1, -1
@@ -267,7 +345,7 @@ class FeedForward(NamedTuple):
     axis: int
 
 
-def feed_forwards(host: nn.Module, encoder: Encoder) -> list[FeedForward]:
+def feed_forwards(host: nn.Module, encoder: Encoder, protocol: Protocol) -> list[FeedForward]:
     """Return the feed-forward layers of all blocks, in their order.
 
     Raises:
@@ -276,22 +354,20 @@ def feed_forwards(host: nn.Module, encoder: Encoder) -> list[FeedForward]:
     """
     name = type(host).__name__
     if not encoder.blocks:
-        raise UnsupportedArchitectureError(
-            f"apply_protocol('adapter'): {name} has no transformer blocks."
-        )
+        raise protocol.misfit(f"{name} has no transformer blocks")
     paths = []
     for index, block in enumerate(encoder.blocks):
         inside = _inside(host.get_submodule(block.path))
         if inside is None:
-            raise UnsupportedArchitectureError(
-                f"apply_protocol('adapter'): block {index} ({block.path}) of "
-                f"{name} shows no feed-forward layer called {' or '.join(_NAMES)}."
+            raise protocol.misfit(
+                f"block {index} ({block.path}) of {name} shows no feed-forward layer called "
+                f"{' or '.join(_NAMES)}"
             )
         paths.append(join(block.path, inside))
-    _refuse_others(host, encoder)
+    _refuse_others(host, encoder, protocol)
     shown = rehearse_host(host, encoder, paths)
     pairs = zip(paths, encoder.blocks, strict=True)
-    return [_described(host, path, block, shown) for path, block in pairs]
+    return [_described(host, path, block, shown, protocol) for path, block in pairs]
 
 
 def _inside(block: nn.Module) -> str | None:
@@ -304,7 +380,7 @@ def _inside(block: nn.Module) -> str | None:
     return "output.dense" if hasattr(children[name], "dense") else None
 
 
-def _refuse_others(host: nn.Module, encoder: Encoder) -> None:
+def _refuse_others(host: nn.Module, encoder: Encoder, protocol: Protocol) -> None:
     """Raise where blocks without known attention have feed-forward layers too.
 
     Such layers stand among the known blocks; what pools behind the last one is no block.
@@ -316,14 +392,16 @@ def _refuse_others(host: nn.Module, encoder: Encoder) -> None:
     for path in paths[:last]:
         owner, _, name = path.rpartition(".")
         if name in _NAMES[:-1] and not f"{path}.".startswith(blocks):
-            raise UnsupportedArchitectureError(
-                f"apply_protocol('adapter'): {type(host).__name__} has feed-forward layers in "
-                f"other blocks than those with attention ({owner}), so adapters behind all of them "
-                "are not possible. Use prompts, 'bias' or 'partial-k'."
+            raise protocol.misfit(
+                f"{type(host).__name__} has feed-forward layers in other blocks than those with "
+                f"attention ({owner}), so adapters behind all of them are not possible",
+                _INSTEAD,
             )
 
 
-def _described(host: nn.Module, path: str, block: Block, shown: Rehearsal | None) -> FeedForward:
+def _described(
+    host: nn.Module, path: str, block: Block, shown: Rehearsal | None, protocol: Protocol
+) -> FeedForward:
     """Return what is behind a layer: as its dummy call showed, or else as its parts say."""
     width, axis = _last_layer(host.get_submodule(path), block.width)
     if shown is None:
@@ -334,10 +412,10 @@ def _described(host: nn.Module, path: str, block: Block, shown: Rehearsal | None
         if _fits(shape, at) and shape[at] in (width, block.width):
             return FeedForward(path, shape[at], at)
     what = "is not called as such" if call is None else f"gives something of shape {shape}"
-    raise UnsupportedArchitectureError(
-        f"apply_protocol('adapter'): the feed-forward layer {path} of {type(host).__name__} "
-        f"{what}, where tokens or maps of {width} channels were expected. Use prompts, 'bias' or "
-        "'partial-k'."
+    raise protocol.misfit(
+        f"the feed-forward layer {path} of {type(host).__name__} {what}, where tokens or maps of "
+        f"{width} channels were expected",
+        _INSTEAD,
     )
 
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from ..backbones.anatomy import Encoder, is_below
+from ..backbones.projection import join
 from ..backbones.weights import is_packed
-from ..errors import SpecError, UnsupportedArchitectureError
+from ..errors import SpecError
 from ..rehearsal import Rehearsal, rehearse_host
 from .options import Protocol
 
-# A table of relative positions carries "bias" in its name and is none.
-_BIAS = re.compile(r"(.*\.)?(bias|[a-z_]*_bias)")
-_CLS = re.compile(r"(.*\.)?(cls_token|class_token|class_embedding)")
+_INSTEAD = "use 'bias', 'full' or prompts"
+_LISTS = (nn.ModuleList, nn.Sequential)
 _STAGES = ("stages", "encoder.stages", "layers", "encoder.layers", "features", "blocks")
 
 
@@ -43,32 +42,22 @@ def moved(host: nn.Module, encoder: Encoder, protocol: Protocol) -> Moved:
         UnsupportedArchitectureError: The model has no such weights, they are integers, or which of
             its blocks are the last is not known.
     """
-    if not protocol.moves:
+    moves = protocol.row.moves
+    if moves is None:
         return Moved([], [], ())
-    names = [name for name, _ in host.named_parameters() if not _apart(encoder, name)]
+    parameters = {n: p for n, p in host.named_parameters() if not _apart(encoder, n)}
     if encoder.head is not None:
         # It stands in for patches that pretraining hides; a classifier's images have none.
-        names = [name for name in names if name.rpartition(".")[2] != "mask_token"]
-    paths: tuple[str, ...] = ()
-    if protocol.kind == "full":
-        paths = ("",)
-    elif protocol.kind == "partial":
+        parameters = {n: p for n, p in parameters.items() if n.rpartition(".")[2] != "mask_token"}
+    names, paths = list(parameters), ("",)  # type: tuple[list[str], tuple[str, ...]]
+    if moves.last:
         names, paths = _last(host, encoder, protocol, names)
-    elif protocol.kind == "cls":
-        names = [n for n in names if _CLS.fullmatch(n)]
-    else:
-        shapes = dict(host.named_parameters())
-        names = [n for n in names if _BIAS.fullmatch(n) and shapes[n].dim() == 1]
+    elif moves.chosen is not None:
+        names, paths = [n for n in names if moves.chosen(n, parameters[n])], ()
     if not names:
-        raise UnsupportedArchitectureError(
-            f"apply_protocol({protocol.name!r}): {type(host).__name__} has "
-            f"{_NOTHING.get(protocol.kind, 'no bias terms')} that could train."
-        )
+        raise protocol.misfit(f"{type(host).__name__} has {moves.missing} that could train")
     _refuse_integers(host, protocol, names, paths)
     return Moved(names, _statistics(host, encoder, paths), paths)
-
-
-_NOTHING = {"cls": "no CLS token", "full": "no weights", "partial": "no weights"}
 
 
 def _statistics(host: nn.Module, encoder: Encoder, paths: tuple[str, ...]) -> list[str]:
@@ -92,10 +81,10 @@ def _refuse_integers(
         if is_packed(module) and is_below(path, *paths)
     ]
     if wrong:
-        raise UnsupportedArchitectureError(
-            f"apply_protocol({protocol.name!r}): {wrong[0]} of {type(host).__name__} is quantized "
-            "and cannot train. Load the model in full or half precision, or choose a protocol "
-            "that leaves such weights alone ('linear', 'bias', 'vpt-deep', ...)."
+        raise protocol.misfit(
+            f"{wrong[0]} of {type(host).__name__} is quantized and cannot train",
+            "Load the model in full or half precision, or choose a protocol that leaves such "
+            "weights alone ('linear', 'bias', 'vpt-deep', ...)",
         )
 
 
@@ -106,11 +95,12 @@ def _last(
 
     Names of parameters, and paths of modules.
     """
-    parts = [block.path for block in encoder.blocks] or [p for p, _ in _stages(host, encoder)]
+    parts = [block.path for block in encoder.blocks] or _stages(host, encoder, protocol)
     if protocol.number > len(parts):
         raise SpecError(
-            f"apply_protocol({protocol.name!r}): the model has {len(parts)} "
-            f"{'blocks' if encoder.blocks else 'stages'}."
+            "apply_protocol",
+            f"the model has {len(parts)} {'blocks' if encoder.blocks else 'stages'}",
+            given={"name": protocol.name},
         )
     shown = rehearse_host(host, encoder, [path for path, _ in host.named_modules()])
     order = _order(host, encoder, protocol, parts, shown)
@@ -143,10 +133,11 @@ def _order(
     meta = any(p.is_meta for p in host.parameters())
     if (encoder.blocks and encoder.plain) or meta:
         return {}
-    raise UnsupportedArchitectureError(
-        f"apply_protocol({protocol.name!r}): it is not known in which order "
-        f"{type(host).__name__} runs its {'blocks' if encoder.blocks else 'stages'}, since no "
-        "image that was tried passes all of them; use 'bias', 'full' or prompts."
+    raise protocol.misfit(
+        f"it is not known in which order {type(host).__name__} runs its "
+        f"{'blocks' if encoder.blocks else 'stages'}, since no image that was tried passes all of "
+        "them",
+        _INSTEAD,
     )
 
 
@@ -200,42 +191,26 @@ def _ends(path: str) -> list[int]:
     return [i for i, char in enumerate(path) if char == "."]
 
 
-def _stages(host: nn.Module, encoder: Encoder) -> list[tuple[str, nn.Module]]:
+def _stages(host: nn.Module, encoder: Encoder, protocol: Protocol) -> list[str]:
     """Return the stages of a model without known blocks, of a ConvNet, that have parameters.
 
     Raises:
         UnsupportedArchitectureError: It does not show any.
     """
-    found = _shown_stages(host, encoder)
-    # timm counts the activation behind a ResNet's stem as a stage.
-    found = [(path, stage) for path, stage in found if next(stage.parameters(), None) is not None]
-    if not found:
-        raise _no_stages(host)
-    return found
-
-
-def _shown_stages(host: nn.Module, encoder: Encoder) -> list[tuple[str, nn.Module]]:
     model: Any = host.get_submodule(encoder.path)
-    prefix = f"{encoder.path}." if encoder.path else ""
-    info = getattr(getattr(model, "feature_info", None), "info", None) or getattr(
-        model, "feature_info", None
-    )
-    named = [i["module"] for i in info if "module" in i] if isinstance(info, list) else []
     known = dict(model.named_modules())
-    if named and all(name in known for name in named):
-        return [(prefix + name, known[name]) for name in named]
-    for name in _STAGES:
-        stages = known.get(name)
-        if isinstance(stages, nn.ModuleList | nn.Sequential) and len(stages) > 1:
-            return [(f"{prefix}{name}.{i}", stage) for i, stage in enumerate(stages)]
-    raise _no_stages(host)
-
-
-def _no_stages(host: nn.Module) -> UnsupportedArchitectureError:
-    return UnsupportedArchitectureError(
-        f"apply_protocol('partial-k'): {type(host).__name__} shows no blocks or stages; use "
-        "'bias', 'full' or prompts."
-    )
+    info = getattr(model, "feature_info", None)
+    info = getattr(info, "info", None) or info
+    named = [i["module"] for i in info if "module" in i] if isinstance(info, list) else []
+    if not named or not set(named) <= set(known):
+        lists = [name for name in _STAGES if isinstance(known.get(name), _LISTS)]
+        long = next((name for name in lists if len(known[name]) > 1), None)
+        named = [f"{long}.{n}" for n, _ in known[long].named_children()] if long else []
+    # timm counts the activation behind a ResNet's stem as a stage.
+    found = [join(encoder.path, n) for n in named if any(True for _ in known[n].parameters())]
+    if not found:
+        raise protocol.misfit(f"{type(host).__name__} shows no blocks or stages", _INSTEAD)
+    return found
 
 
 def _apart(encoder: Encoder, name: str) -> bool:

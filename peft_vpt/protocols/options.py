@@ -1,27 +1,93 @@
-"""`Protocol`: what trains of a model, as a plain value."""
+"""`Protocol`: what trains of a model, as a plain value, and the table of all there are.
+
+Everybody who wants to know something of a protocol asks it. A new one is a row of `KINDS`; what it
+adds to a model is a class of `protocols.modules`.
+"""
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import SpecError
+from ..checks import FLAG, integer
+from ..errors import SpecError, UnsupportedArchitectureError, shown
 
-PROMPTED: dict[str, dict[str, Any]] = {
-    "vpt-shallow": {"deep": False},
-    "vpt-deep": {"deep": True},
-    "vpt+bias": {"deep": True},
-    "prompt-fixed": {"deep": True, "train_prompts": False},
-}
-_NUMBERED = ("partial", "mlp")
-KINDS = ("full", "linear", *_NUMBERED, "sidetune", "bias", "adapter", "cls", *PROMPTED)
-NAMES = tuple(f"{kind}-k" if kind in _NUMBERED else kind for kind in KINDS)
-_MOVING = ("full", "partial", "bias", "cls", "vpt+bias")
 _DEFAULT_REDUCTION = 8
+
+
+@dataclass(frozen=True)
+class Moves:
+    """Which weights of the backbone itself train.
+
+    Args:
+        chosen: Tells it by name and parameter. None: all of them, and the modules that hold them
+            follow the model into train mode.
+        last: Whether only the last k blocks, or stages, are meant, and what stands behind them.
+        missing: What a model has in which nothing is found, in words.
+    """
+
+    chosen: Callable[[str, Any], bool] | None = None
+    last: bool = False
+    missing: str = "no weights"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What protocols of one name have in common, whatever their k.
+
+    Args:
+        numbered: Whether the name ends in a number, its k.
+        prompts: Options of `inject_prompts` that the name fixes; None: it has no prompts.
+        moves: What of the backbone itself trains.
+        adds: Name of the class of `protocols.modules` that it adds to the model.
+        layered: Whether its head is k layers.
+        inside: Whether what trains stands inside the blocks, with nothing in front that does.
+        classifier: What it does to the classifier, in words; a decoder would not read it.
+        options: Names of options of its own.
+    """
+
+    numbered: bool = False
+    prompts: Mapping[str, Any] | None = None
+    moves: Moves | None = None
+    adds: str = ""
+    layered: bool = False
+    inside: bool = False
+    classifier: str = ""
+    options: tuple[str, ...] = ()
+
+
+def _called(pattern: str) -> Callable[[str, Any], bool]:
+    return lambda name, _: re.fullmatch(pattern, name) is not None
+
+
+# A table of relative positions carries "bias" in its name and is none.
+_is_bias = _called(r"(.*\.)?(bias|[a-z_]*_bias)")
+_BIASES = Moves(lambda name, p: p.dim() == 1 and _is_bias(name, p), missing="no bias terms")
+_CLS = Moves(_called(r"(.*\.)?(cls_token|class_token|class_embedding)"), missing="no CLS token")
+KINDS: dict[str, Kind] = {
+    "full": Kind(moves=Moves(), options=("keep_original",)),
+    "linear": Kind(),
+    "partial": Kind(numbered=True, moves=Moves(last=True), inside=True),
+    "mlp": Kind(numbered=True, layered=True, classifier="its layers are the classifier"),
+    "sidetune": Kind(
+        adds="SideNetwork",
+        options=("features",),
+        classifier="its network is added in front of the classifier",
+    ),
+    "bias": Kind(moves=_BIASES, inside=True),
+    "adapter": Kind(adds="Bottlenecks", options=("reduction",), inside=True),
+    "cls": Kind(moves=_CLS),
+    "vpt-shallow": Kind(prompts={"deep": False}),
+    "vpt-deep": Kind(prompts={"deep": True}),
+    "vpt+bias": Kind(prompts={}, moves=_BIASES),
+    "prompt-fixed": Kind(prompts={"train_prompts": False}),
+}
+NAMES = tuple(f"{name}-k" if kind.numbered else name for name, kind in KINDS.items())
+PROMPTED = tuple(name for name, kind in KINDS.items() if kind.prompts is not None)
+_OPTIONS = {"reduction": integer(1), "keep_original": FLAG}
 
 
 @dataclass(frozen=True)
@@ -49,53 +115,70 @@ class Protocol:
         """
         if not isinstance(self.name, str) or self.kind not in KINDS:
             raise SpecError(
-                f"apply_protocol(name={self.name!r}): must be one of {', '.join(NAMES)}."
+                "apply_protocol", f"must be one of {', '.join(NAMES)}", given={"name": self.name}
             )
-        if self.kind == "adapter":
-            given = _DEFAULT_REDUCTION if self.reduction is None else self.reduction
-            object.__setattr__(self, "reduction", _count(given))
-        elif self.reduction is not None:
-            raise SpecError(
-                f"apply_protocol({self.name!r}, reduction=...): only 'adapter' has a reduction."
-            )
-        if not isinstance(self.keep_original, bool):
-            raise SpecError(
-                f"apply_protocol(keep_original={self.keep_original!r}): must be True or False."
-            )
-        if self.keep_original and self.kind != "full":
-            raise SpecError(
-                f"apply_protocol({self.name!r}, keep_original=True): only 'full' has the choice; "
-                "the other protocols always keep what they change."
-            )
+        for option, rule in _OPTIONS.items():
+            value = getattr(self, option)
+            if value is getattr(Protocol, option):
+                continue
+            rule.check("apply_protocol", option, value)
+            if option not in self.row.options:
+                raise SpecError(
+                    "apply_protocol",
+                    f"only {_having(option)} has this option",
+                    given={"name": self.name, option: value},
+                )
+        if "reduction" in self.row.options:
+            given = _DEFAULT_REDUCTION if self.reduction is None else operator.index(self.reduction)
+            object.__setattr__(self, "reduction", given)
 
     @property
     def kind(self) -> str:
-        """The name without its number; "" for a name that is none."""
-        match = re.fullmatch(rf"({'|'.join(_NUMBERED)})-([1-9]\d{{0,3}})", self.name)
-        if match:
-            return match.group(1)
-        return "" if self.name in _NUMBERED else self.name
+        """The name without its number, a key of `KINDS`; "" for a name that is none."""
+        stem, _, digits = self.name.rpartition("-")
+        if stem in KINDS and KINDS[stem].numbered:
+            return stem if re.fullmatch(r"[1-9][0-9]{0,3}", digits) else ""
+        return "" if self.name in KINDS and KINDS[self.name].numbered else self.name
+
+    @property
+    def row(self) -> Kind:
+        """What it has in common with others of its name."""
+        return KINDS[self.kind]
 
     @property
     def number(self) -> int:
         """The k of partial-k and mlp-k, 0 for others."""
-        digits = self.name.rpartition("-")[2]
-        return int(digits) if self.kind in _NUMBERED else 0
+        return int(self.name.rpartition("-")[2]) if self.row.numbered else 0
+
+    @property
+    def head_layers(self) -> int:
+        """Number of layers of a head of its own; 0 where the head is the model's or a new one."""
+        return self.number if self.row.layered else 0
+
+    @property
+    def prompted(self) -> bool:
+        """Whether there are prompts."""
+        return self.row.prompts is not None
 
     @property
     def trains_prompts(self) -> bool:
         """Whether there are prompts that train."""
-        return bool(PROMPTED.get(self.kind, {"train_prompts": False}).get("train_prompts", True))
+        return self.row.prompts is not None and self.row.prompts.get("train_prompts", True)
 
     @property
     def moves(self) -> bool:
         """Whether weights of the backbone itself train."""
-        return self.kind in _MOVING
+        return self.row.moves is not None
 
     @property
     def restores(self) -> bool:
         """Whether the backbone's own weights can be put back."""
-        return self.kind != "full" or self.keep_original
+        return self.keep_original or "keep_original" not in self.row.options
+
+    def misfit(self, problem: str, advice: str = "") -> UnsupportedArchitectureError:
+        """Return the error of a model in which it has no place."""
+        given = {"name": self.name}
+        return UnsupportedArchitectureError("apply_protocol", problem, advice, given=given)
 
     def same(self, other: Protocol | None) -> bool:
         """Tell whether an adapter of the one fits a model under the other."""
@@ -116,17 +199,12 @@ class Protocol:
         Raises:
             SpecError: An unknown or missing field, or a wrong value.
         """
-        names = {field.name for field in dataclasses.fields(cls)} - {"keep_original"}
-        if not isinstance(values, Mapping) or not {"name"} <= set(values) <= names:
-            raise SpecError(f"Protocol.from_dict: needs the fields {sorted(names)}, got {values}.")
+        if not isinstance(values, Mapping) or not {"name"} <= set(values) <= {"name", "reduction"}:
+            raise SpecError(
+                "Protocol.from_dict", f"needs the fields name and reduction, got {shown(values)}"
+            )
         return cls(**values)
 
 
-def _count(value: Any) -> int:
-    try:
-        number = 0 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise SpecError(f"apply_protocol(reduction={value!r}): must be an integer >= 1.")
-    return number
+def _having(option: str) -> str:
+    return " or ".join(repr(name) for name, kind in KINDS.items() if option in kind.options)

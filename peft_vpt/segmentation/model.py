@@ -288,12 +288,6 @@ def _recorded(backbone: nn.Module, paths: Sequence[str]) -> Iterator[list[list[T
         yield seen
 
 
-_UNREAD = {
-    "sidetune": "its network is added in front of the classifier",
-    "mlp": "its layers are the classifier",
-}
-
-
 def plain_encoder(backbone: nn.Module) -> Encoder:
     """Return the anatomy of a bare or prompted plain ViT.
 
@@ -329,10 +323,12 @@ def refuse_unread(call: str, protocol: Protocol | None, location: Any) -> None:
     Raises:
         SpecError: It is one.
     """
-    if protocol is not None and protocol.kind in _UNREAD:
+    if protocol is not None and protocol.row.classifier:
         raise SpecError(
-            f"{call}: of the protocol {protocol.name!r}, {_UNREAD[protocol.kind]}, which a decoder "
-            "does not read; take another protocol."
+            call,
+            f"of the protocol {protocol.name!r}, {protocol.row.classifier}, which a decoder does "
+            "not read",
+            "take another protocol",
         )
     if str(location) in LOCATIONS and LOCATIONS[location].moves_image:
         raise SpecError(
