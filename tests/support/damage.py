@@ -12,7 +12,7 @@ import pickle
 import random
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,8 @@ NAMES += ["delta.x.q.bias", "delta.cls.x", "delta.0.adapter.left.bias", "delta.0
 VALUES: tuple[Any, ...] = (None, True, False, 0, 1, -1, 3, 1.5, -0.5, 1e300, 10**18, 10**30, "")
 VALUES += ("x", "../../x", "/etc/passwd", "\0", "\ud800", "x" * 20_000, [], [None], [[]], [-1], [1])
 VALUES += ([0.5], ["a"], [10**9, 10**9], {}, {"a": 1}, [0] * 5000, "owner/../..", [1, 0], [True])
-NULLABLE = {"head", "preprocessing", "task", "metrics", "hub_id", "revision", "fingerprint"}
-NULLABLE |= {"labels", "crop"}
+NULLABLE = {"head", "preprocessing", "task", "metrics", "hub_id", "revision", "fingerprint", "crop"}
+NULLABLE |= {"labels"}
 OPTIONAL = {"crop", "bias", "class", "quantized", "rest"}
 OPTIONAL |= {"size", "interpolation"}
 IMAGES = {"size": [8, 8], "mean": [0.5], "std": [0.5], "interpolation": "bicubic"}
@@ -120,6 +120,11 @@ def samples(folder: Path) -> list[Sample]:
         return torch.randn(*shape, generator=generator).to(dtype)
 
     head = {"classes": 3, "labels": ["a", "b", "ü"], "in_features": 4, "reads": "cls"}
+    bare, two, pad = (
+        head | {"bias": False},
+        PromptSpec(length=2),
+        PromptSpec(length=1, location="pad"),
+    )
     low, half = {"dtype": torch.bfloat16}, {"dtype": torch.float16}
     deep = {f"prompts.{i}": draw(2, 4) for i in range(2)}
     shared = {"prompts.shared.0": draw(2, 2, **low), "prompts.project.4.weight": draw(4, 2, **low)}
@@ -128,27 +133,18 @@ def samples(folder: Path) -> list[Sample]:
     narrow |= {f"delta.{i}.adapter.up.weight": draw(4, 2, **half) for i in range(2)}
     border = {"prompts.pixel.tb": draw(3, 2, 6, **half), "prompts.pixel.lr": draw(3, 4, 2, **half)}
     content: list[tuple[Tensors, dict[str, Any]]] = [
-        (
-            deep | {"head.weight": draw(3, 4), "head.bias": draw(3)},
-            metadata(PromptSpec(length=2), head=head),
-        ),
+        (deep | {"head.weight": draw(3, 4), "head.bias": draw(3)}, metadata(two, head=head)),
         (
             shared | {"prompts.project.4.bias": draw(4, **low)},
             metadata(PromptSpec(length=2, sharing="inter", project=2), fingerprint=None),
         ),
         (
             border | {"head.weight": draw(3, 4).double()},
-            metadata(
-                PromptSpec(length=1, location="pad"),
-                head=head | {"labels": None, "bias": False},
-                preprocessing=None,
-            ),
+            metadata(pad, head=bare | {"labels": None}, preprocessing=None),
         ),
         (
             deep | biases | {"delta.norm.bias": draw(4), "head.weight": draw(3, 4)},
-            metadata(
-                PromptSpec(length=2), head=head | {"bias": False}, protocol={"name": "vpt+bias"}
-            ),
+            metadata(two, head=bare, protocol={"name": "vpt+bias"}),
         ),
         (narrow, metadata(None, protocol={"name": "adapter", "reduction": 2})),
     ]
@@ -168,18 +164,11 @@ def metadata(spec: PromptSpec | None, **changes: Any) -> dict[str, Any]:
         "depth": 2,
         "fingerprint": changes.pop("fingerprint", table),
     }
-    images = {
-        "size": [8, 8],
-        "mean": [0.5],
-        "std": [0.5],
-        "interpolation": "bicubic",
-        "crop": 0.9,
-    }
     return {
         "spec": spec and spec.resolve(2).to_dict(),
         "backbone": backbone,
         "head": None,
-        "preprocessing": images,
+        "preprocessing": IMAGES | {"crop": 0.9},
         "task": "pets",
         "metrics": {"accuracy": 0.5},
         "library_version": "0.1.0",
@@ -208,23 +197,16 @@ def walk(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
             yield from walk(value[key], (*at, key))
 
 
-def changed(values: dict[str, Any], path: tuple[Any, ...], new: Any) -> dict[str, Any]:
-    """Return a copy with one field set."""
+def changed(values: dict[str, Any], path: tuple[Any, ...], *new: Any) -> dict[str, Any]:
+    """Return a copy with one field set, or without it."""
     result = copy.deepcopy(values)
     at = result
     for key in path[:-1]:
         at = at[key]
-    at[path[-1]] = new
-    return result
-
-
-def without(values: dict[str, Any], path: tuple[Any, ...]) -> dict[str, Any]:
-    """Return a copy that lacks one field."""
-    result = copy.deepcopy(values)
-    at = result
-    for key in path[:-1]:
-        at = at[key]
-    del at[path[-1]]
+    if new:
+        at[path[-1]] = new[0]
+    else:
+        del at[path[-1]]
     return result
 
 
@@ -234,13 +216,7 @@ def cases(found: list[Sample], seed: int = 0) -> Iterator[Case]:
     for index, one in enumerate(found):
         for kind in (flips, cuts, splices, headers, tables, texts, fields, numbers, strangers):
             for case in kind(one, rng):
-                yield Case(
-                    f"{index}/{kind.__name__}/{case.label}",
-                    case.data,
-                    one,
-                    case.told,
-                    case.metadata,
-                )
+                yield replace(case, label=f"{index}/{kind.__name__}/{case.label}")
     yield from swaps(found, rng)
 
 
@@ -323,11 +299,7 @@ def tables(one: Sample, rng: random.Random) -> Iterator[Case]:
         yield Case(f"metadata {str(values)[:40]}", data, one, told=True)
     raw: list[str | bytes] = ["", "null", "[]", "1", "{", "{}", "[" * DEEP, '{"a":' * DEEP]
     raw += [b"\xff" + one.header, b"\xef\xbb\xbf" + one.header, text + "x", text.replace('"', "'")]
-    raw += [
-        '{"__metadata__":{"peft_vpt":' + "[" * DEEP + "]" * DEEP + "}}",
-        "\\ud800",
-        b"\x00" * 64,
-    ]
+    raw += ['{"__metadata__":{"peft_vpt":' + "[" * DEEP + "]" * DEEP + "}}", "\\ud800", b"\0" * 64]
     for number, new in enumerate(raw):
         yield Case(f"raw {number}", packed(new, one.body), one, told=True)
     doubled = text.rstrip()[:-1] + "," + text.lstrip()[1:]
@@ -342,20 +314,8 @@ def tables(one: Sample, rng: random.Random) -> Iterator[Case]:
 def texts(one: Sample, rng: random.Random) -> Iterator[Case]:
     """Metadata that is no canonical JSON."""
     text = canonical(one.metadata)
-    bad = [
-        "",
-        " ",
-        "null",
-        "[]",
-        '"x"',
-        "1",
-        "{}",
-        "{",
-        text[:-1],
-        text + " ",
-        " " + text,
-        text * 2,
-    ]
+    bad = ["", " ", "null", "[]", '"x"', "1", "{}", "{"]
+    bad += [text[:-1], text + " ", " " + text, text * 2]
     bad += [brackets * DEEP for brackets in ("[", "{", '{"a":', '[{"a":')]
     bad += ["[" * DEEP + "]" * DEEP, '{"a":' * DEEP + "1" + "}" * DEEP, "9" * 10**5, "NaN", "-"]
     bad += [f'{{"metrics":{"[" * n + "]" * n}}}' for n in (40, 300, 900, 3000)]
@@ -389,7 +349,7 @@ def fields(one: Sample, rng: random.Random) -> Iterator[Case]:
             told = (other or null) and not free
             yield Case(f"{path} = {repr(new)[:30]}", data, one, told, metadata=after)
         if isinstance(last, str):
-            after = without(values, path)
+            after = changed(values, path)
             # A missing option of prompts takes its default.
             option = path[0] == "spec" and len(path) > 1
             told = not free and not option and last not in OPTIONAL
