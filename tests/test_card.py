@@ -6,14 +6,13 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.hub_server import Hub, client
-from test_hub import HF_BASE, LABELS, REPO, TIMM_BASE, TOKEN, hf_vit, prompted, timm_vit
+from support.hub_server import Hub
+from test_hub import HF_BASE, LABELS, REPO, TIMM_BASE, hf_vit, prompted, timm_vit
 from test_hub import upload_backbone as upload
 from zoo import image, logits
 
@@ -25,13 +24,6 @@ from peft_vpt.hub.card import write_card
 from peft_vpt.segmentation import Segmenter, apply_to_encoder, save_segmenter
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    with Hub(tokens={TOKEN}) as server:
-        client(server, monkeypatch, tmp_path / "cache", token=TOKEN)
-        yield server
 
 
 def card_of(hub: Hub) -> Any:

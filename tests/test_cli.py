@@ -6,20 +6,18 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support.hub_server import Hub, client
+from support.hub_server import Hub
 from test_hub import (
     HF_BASE,
     LABELS,
     REPO,
     TIMM_BASE,
-    TOKEN,
     averaged,
     hf_vit,
     prompted,
@@ -47,13 +45,6 @@ class World:
     model: nn.Module
     adapter: Path
     backbone: nn.Module
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    with Hub(tokens={TOKEN}) as server:
-        client(server, monkeypatch, tmp_path / "cache", token=TOKEN)
-        yield server
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.hub_server import Hub, client
+from support.hub_server import Hub
 from support.images import draw_task
-from test_hub import HF_BASE, TIMM_BASE, TOKEN, hf_vit, timm_vit, upload_backbone
+from test_hub import HF_BASE, TIMM_BASE, hf_vit, timm_vit, upload_backbone
 from torch import nn
 
 pytest.importorskip("timm")
@@ -67,13 +66,6 @@ def world(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(made, tmp_path / "world")
     monkeypatch.chdir(tmp_path / "world")
     return tmp_path / "world"
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    with Hub(tokens={TOKEN}) as server:
-        client(server, monkeypatch, tmp_path / "cache", token=TOKEN)
-        yield server
 
 
 MODEL = ("--model", NAME, "--weights", "w.safetensors", "--size", "64")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,8 @@ REPO = "user/pets"
 
 
 @pytest.fixture(params=["regular", "lfs"])
-def hub(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Hub]:
-    with Hub(mode=request.param, tokens={TOKEN}) as server:
-        client(server, monkeypatch, tmp_path / "cache", token=TOKEN)
-        yield server
+def mode(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 def timm_vit(seed: int = 0) -> nn.Module:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support.hub_server import Hub, client
-from test_hub import HF_BASE, REPO, TOKEN, hf_vit, prompted, timm_vit, upload_backbone
+from support.hub_server import Hub
+from test_hub import HF_BASE, REPO, hf_vit, prompted, timm_vit, upload_backbone
 from torch import nn
 
 from peft_vpt import inject_prompts, load_task_adapter, push_task_adapter, save_task_adapter
@@ -24,13 +23,6 @@ from peft_vpt.hub import load_backbone_with_adapter
 SECRET = "hf_very-secret"
 # More than a name, a reason and an advice ever take.
 LONGEST = 900
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    with Hub(tokens={TOKEN}) as server:
-        client(server, monkeypatch, tmp_path / "cache", token=TOKEN)
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.hub_server import Hub, client
-from test_hub import HF_BASE, LABELS, REPO, TIMM_BASE, TOKEN, hf_vit, prompted, timm_vit
+from support.hub_server import Hub
+from test_hub import HF_BASE, LABELS, REPO, TIMM_BASE, hf_vit, prompted, timm_vit
 from test_hub import upload_backbone as upload
 from torch import nn
 from zoo import image, logits
@@ -27,13 +26,6 @@ from peft_vpt.preprocessing import describe_preprocessing, image_processor, timm
 IMAGES = {
     "size": [32, 32], "mean": [0.5], "std": [0.5], "interpolation": "bicubic", "crop": None,
 }  # fmt: skip
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    with Hub(tokens={TOKEN}) as server:
-        client(server, monkeypatch, tmp_path / "cache", token=TOKEN)
-        yield server
 
 
 class Bomb:

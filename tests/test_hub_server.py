@@ -7,7 +7,6 @@ import socket
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx2
@@ -42,20 +41,8 @@ FILES = {
 
 
 @pytest.fixture(params=["regular", "lfs"])
-def hub(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[Hub]:
-    with Hub(mode=request.param, tokens={TOKEN}) as server:
-        client(server, monkeypatch, tmp_path / "cache", token=TOKEN)
-        yield server
-
-
-@pytest.fixture
-def single(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    """One mode, for what does not depend on it."""
-    with Hub(tokens={TOKEN}) as server:
-        client(server, monkeypatch, tmp_path / "cache", token=TOKEN)
-        yield server
+def mode(request: pytest.FixtureRequest) -> str:
+    return request.param
 
 
 def commit(
@@ -100,8 +87,8 @@ def test_revisions(hub: Hub) -> None:
     assert HfApi().model_info(REPO, revision=old).sha == old
 
 
-def test_what_is_missing(single: Hub) -> None:
-    single.create(REPO, {"a.txt": b"a"})
+def test_what_is_missing(hub: Hub) -> None:
+    hub.create(REPO, {"a.txt": b"a"})
     with pytest.raises(RepositoryNotFoundError):
         hf_hub_download("user/nothing", "a.txt")
     with pytest.raises(RevisionNotFoundError):
@@ -114,9 +101,9 @@ def test_what_is_missing(single: Hub) -> None:
     assert not HfApi().file_exists(REPO, "b.txt")
 
 
-def test_a_commit_behind_another_is_refused(single: Hub) -> None:
-    single.create(REPO, {"a.txt": b"a"})
-    first = single.commits(REPO)[0].oid
+def test_a_commit_behind_another_is_refused(hub: Hub) -> None:
+    hub.create(REPO, {"a.txt": b"a"})
+    first = hub.commits(REPO)[0].oid
     with pytest.raises(HfHubHTTPError, match="412"):
         HfApi().create_commit(
             REPO, [CommitOperationAdd("d", b"d")], commit_message="late", parent_commit=first
@@ -124,12 +111,12 @@ def test_a_commit_behind_another_is_refused(single: Hub) -> None:
     assert HfApi().repo_exists(REPO)
 
 
-def test_tokens(single: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_tokens(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     HfApi().create_repo(REPO, private=True)
     commit({"a.txt": b"a"})
-    single.create("user/open", {"a.txt": b"a"})
-    single.create("user/gated", {"a.txt": b"a"})
-    single.gate("user/gated", granted={"hf_friend"})
+    hub.create("user/open", {"a.txt": b"a"})
+    hub.create("user/gated", {"a.txt": b"a"})
+    hub.gate("user/gated", granted={"hf_friend"})
     for token in (False, "hf_wrong"):
         with pytest.raises(RepositoryNotFoundError):
             get("a.txt", token=token)
@@ -144,7 +131,7 @@ def test_tokens(single: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
             hf_hub_download("user/gated", "a.txt", token=token)
     hf_hub_download("user/gated", "a.txt", token="hf_friend")
     assert get("a.txt") == b"a"
-    client(single, monkeypatch, tmp_path / "logged-out")
+    client(hub, monkeypatch, tmp_path / "logged-out")
     with pytest.raises(RepositoryNotFoundError):
         get("a.txt")
     hf_hub_download("user/open", "a.txt")
@@ -198,22 +185,22 @@ def test_a_cut_upload_leaves_no_commit(hub: Hub, after: int) -> None:
         ("model-index:\n- name: a\n  results:\n  - task: {type: x}", "dataset"),
     ],
 )
-def test_cards_with_wrong_metadata_are_refused(single: Hub, front: str, says: str) -> None:
-    single.create(REPO)
+def test_cards_with_wrong_metadata_are_refused(hub: Hub, front: str, says: str) -> None:
+    hub.create(REPO)
     text = f"---\n{front}\n---\n# Pets\n"
     with pytest.raises(ValueError, match=says):
         commit({"README.md": text.encode()})
-    assert len(single.commits(REPO)) == 1
+    assert len(hub.commits(REPO)) == 1
 
 
-def test_a_card_of_the_client_is_taken(single: Hub) -> None:
+def test_a_card_of_the_client_is_taken(hub: Hub) -> None:
     data = ModelCardData(
         base_model="lab/vit", base_model_relation="adapter", license="apache-2.0",
         library_name="peft-vpt", tags=["vpt"], pipeline_tag="image-classification",
     )  # fmt: skip
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n# Pets\n")
     card.validate()
-    single.create(REPO)
+    hub.create(REPO)
     card.push_to_hub(REPO)
     assert ModelCard.load(REPO).data.base_model_relation == "adapter"
     assert HfApi().model_info(REPO).library_name == "peft-vpt"
@@ -242,8 +229,8 @@ def test_timm_and_transformers(hub: Hub, tmp_path: Path) -> None:
     assert hub.requests == []
 
 
-def test_a_process_started_by_the_test_reaches_the_same_hub(single: Hub) -> None:
-    single.create(REPO, {"a.txt": b"from there"}, private=True)
+def test_a_process_started_by_the_test_reaches_the_same_hub(hub: Hub) -> None:
+    hub.create(REPO, {"a.txt": b"from there"}, private=True)
     code = f"import huggingface_hub as h; print(open(h.hf_hub_download('{REPO}', 'a.txt')).read())"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
