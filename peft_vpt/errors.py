@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,17 @@ def listing(items: Sequence[str], most: int = 10) -> str:
 def short(value: Any) -> str:
     """Return a value or an error as text of a length that a message can bear."""
     return cut(str(value) if isinstance(value, Exception) else repr(value), 400)
+
+
+@contextmanager
+def renamed(call: str, **facts: Any) -> Iterator[None]:
+    """Raise errors of the body again as those of another call, with further facts or others."""
+    try:
+        yield
+    except VPTError as error:
+        if not error.problem:
+            raise
+        raise type(error)(call, error.problem, error.advice, **(error.facts | facts)) from error
 
 
 def is_text(value: str) -> bool:

@@ -352,7 +352,7 @@ def test_bad_folders(tmp_path: Path) -> None:
         open_task(tmp_path / "stray")
     fill(tmp_path / "strange/train", {"a": 2, "b": 2})
     fill(tmp_path / "strange/val", {"a": 1, "c": 1})
-    with pytest.raises(VPTError, match="val: 1 class folders are not in train: c"):
+    with pytest.raises(VPTError, match="1 classes of 'val' are unknown to train: c"):
         open_task(tmp_path / "strange")
     fill(tmp_path / "empty/train", {"a": 2, "b": 0})
     with pytest.raises(VPTError, match=r"empty/train: 1 of 2 class folders have no images: b\."):
@@ -871,13 +871,13 @@ def test_broken_images_are_listed_skipped_or_refused(tmp_path: Path) -> None:
     assert check_images(task, progress=False) == broken
     assert check_images(task.splits["val"]) == broken[2:3]
     transform = eval_transform(VALUES)
-    with pytest.raises(VPTError, match="2 of 10 images cannot be read") as caught:
+    with pytest.raises(VPTError, match="2 of 10 images cannot be used") as caught:
         loader(task.splits["train"], transform, batch_size=4)
     assert all(path in str(caught.value) for path in broken[:2])
     kept = loader(task.splits["train"], transform, batch_size=4, skip_broken=True)
     labels = torch.cat([labels for _, labels in kept])
     assert labels.tolist() == [0] * 4 + [1] * 4
-    with pytest.raises(VPTError, match="all of 1 images cannot be read"):
+    with pytest.raises(VPTError, match="none of 1 images can be used"):
         loader(task.splits["test"].subset([2]), transform, batch_size=1, skip_broken=True)
     unchecked = loader(task.splits["train"], transform, batch_size=10, check=False, workers=1)
     with pytest.raises(VPTError, match=re.escape(broken[0])):
@@ -1136,11 +1136,11 @@ def test_bad_masks(tmp_path: Path) -> None:
     ):
         assert message in problems[index]
     transform = segmentation_transform(PLAIN, "eval")
-    with pytest.raises(VPTError, match="5 of 6 images or their masks are wrong"):
+    with pytest.raises(VPTError, match="5 of 6 images cannot be used"):
         segmentation_loader(split, transform, batch_size=1)
     assert len(segmentation_loader(split, transform, batch_size=1, skip_broken=True)) == 1
     bad = split.subset([0])
-    with pytest.raises(VPTError, match="all of 1 images or their masks are wrong"):
+    with pytest.raises(VPTError, match="none of 1 images can be used"):
         segmentation_loader(bad, transform, batch_size=1, skip_broken=True)
     (masks / "5.png").unlink()
     with pytest.raises(VPTError, match=r"training: 1 of 6 images have no mask: .*5\.png"):

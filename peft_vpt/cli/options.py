@@ -347,9 +347,7 @@ def split_of(task: Task, name: str) -> Split:
 
 def find_broken(task: Task, names: Iterable[str]) -> Broken:
     """Read every image of splits, and return which ones cannot be read, and why."""
-    from ..data.loading import broken_images
-
-    found = {name: broken_images(task.split(name)) for name in names}
+    found = {name: task.split(name).broken() for name in names}
     return {name: indices for name, indices in found.items() if indices}
 
 

@@ -65,7 +65,7 @@ def open_split_folder(folder: Path) -> Found:
     """
     names = folder_names(folder)
     there = split_names(_CALL, folder, names)
-    found = _folders(SPLIT, {split: folder / name for split, name in there.items()})
+    found = _folders(folder, SPLIT, {split: folder / name for split, name in there.items()})
     others = [name for name in names if name not in there.values()]
     if others:
         beside = f"folders beside {there['train']} that are not used"
@@ -79,53 +79,33 @@ def open_flat_folder(folder: Path) -> Found:
     Raises:
         VPTError: No class folders, or one without images.
     """
-    return _folders(FLAT, {"train": folder})
+    return _folders(folder, FLAT, {"train": folder})
 
 
-def _folders(layout: str, places: Mapping[str, Path]) -> Found:
-    """Read a folder of classes per split, train first, whose classes the others must have."""
-    classes: tuple[str, ...] = ()
-    splits, notes = {}, []
-    for name, place in places.items():
+def _folders(folder: Path, layout: str, places: Mapping[str, Path]) -> Found:
+    """Read a folder of classes per split."""
+    images: dict[str, list[str]] = {}
+    labels: dict[str, list[Label]] = {}
+    notes: list[str] = []
+    for split, place in places.items():
         files = {c: files_under(place / c) for c in folder_names(place)}
-        if not files:
+        empty = [c for c, found in files.items() if not found.images]
+        if not files or (empty and split == "train"):
+            what = f"{len(empty)} of {len(files)} class folders have no images: {listing(empty)}"
             raise VPTError(
                 _CALL,
-                "has no class folders",
-                f"put the images of each class in a folder of its own, {place / '<class>' / '*'}",
+                what if files else "has no class folders",
+                f"Put the images of each class in a folder of its own, {place / '<class>' / '*'}; "
+                f"they end in {', '.join(sorted(EXTENSIONS))}",
                 path=place,
             )
-        if name == "train":
-            _refuse_empty(place, files)
-            classes = tuple(files)
-        _refuse_strange(place, [c for c in files if c not in classes], classes)
-        pairs = [(path, classes.index(c)) for c, found in files.items() for path in found.images]
-        splits[name] = Split(tuple(p for p, _ in pairs), tuple(label for _, label in pairs))
+        images[split] = [path for found in files.values() for path in found.images]
+        labels[split] = [c for c, found in files.items() for _ in found.images]
         notes += left_out(place, [path for found in files.values() for path in found.others])
         notes += _loose(place)
+    classes, numbers = number_labels(labels, None, folder)
+    splits = {name: Split(tuple(images[name]), numbers[name]) for name in places}
     return Found(layout, classes, splits, notes)
-
-
-def _refuse_empty(folder: Path, files: Mapping[str, Files]) -> None:
-    empty = [name for name, found in files.items() if not found.images]
-    if empty:
-        raise VPTError(
-            _CALL,
-            f"{len(empty)} of {len(files)} class folders have no images: {listing(empty)}",
-            f"Images end in {', '.join(sorted(EXTENSIONS))}. Add some, or remove the folders",
-            path=folder,
-        )
-
-
-def _refuse_strange(folder: Path, strange: Sequence[str], classes: tuple[str, ...]) -> None:
-    if strange:
-        raise VPTError(
-            _CALL,
-            f"{len(strange)} class folders are not in train: {listing(strange)}. Train has "
-            f"{listing(classes)}",
-            "Give train images of them, or remove them",
-            path=folder,
-        )
 
 
 def _loose(folder: Path) -> list[str]:
@@ -410,7 +390,7 @@ def number_labels(
                 _CALL,
                 f"{len(strange)} classes of {name!r} are unknown to train: {listing(strange)}. "
                 f"Train has {len(classes)} classes",
-                "Remove those images, or name every class in classes.txt, one per line",
+                "Remove them, or give train some; beside lists classes.txt may name more classes",
                 path=source,
             )
     return classes, {name: tuple(index[v] for v in values) for name, values in labels.items()}

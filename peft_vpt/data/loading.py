@@ -1,10 +1,8 @@
-"""Loaders: a split and a transform as batches of pixels and labels; checks of their images."""
+"""Loaders: a split and a transform as batches of pixels, with labels or masks."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,9 +10,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..checks import integer
-from ..errors import SpecError, VPTError, listing
+from ..errors import SpecError, VPTError, cut, listing
 from ..randomness import seeded
 from .drawing import SEED, EpochSampler, Key
+from .reading import each
 from .splits import Split, Task
 
 
@@ -40,8 +39,8 @@ class Samples(Dataset[tuple[Any, Any]]):
 
 
 def loader(
-    split: Split,
-    transform: Callable[[Any], Tensor] | None,
+    split: Any,
+    transform: Callable[..., Any] | None,
     *,
     batch_size: int,
     shuffle: bool = False,
@@ -74,78 +73,24 @@ def loader(
         SpecError: A wrong option.
         VPTError: An empty split, or images that cannot be read: all counted, ten named.
     """
-    if (transform is None) != split.decoded:
-        raise SpecError(
-            "loader",
-            "None goes with a split of `decode()`, whose images are pixels, and a transform with "
-            "every other split",
-            given={"transform": ...},
-        )
-
-    def broken() -> dict[int, str]:
-        found = broken_images(split) if check or skip_broken else {}
-        return {index: split.where(index) for index in found}
-
-    return batches(
-        *("loader", split, transform, broken, "cannot be read"),
-        batch_size=batch_size,
-        shuffle=shuffle,
-        seed=seed,
-        workers=workers,
-        drop_last=drop_last,
-        skip_broken=skip_broken,
-    )
-
-
-def batches(
-    call: str,
-    split: Any,
-    transform: Any,
-    broken: Callable[[], Mapping[int, str]],
-    what: str,
-    *,
-    batch_size: int,
-    shuffle: bool,
-    seed: int,
-    workers: int,
-    drop_last: bool,
-    skip_broken: bool,
-) -> DataLoader[Any]:
-    """Return batches of a split of images, with labels or masks, without what is broken.
-
-    Args:
-        call: For messages.
-        split: With `sample` and `subset`.
-        transform: For `sample`.
-        broken: Reads the split; what to say of each item that is broken, by index.
-        what: Is wrong with images then.
-        batch_size: As in `loader`; so are the others.
-        shuffle: A new order each epoch.
-        seed: Of order and augmentation.
-        workers: Processes that read images.
-        drop_last: Leave out a smaller last batch.
-        skip_broken: Leave out what is broken.
-
-    Raises:
-        SpecError: A wrong option.
-        VPTError: An empty split, or what is broken.
-    """
-    integer(1).check(call, "batch_size", batch_size)
-    integer(0).check(call, "workers", workers)
-    SEED.check(call, "seed", seed)
+    integer(1).check("loader", "batch_size", batch_size)
+    integer(0).check("loader", "workers", workers)
+    SEED.check("loader", "seed", seed)
+    split.check_transform(transform, batch_size)
     if not len(split):
-        raise VPTError(call, "the split is empty", "there is nothing to load")
-    found = broken()
-    if found and not skip_broken:
+        raise VPTError("loader", "the split is empty", "there is nothing to load")
+    broken = split.broken() if check or skip_broken else {}
+    if broken and not skip_broken:
+        told = listing([f"{split.where(index)}: {cut(why, 100)}" for index, why in broken.items()])
         raise VPTError(
-            call,
-            f"{len(found)} of {len(split)} images {what}: {listing(list(found.values()))}",
+            "loader",
+            f"{len(broken)} of {len(split)} images cannot be used: {told}",
             "Replace them, or pass `skip_broken=True` to leave them out",
         )
-    if len(found) == len(split):
-        problem = f"all of {len(split)} images {what}"
-        raise VPTError(call, problem, "there is nothing to load", given={"skip_broken": True})
-    good = split.subset(i for i in range(len(split)) if i not in found) if found else split
+    if len(broken) == len(split):
+        problem = f"none of {len(split)} images can be used"
+        raise VPTError("loader", problem, given={"skip_broken": True})
+    good = split.subset(i for i in range(len(split)) if i not in broken) if broken else split
     return DataLoader(
         Samples(good, transform),
         batch_size=batch_size,
@@ -205,57 +150,5 @@ def check_images(task: Task | Split, *, progress: bool = True) -> list[str]:
     broken: list[str] = []
     for name, split in splits.items():
         prefix = f"{name} " if split.images is not None and name else ""
-        broken += [prefix + split.where(i) for i in broken_images(split, progress=progress)]
+        broken += [prefix + split.where(i) for i in split.broken(progress=progress)]
     return broken
-
-
-def broken_images(split: Split, *, progress: bool = True) -> dict[int, str]:
-    """Return why images of a split cannot be read, by index."""
-
-    def read(index: int) -> str | None:
-        try:
-            split.image(index)
-        except VPTError as error:
-            return str(error.facts["reason"])
-        return None
-
-    def verdict(index: int) -> str | None:
-        if split.images is not None:
-            return read(index)
-        return remembered([split.paths[index]], lambda: read(index))
-
-    if split.decoded:
-        return {}
-    found = each(verdict, split, progress, what="checking images")
-    return {index: reason for index, reason in enumerate(found) if reason is not None}
-
-
-# Verdicts by path, size and time of files, so that many loaders on one task read them once.
-_known: dict[Any, str | None] = {}
-
-
-def remembered(paths: Sequence[str], read: Callable[[], str | None], about: Any = ()) -> str | None:
-    """Return the verdict of `read` on files, from memory if they are unchanged since."""
-    try:
-        states = [os.stat(path) for path in paths]
-    except OSError as error:
-        return str(error)
-    key = about, *paths, *((state.st_size, state.st_mtime_ns) for state in states)
-    if key not in _known:
-        _known[key] = read()
-    return _known[key]
-
-
-def each(work: Callable[[int], Any], split: Any, progress: bool, *, what: str = "") -> list[Any]:
-    """Return `work` of the index of every item of a split, with a bar on a terminal.
-
-    By threads, but for images in memory: readers of datasets need not be safe under threads.
-    """
-    from rich.console import Console
-    from rich.progress import Progress
-
-    count, console = len(split), Console(stderr=True)
-    threads = min(os.cpu_count() or 1, 16) if getattr(split, "images", None) is None else 1
-    bar = Progress(console=console, transient=True, disable=not (progress and console.is_terminal))
-    with bar, ThreadPoolExecutor(threads) as pool:
-        return list(bar.track(pool.map(work, range(count)), total=count, description=what))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..errors import SpecError, VPTError, listing, sentence
+from ..errors import SpecError, VPTError, listing, renamed
 from ..preprocessing import load_image
 from .drawing import PART, SEED, stratified
 from .layouts import files_under, folder_names, left_out, read_classes
-from .loading import batches, each, remembered
+from .loading import loader
+from .reading import each, faults, remembered
 from .splits import check_names, description, real_paths, refuse_leaks, split_names
 from .transforms import IGNORE, SegmentationTransform
 
@@ -50,6 +52,40 @@ class SegmentationSplit:
         pairs = tuple(self.pairs[i] for i in indices)
         return SegmentationSplit(pairs, self.classes, self.reduce_zero_label)
 
+    def where(self, index: int) -> str:
+        """Return the paths of an image and its mask."""
+        return " with ".join(self.pairs[index])
+
+    def broken(self, *, progress: bool = True) -> dict[int, str]:
+        """Read every image and mask in full; return what is wrong with some, by index."""
+
+        def read(index: int) -> str | None:
+            try:
+                self.read(index)
+            except VPTError as error:
+                return error.problem
+            return None
+
+        def verdict(index: int) -> str | None:
+            about = (self.classes, self.reduce_zero_label)
+            return remembered(self.pairs[index], lambda: read(index), about)
+
+        return faults(verdict, self, progress, what="checking masks")
+
+    def check_transform(self, transform: SegmentationTransform, batch_size: int) -> None:
+        """Raise unless a loader may make such batches.
+
+        Raises:
+            SpecError: Several images at their own sizes.
+        """
+        if transform.mode == "full" and batch_size != 1:
+            raise SpecError(
+                "segmentation_loader",
+                "images at their own size come one by one",
+                "use `batch_size=1`",
+                given={"batch_size": batch_size},
+            )
+
     def sample(self, index: int, transform: SegmentationTransform) -> tuple[Tensor, Tensor]:
         """Return the pixels of an image and its mask, transformed."""
         return transform(*self.read(index))
@@ -63,31 +99,26 @@ class SegmentationSplit:
             VPTError: One cannot be read, they differ in size, or a label is out of range.
         """
         image_path, mask_path = self.pairs[index]
-        where = f"{image_path} with {mask_path}"
+        fail = partial(VPTError, "SegmentationSplit.read", path=self.where(index))
         try:
             image = load_image(image_path)
             mask = read_mask(mask_path, self.reduce_zero_label)
         # Decoders raise whatever a damaged file leads them to.
         except Exception as error:
-            reason = f"cannot be read: {type(error).__name__}: {error}"
-            raise VPTError("SegmentationSplit.read", reason, path=where) from error
+            raise fail(f"cannot be read: {type(error).__name__}: {error}") from error
         height, width = mask.shape
         if (image.height, image.width) != (height, width):
-            raise VPTError(
-                "SegmentationSplit.read",
+            raise fail(
                 f"the image is {image.height}x{image.width} as it is shown, but its mask is "
                 f"{height}x{width}",
                 "make them of one size; save an image that an EXIF tag turns as its mask lies",
-                path=where,
             )
         known = mask[mask != IGNORE]
         if known.numel() and int(known.max()) >= self.classes:
-            raise VPTError(
-                "SegmentationSplit.read",
+            raise fail(
                 f"the mask has the label {int(known.max())}, but there are {self.classes} classes "
                 f"(0 to {self.classes - 1}, {IGNORE} is ignored)",
                 "correct it, or name every class",
-                path=where,
             )
         return image, mask
 
@@ -333,59 +364,27 @@ def segmentation_loader(
     transform: SegmentationTransform,
     *,
     batch_size: int,
-    shuffle: bool = False,
-    seed: int = 0,
-    workers: int = 0,
-    drop_last: bool = False,
-    skip_broken: bool = False,
-    check: bool = True,
+    **options: Any,
 ) -> DataLoader[Any]:
     """Return batches of pixels `(B, 3, H, W)` and masks `(B, H, W)` int64, 255 ignored.
 
-    Arguments are those of `peft_vpt.data.loader`; the transform is `segmentation_transform`'s.
+    Args:
+        split: A split of a segmentation task.
+        transform: Of `segmentation_transform`.
+        batch_size: Images per batch.
+        options: As in `peft_vpt.data.loader`: `shuffle`, `seed`, `workers`, `drop_last`,
+            `skip_broken`, `check`.
 
     Raises:
         SpecError: A wrong option, or batches of several images at their own sizes.
         VPTError: An empty split; pairs that cannot be read, differ in size, or have labels out of
             range: all counted, ten named.
     """
-    call = "segmentation_loader"
-
-    if transform.mode == "full" and batch_size != 1:
-        raise SpecError(
-            call,
-            "images at their own size come one by one",
-            "use `batch_size=1`",
-            given={"batch_size": batch_size},
-        )
-
-    def broken() -> dict[int, str]:
-        return check_masks(split) if check or skip_broken else {}
-
-    return batches(
-        *(call, split, transform, broken, "or their masks are wrong"),
-        batch_size=batch_size,
-        shuffle=shuffle,
-        seed=seed,
-        workers=workers,
-        drop_last=drop_last,
-        skip_broken=skip_broken,
-    )
+    with renamed("segmentation_loader"):
+        return loader(split, transform, batch_size=batch_size, **options)
 
 
 def check_masks(split: SegmentationSplit, *, progress: bool = True) -> dict[int, str]:
     """Read every image and mask in full; return what is wrong by index."""
-
-    def verdict(index: int) -> str | None:
-        def read() -> str | None:
-            try:
-                split.read(index)
-            except VPTError as error:
-                return sentence("", error.facts["path"], error.problem, "")
-            return None
-
-        about = (split.classes, split.reduce_zero_label)
-        return remembered(split.pairs[index], read, about)
-
-    found = each(verdict, split, progress, what="checking masks")
-    return {index: problem for index, problem in enumerate(found) if problem is not None}
+    broken = split.broken(progress=progress)
+    return {index: f"{split.where(index)}: {why}" for index, why in broken.items()}

@@ -14,7 +14,7 @@ from torch import nn
 from ..backbones.anatomy import is_below
 from ..backbones.find import encoder_for
 from ..data import Split, Task
-from ..data.loading import each
+from ..data.reading import each
 from ..errors import VPTError
 
 _CHUNK = 1 << 24
