@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,7 +53,6 @@ def bar_chart(
         VPTError: No records to draw.
     """
     values = by_task(records, metric=metric, split=split)
-    _need(values, "bar_chart", {}, metric, split)
     tasks = sorted({task for of in values.values() for task in of})
     order = sorted(values, key=lambda p: spread(task_means(values[p]).values()).mean)
     width = 0.8 / len(order)
@@ -115,8 +114,7 @@ def curve(
     Raises:
         VPTError: No records to draw.
     """
-    lines = _lines(records, x, by, metric, split)
-    _need(lines, "curve", {"x": x}, metric, split)
+    lines = _lines("curve", records, x, by, metric, split)
     places = list(dict.fromkeys(at for points in lines.values() for at in points))
     numbers = all(isinstance(at, int | float) for at in places)
     with _figure(path, title) as (axes, files):
@@ -165,8 +163,7 @@ def heat_map(
     Raises:
         VPTError: No records to draw.
     """
-    rows = _lines(records, x, y, metric, split)
-    _need(rows, "heat_map", {"x": x, "y": y}, metric, split)
+    rows = _lines("heat_map", records, x, y, metric, split)
     columns, order = sorted({at for cells in rows.values() for at in cells}), sorted(rows)
     nothing = float("nan")
     shares = [
@@ -261,18 +258,16 @@ def _legend_outside(axes: Any) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
 
 
-def _lines(records: Iterable[Record], x: str, by: str, metric: str, split: str) -> dict[Any, Any]:
+def _lines(
+    call: str, records: Iterable[Record], x: str, by: str, metric: str, split: str
+) -> dict[Any, Any]:
     """Return the spread of a metric by line and place, in the order of the records."""
     found: dict[Any, dict[Any, list[float]]] = {}
-    for record, value in values_of(records, metric, split):
+    for record, value in values_of(call, records, metric, split):
         own = (field(record, name) for name in (x, by))
         at, line = (tuple(v) if isinstance(v, list) else v for v in own)
         if at is not None and line is not None:
             found.setdefault(line, {}).setdefault(at, []).append(value)
-    return {line: {at: spread(v) for at, v in of.items()} for line, of in found.items()}
-
-
-def _need(found: Any, call: str, given: Mapping[str, str], metric: str, split: str) -> None:
     if not found:
-        told = f"no record of split {split!r} has that and the metric {metric!r}"
-        raise VPTError(call, told, given=given)
+        raise VPTError(call, f"no record of split {split!r} has {x} and {by}")
+    return {line: {at: spread(v) for at, v in of.items()} for line, of in found.items()}

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..checks import Rule, instance, integer, misfits, number, optional, or_none
 from ..errors import VPTError, shown
@@ -37,13 +37,6 @@ _RULES = {
 }
 # Facts about the machine, which do not make another run.
 _NOT_THE_RUN = ("versions", "machine")
-
-
-class Broken(NamedTuple):
-    """A line of a record file that cannot be used."""
-
-    line: int
-    reason: str
 
 
 def make_record(**fields: Any) -> Record:
@@ -132,19 +125,18 @@ def read_records(path: str | Path, *, strict: bool = False) -> list[Record]:
         raise VPTError("read_records", told, path=source) from error
     records, broken = parse_records(text)
     if broken:
-        told = "; ".join(f"line {line}: {reason}" for line, reason in broken)
         advice = "Delete such lines; their runs are run again"
-        fault = VPTError("read_records", told, advice, path=source)
+        fault = VPTError("read_records", "; ".join(broken), advice, path=source)
         if strict:
             raise fault
         warnings.warn(str(fault), stacklevel=2)
     return records
 
 
-def parse_records(text: str) -> tuple[list[Record], list[Broken]]:
-    """Split JSON lines into records and lines that are none, numbered from 1."""
+def parse_records(text: str) -> tuple[list[Record], list[str]]:
+    """Split JSON lines into records, and what is wrong with lines that are none, from 1 on."""
     records: list[Record] = []
-    broken: list[Broken] = []
+    broken: list[str] = []
     for place, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -152,10 +144,10 @@ def parse_records(text: str) -> tuple[list[Record], list[Broken]]:
             value = json.loads(line)
         # Numbers may be too long to read, and lists nested too deep.
         except (ValueError, RecursionError) as error:
-            broken.append(Broken(place, f"not JSON ({getattr(error, 'msg', error)})"))
+            broken.append(f"line {place}: not JSON ({getattr(error, 'msg', error)})")
             continue
         if reason := _fault(value):
-            broken.append(Broken(place, reason))
+            broken.append(f"line {place}: {reason}")
         else:
             records.append(value)
     return records, broken
@@ -203,12 +195,19 @@ def field(record: Mapping[str, Any], name: str) -> Any:
     return value
 
 
-def values_of(records: Iterable[Record], metric: str, split: str) -> Iterator[tuple[Record, float]]:
-    """Give the records of a split that have a metric, each with its value."""
-    for record in records:
-        value = record["metrics"].get(metric)
-        if record["split"] == split and value is not None:
-            yield record, value
+def values_of(
+    call: str, records: Iterable[Record], metric: str, split: str
+) -> list[tuple[Record, float]]:
+    """Return the records of a split that have a metric, each with its value.
+
+    Raises:
+        VPTError: There are none.
+    """
+    found = [(r, r["metrics"].get(metric)) for r in records if r["split"] == split]
+    found = [(record, value) for record, value in found if value is not None]
+    if not found:
+        raise VPTError(call, f"no record of split {split!r} has the metric {metric!r}")
+    return found
 
 
 def missing(records: Iterable[Record], wanted: Iterable[Record]) -> list[Record]:

@@ -32,7 +32,6 @@ _TOGETHER = {
 # Places that span more than this are drawn on a logarithmic axis.
 _WIDE = 20
 _NOTHING = "-"
-Values = Mapping[str, Mapping[str, Sequence[float]]]
 
 
 def write_report(
@@ -59,11 +58,11 @@ def write_report(
     alone, older = newest([record for record in records if not is_ensemble(record)])
     chart = bar_chart(alone, Path(folder) / figure, title=title)
     figures = {"Accuracy": chart.svg.name, **_embeddings(alone, Path(folder))}
-    page = Path(folder) / f"{name}.md"
     notes = ["## Ensembles of the seeds", _ensembles(newest(together)[0])] if together else []
     if older:
         notes.append(f"{OLDER} ({older} left out).")
     notes += failures(alone)
+    page = Path(folder) / f"{name}.md"
     text = report_page(alone, title=title, intro=intro, figures=figures, notes=notes)
     page.write_text(text, encoding="utf-8")
     return page
@@ -145,7 +144,7 @@ def report_page(
     parts = [f"# {title}", *([intro] if intro else []), facts(records, split)]
     parts += ["## Accuracy", legend, accuracy_table(records, **chosen)]
     parts += ["## By group", group_table(records, **chosen)]
-    rows = set(_values(records, metric, split))
+    rows = set(by_task(records, **chosen))
     if method in rows and rows - {method, *CONTROLS}:
         parts += ["## Tests", significance_table(records, method=method, **chosen)]
     for caption, path in (figures or {}).items():
@@ -169,7 +168,7 @@ def accuracy_table(
         order: Of the rows: "mean" (best first) or "name".
     """
     records = select(records, split=split)
-    values = _values(records, metric, split)
+    values = by_task(records, metric=metric, split=split)
     tasks = sorted({task for of in values.values() for task in of})
     spreads = {p: {t: spread(runs) for t, runs in of.items()} for p, of in values.items()}
     rows: dict[str, list[str]] = {p: [p] for p in values}
@@ -212,7 +211,7 @@ def group_table(
     for record in records:
         groups.setdefault(record.get("group") or "all", set()).add(record["task"])
     header = [f"{group} ({len(tasks)})" for group, tasks in sorted(groups.items())]
-    means = {p: task_means(of) for p, of in _values(records, metric, split).items()}
+    means = {p: task_means(of) for p, of in by_task(records, metric=metric, split=split).items()}
     rows = {p: [p] for p in means}
     for _, tasks in sorted(groups.items()):
         inside = {p: {t: x for t, x in of.items() if t in tasks} for p, of in means.items()}
@@ -250,7 +249,7 @@ def significance_table(
     Raises:
         VPTError: No records of that method.
     """
-    values = _values(records, metric, split)
+    values = by_task(records, metric=metric, split=split)
     if method not in values:
         told = f"the records hold {', '.join(sorted(values))}"
         raise VPTError("significance_table", told, given={"method": method})
@@ -453,14 +452,6 @@ def _embeddings(records: Iterable[Record], folder: Path) -> dict[str, str]:
         if record["split"] == "test" and (folder / file).exists():
             found[f"t-SNE, {record['protocol']} on {record['task']}"] = file
     return found
-
-
-def _values(records: Iterable[Record], metric: str, split: str) -> Values:
-    values = by_task(records, metric=metric, split=split)
-    if not values:
-        told = f"no record of split {split!r} has the metric {metric!r}"
-        raise VPTError("report_page", told)
-    return values
 
 
 def _bold(shares: Mapping[str, float | None], digits: int) -> dict[str, str]:

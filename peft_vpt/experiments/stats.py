@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -50,9 +51,8 @@ def spread(values: Iterable[float]) -> Spread:
     found = [float(value) for value in values]
     if not found:
         raise SpecError("spread", "there are no values")
-    mean = math.fsum(found) / len(found)
-    squares = math.fsum((value - mean) ** 2 for value in found)
-    return Spread(mean, math.sqrt(squares / max(1, len(found) - 1)), len(found))
+    deviation = statistics.stdev(found) if len(found) > 1 else 0.0
+    return Spread(statistics.fmean(found), deviation, len(found))
 
 
 def accuracy_error(accuracy: float, images: int) -> float:
@@ -172,11 +172,11 @@ def by_task(
     Runs without that metric are left out.
 
     Raises:
-        VPTError: Two runs of the same seed, which differ in backbone or settings: a mean over them
-            would say nothing.
+        VPTError: No runs are left, or two of the same seed, which differ in backbone or settings: a
+            mean over them would say nothing.
     """
     found: dict[str, dict[str, dict[int, float]]] = {}
-    for record, value in values_of(records, metric, split):
+    for record, value in values_of("by_task", records, metric, split):
         runs = found.setdefault(record["protocol"], {}).setdefault(record["task"], {})
         if record["seed"] in runs:
             raise VPTError(
@@ -223,14 +223,11 @@ def _exact_p(ranks: list[float], positive: float, alternative: str) -> float:
     import numpy as np
 
     # Midranks are multiples of a half.
-    doubled = [round(2 * rank) for rank in ranks]
-    ways = np.zeros(sum(doubled) + 1)
-    ways[0] = 1
-    for rank in doubled:
-        shifted = np.zeros_like(ways)
-        shifted[rank:] = ways[: len(ways) - rank]
-        ways = ways + shifted
-    at = round(2 * positive)
+    ways, at = np.ones(1), round(2 * positive)
+    for rank in ranks:
+        either = np.zeros(round(2 * rank) + 1)
+        either[[0, -1]] = 1
+        ways = np.convolve(ways, either)
     total = ways.sum()
     greater, less = float(ways[at:].sum() / total), float(ways[: at + 1].sum() / total)
     if alternative == "two-sided":
