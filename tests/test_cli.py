@@ -172,7 +172,7 @@ def test_a_stream_that_is_closed_or_full_is_no_traceback(world: World) -> None:
         (RuntimeError("odd"), 1, "error: RuntimeError: odd (PEFT_VPT_DEBUG=1 shows where)\n"),
     ],
 )
-@pytest.mark.parametrize("place", ["peft_vpt.adapter.source.find_adapter", "peft_vpt.cli.app.run"])
+@pytest.mark.parametrize("place", ["peft_vpt.adapter.source.find_adapter", "peft_vpt.cli.get_command"])
 def test_other_exceptions(
     place: str,
     raised: BaseException,
@@ -678,12 +678,11 @@ def test_a_vit_is_supported(capsys: Capture) -> None:
 
 def test_what_supported_says_holds(capsys: Capture) -> None:
     import timm
-    from matrix import small_timm
 
     from peft_vpt.errors import VPTError
 
     found = json.loads(call(capsys, "supported", "swin_tiny_patch4_window7_224", "--json")[0])
-    model = inject_prompts(small_timm.build(found["name"])[0], 2)
+    model = inject_prompts(timm.create_model(found["name"]), 2)
     assert found["forms"] == {"kv": list(range(model.prompts.encoder.depth))}
     refused = [name for name, reason in found["locations"].items() if reason]
     assert refused == ["prepend-pixel"]

@@ -17,13 +17,52 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
+from ..errors import VPTError
 from ..files import __version__
-from . import adapters as files
-from . import adapters as hub
-from . import compare, cost, predict, supported, sweep, train
-from . import predict as evaluate
+from . import adapters, compare, cost, predict, supported, sweep, train
+from .output import Command, complain, in_the_shell
 
 _DEBUG = "PEFT_VPT_DEBUG"
+
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done or yes, 1 failed or no, 2 wrong usage. PEFT_VPT_DEBUG=1 in the "
+    "environment shows tracebacks.",
+)
+for _command in (
+    adapters.info,
+    adapters.check,
+    adapters.push,
+    adapters.pull,
+    predict.predict,
+    supported.supported,
+    compare.compare,
+    cost.cost,
+    train.train,
+    sweep.sweep,
+):
+    app.command(cls=Command)(_command)
+app.command("eval", cls=Command)(predict.evaluate)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"peft-vpt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def peft_vpt(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Visual prompt tuning: look at task adapters, share them, use them."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -74,9 +113,7 @@ def _prepare_streams() -> None:
 
 def _run(arguments: Sequence[str] | None, call: str) -> int:
     try:
-        pass
-
-        run(arguments)
+        get_command(app)(args=arguments, prog_name="peft-vpt")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
@@ -90,21 +127,16 @@ def _run(arguments: Sequence[str] | None, call: str) -> int:
 
 
 def _report(error: Exception, call: str) -> None:
-    from ..errors import VPTError
-    from .output import complain, in_the_shell
-
     if os.environ.get(_DEBUG, "") not in ("", "0"):
         traceback.print_exception(error)
     elif isinstance(error, VPTError):
-        complain(f"error: {in_the_shell(str(error), call)}")
+        complain(f"error: {in_the_shell(error, call)}")
     else:
         complain(f"error: {type(error).__name__}: {error} ({_DEBUG}=1 shows where)")
 
 
 def _show_warning(call: str, message: Warning | str, *args: Any, **kwargs: Any) -> None:
-    from .output import complain, in_the_shell
-
-    complain(f"warning: {in_the_shell(str(message), call)}")
+    complain(f"warning: {message}")
 
 
 def _forget_stdout() -> None:
@@ -115,48 +147,3 @@ def _forget_stdout() -> None:
         os.close(nothing)
     except (OSError, ValueError):
         pass
-
-
-app = typer.Typer(
-    add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode="markdown",
-    context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done or yes, 1 failed or no, 2 wrong usage. PEFT_VPT_DEBUG=1 in the "
-    "environment shows tracebacks.",
-)
-for _command in (
-    files.info,
-    files.check,
-    hub.push,
-    hub.pull,
-    predict.predict,
-    supported.supported,
-    compare.compare,
-    cost.cost,
-    train.train,
-    sweep.sweep,
-):
-    app.command()(_command)
-app.command("eval")(evaluate.evaluate)
-
-
-def _version(asked: bool) -> None:
-    if asked:
-        print(f"peft-vpt {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def peft_vpt(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
-    ] = False,
-) -> None:
-    """Visual prompt tuning: look at task adapters, share them, use them."""
-
-
-def run(arguments: Sequence[str] | None) -> None:
-    """Run a command; always ends in `SystemExit` or in the command's own exception."""
-    get_command(app)(args=arguments, prog_name="peft-vpt")

@@ -97,9 +97,9 @@ def check(
             load_task_adapter(backbone, adapter.path, strict=not no_weights)
             reason = None
         except (AdapterMismatchError, UnsupportedArchitectureError) as error:
-            reason = str(error)
+            reason = in_the_shell(error)
     if reason is not None:
-        write_facts({"does not fit": in_the_shell(reason)})
+        write_facts({"does not fit": reason})
         raise typer.Exit(1)
     write_facts({"fits": f"{model} (weights not compared)" if no_weights else model})
 

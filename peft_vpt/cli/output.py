@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
+
+from ..errors import CODE, VPTError, cut, sentence
 
 Json = Annotated[bool, typer.Option("--json", help="Write JSON.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Take Hub files from the cache only.")]
@@ -19,37 +22,68 @@ Revision = Annotated[
 Source = Annotated[
     str, typer.Argument(metavar="FILE|FOLDER|HUB_ID", help="A task adapter.", show_default=False)
 ]
-_CALLS = r"^(?:load_backbone_with_adapter|load_task_adapter|push_task_adapter)(?:\((.*?)\))?: "
-# What the functions behind the commands say to who calls them, and what a shell has in its place.
-_IN_THE_SHELL = (
-    (r"\bpass token=", "set HF_TOKEN"),
-    (r"\bcheck revision=", "check --revision"),
-    (r"\brevision='([^']*)'", r"--revision \1"),
-    (r"\bpass base_model='owner/name'", "give --base-model owner/name"),
-    (r"\bbase_model=", "--base-model "),
-    (r"\brepo_id=", "HUB_ID "),
-    (r"\bpass backbone=", "give --model"),
-    (r"\bbackbone='([^']*)'", r"--model \1"),
-    (r"\blicense=, datasets=, metrics=,", "--license, --dataset,"),
-    (r" strict=False loads it all the same\.", ""),
-    (r"[;,]( or)? strict='prompts' loads the prompts alone\.", "."),
-)
+# What a function calls an argument, where the option behind it has another name.
+_ALIASES = {
+    "backbone": "model",
+    "base_lr": "lr",
+    "commit_message": "message",
+    "datasets": "dataset",
+    "name": "model",
+    "num_classes": "classes",
+    "path": "output",
+    "repo_id": "hub_id",
+}
+# Code whose words in the shell are no option with that value.
+_WORDS = {"token": "HF_TOKEN", "resume=False": "--restart"}
+_OPTIONS: ContextVar[Mapping[str, str]] = ContextVar("peft_vpt_options", default={})  # noqa: B039
 
 
-def in_the_shell(message: str, call: str = "") -> str:
-    """Return a message in the words of the command line: options and variables, no arguments.
+class Command(TyperCommand):
+    """A command that notes its options, for what is said while it runs."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command."""
+        words = {}
+        for parameter in self.params:
+            name = parameter.name or ""
+            option = parameter.opts[0]
+            words[name] = option if option.startswith("-") else parameter.metavar or name.upper()
+        _OPTIONS.set(words)
+        return super().invoke(ctx)
+
+
+def in_the_shell(error: Exception, call: str = "") -> str:
+    """Return an error in the words of the command line: options and variables, no arguments.
 
     Args:
-        message: Of a function behind a command, or of the command itself.
-        call: The command, in the place of the function that the message begins with.
+        error: Of a function behind a command, or of the command itself.
+        call: The command, in the place of the function that raised; "" where none is to be named.
     """
-    for words, ours in _IN_THE_SHELL:
-        message = re.sub(words, ours, message)
-    found = re.match(_CALLS, message)
-    if found is None:
-        return message
-    parts = (call, found[1], message[found.end() :])
-    return ": ".join(part for part in parts if part)
+    if not isinstance(error, VPTError) or not error.problem:
+        return str(error)
+    given = [
+        f"{_said(name) or name.replace('_', ' ')}{'' if value is ... else f' {_bare(value)}'}"
+        for name, value in (error.facts.get("given") or {}).items()
+    ]
+    problem = CODE.sub(lambda found: _said(found[1]) or found[1], error.problem)
+    advice = error.facts.get("shell", error.advice)
+    unsaid = [code for code in CODE.findall(advice) if _said(code) is None]
+    advice = "" if unsaid else CODE.sub(lambda found: _said(found[1]) or "", advice)
+    where = ": ".join(part for part in (call, ", ".join(given)) if part)
+    return sentence(where, error.facts.get("path"), problem, advice)
+
+
+def _said(code: str) -> str | None:
+    """Return code of a message in the shell's words, None where it has none for it."""
+    if code in _WORDS:
+        return _WORDS[code]
+    name, _, value = code.partition("=")
+    option = _OPTIONS.get().get(_ALIASES.get(name, name))
+    return None if option is None else f"{option} {_bare(value)}".rstrip()
+
+
+def _bare(value: Any) -> str:
+    return cut(str(value), 80).strip("'\"")
 
 
 def plain(text: str, keep: str = "") -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import logging
 import warnings
@@ -12,9 +11,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import Json, quiet_stdout, write_facts, write_json
+from .output import Json, in_the_shell, quiet_stdout, write_facts, write_json
 
-_CALL = "peft-vpt supported"
+CALL = "peft-vpt supported"
 _ANSWERS = {"supported": "yes", "submodule": "yes, each of its encoders", "refused": "no"}
 _CHECKED = {
     "": "",
@@ -22,7 +21,8 @@ _CHECKED = {
     "first": "keys and values of every block, at the first forward",
     "shape": "heads and widths only: keys are pooled behind their projection",
 }
-# Lengths to try, the first that fits counts: a border has to fit the patch grid.
+# More is looked at without memory; what needs a forward is then left for the first real one.
+_MOST_PARAMETERS = 200_000_000
 
 
 def supported(
@@ -34,8 +34,8 @@ def supported(
 ) -> None:
     """Say whether an architecture takes prompts, in which form per block, and at which locations.
 
-    It is built small, with random weights: the module classes are those of the full model, the
-    numbers of blocks and their widths are not.
+    It is built as it is by default, with random weights; one of more than 200 million parameters
+    without memory, so that nothing runs through it.
     """
     with quiet_stdout(), _silence():
         answer = _ask(*_resolve(name))
@@ -61,89 +61,159 @@ def _resolve(name: str) -> tuple[str, str]:
     known: dict[str, str] = {}
     for library in libraries:
         names = _names(library)
-        if own in names or (names and library == "transformers" and _is_class(own)):
+        if own in names and (library == "timm" or _is_vision_model(own)):
             return library, own
         known |= {found.lower(): found for found in names}
     close = difflib.get_close_matches(own.lower(), list(known), n=5)
-    hint = f" Did you mean {', '.join(known[match] for match in close)}?" if close else ""
     raise UnsupportedArchitectureError(
-        f"{_CALL}: {name!r} is no architecture of timm and no vision model class of "
-        f"transformers, as far as they are installed.{hint}"
+        CALL,
+        f"{name!r} is no architecture of timm and no vision model class of transformers, as far "
+        "as they are installed",
+        f"Did you mean {', '.join(known[match] for match in close)}?" if close else "",
     )
 
 
 def _names(library: str) -> list[str]:
-    from matrix import small_timm, small_transformers
-
     try:
-        return small_timm.names() if library == "timm" else small_transformers.names()
+        if library == "timm":
+            import timm
+
+            return list(timm.list_models())
+        import transformers
+
+        ends = ("Model", "ForImageClassification", "Backbone")
+        return [name for name in dir(transformers) if name.endswith(ends)]
     except ModuleNotFoundError:
         return []
 
 
-def _is_class(name: str) -> bool:
-    """Tell whether transformers has a model class of that name; it can be built small then."""
+def _is_vision_model(name: str) -> bool:
+    """Tell whether a class of transformers is a model that takes images."""
+    import inspect
+
     import transformers
-    from matrix import small_transformers
 
     kind = getattr(transformers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         return False
-    # The walk takes one class per file; others are built in the same way.
-    small_transformers._classes().setdefault(name, kind)
-    return True
+    return "pixel_values" in inspect.signature(kind.forward).parameters
 
 
-def _ask(library: str, name: str) -> dict[str, Any]:
-    """Return the walk's result, the blocks of every form, and why each location is refused."""
-    from matrix.walk import Build, try_one
+def _build(library: str, name: str) -> Any:
+    """Build an architecture with random weights, a large one on the meta device.
+
+    Raises:
+        UnsupportedArchitectureError: It cannot be built by its name alone.
+    """
+    import torch
 
     from ..errors import UnsupportedArchitectureError
 
+    def make() -> Any:
+        if library == "timm":
+            import timm
+
+            return timm.create_model(name)
+        import transformers
+
+        kind: Any = getattr(transformers, name)
+        return kind(kind.config_class())
+
     try:
-        model, inputs = Build(library)(name)
+        with torch.device("meta"):
+            model = make()
+        if sum(p.numel() for p in model.parameters()) > _MOST_PARAMETERS:
+            return model.eval()
+        return make().eval()
+    # Whatever a library raises where a name alone is not enough.
     except Exception as error:
         raise UnsupportedArchitectureError(
-            f"{_CALL}: {library} {name} cannot be built small: {type(error).__name__}: {error}"
+            CALL, f"{library} {name} cannot be built: {type(error).__name__}: {error}"
         ) from error
-    result = try_one(library, name, lambda _: (model, inputs))
-    if result.status == "error":
-        raise UnsupportedArchitectureError(f"{_CALL}: {library} {name}: {result.reason}")
-    return dataclasses.asdict(result) | {
-        "forms": _forms(model) if result.status == "supported" else {},
-        "locations": _locations(model) if result.status != "submodule" else {},
+
+
+def _ask(library: str, name: str) -> dict[str, Any]:
+    """Return what injection says: the form of every block, and why each location is refused."""
+    from ..backbones.anatomy import first_floating
+    from ..inject import remove_prompts
+
+    model = _build(library, name)
+    answer = {
+        "library": library,
+        "name": name,
+        "family": type(model).__name__,
+        "status": "refused",
+        "reason": "",
+        "checked": "",
+        "carried": False,
+        "skipped": [],
+        "forms": {},
+        "locations": {},
+        "without_memory": first_floating(model).is_meta,
     }
+    refusal = _refusal(model, keep=True)
+    if refusal is None:
+        prompts = model.prompts
+        answer |= {
+            "status": "supported",
+            "family": prompts.encoder.family,
+            "checked": _evidence(prompts),
+            "skipped": list(prompts.encoder.skipped),
+            "forms": _forms(prompts),
+        }
+        remove_prompts(model)
+        answer["carried"] = _refusal(model, deep=False) is None
+    else:
+        answer["reason"] = in_the_shell(refusal)
+        # Of several encoders each may be prompted alone.
+        paths = refusal.facts.get("paths")
+        if paths and all(_refusal(model.get_submodule(path)) is None for path in paths):
+            return answer | {"status": "submodule"}
+    return answer | {"locations": _locations(model)}
 
 
-def _forms(model: Any) -> dict[str, list[int]]:
-    """Return the blocks of every form under the default options; a reason stands in its name."""
+def _refusal(model: Any, length: int = 2, *, keep: bool = False, **options: Any) -> Any:
+    """Inject prompts, and take them out again unless told to keep them; return the refusal."""
+    from ..errors import VPTError
     from ..inject import inject_prompts, remove_prompts
 
-    inject_prompts(model, 2)
+    try:
+        inject_prompts(model, length, **options)
+    except VPTError as refusal:
+        return refusal
+    if not keep:
+        remove_prompts(model)
+    return None
+
+
+def _evidence(prompts: Any) -> str:
+    attentions = [a for block in prompts.encoder.blocks for a in block.attentions]
+    if any(a.reduces == "output" for a in attentions):
+        return "shape"
+    return "forward" if prompts.checked else "first"
+
+
+def _forms(prompts: Any) -> dict[str, list[int]]:
+    """Return the blocks of every form; a reason stands in its name."""
     found: dict[str, list[int]] = {}
-    for form in model.prompts.forms:
+    for form in prompts.forms:
         index, kind = getattr(form, "index", None), form.extra_repr().partition("form=")[2]
         if index is not None and index not in found.setdefault(kind, []):
             found[kind].append(index)
-    remove_prompts(model)
     return found
 
 
 def _locations(model: Any) -> dict[str, str | None]:
     """Return why each location is refused, None where it is not."""
-    from ..errors import VPTError
-    from ..inject import inject_prompts, remove_prompts
     from ..spec import LOCATIONS
 
     found: dict[str, str | None] = {}
     for location, facts in LOCATIONS.items():
         for length in facts.tries:
-            try:
-                remove_prompts(inject_prompts(model, length, location=location))
-                found[location] = None
+            refusal = _refusal(model, length, location=location)
+            found[location] = None if refusal is None else in_the_shell(refusal)
+            if refusal is None:
                 break
-            except VPTError as refusal:
-                found[location] = str(refusal)
     return found
 
 
@@ -166,12 +236,13 @@ def _facts(answer: dict[str, Any]) -> dict[str, str]:
         "locations": ", ".join(takes) or ("none" if refused else ""),
         "not at": ", ".join(refused),
         "no prompts in": "; ".join(answer["skipped"]),
+        "note": "looked at without memory, for its size" if answer["without_memory"] else "",
     }
 
 
 @contextmanager
 def _silence() -> Iterator[None]:
-    """Keep the libraries quiet about their odd small models."""
+    """Keep the libraries quiet about models without trained weights."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
