@@ -172,7 +172,9 @@ def test_a_stream_that_is_closed_or_full_is_no_traceback(world: World) -> None:
         (RuntimeError("odd"), 1, "error: RuntimeError: odd (PEFT_VPT_DEBUG=1 shows where)\n"),
     ],
 )
-@pytest.mark.parametrize("place", ["peft_vpt.adapter.source.find_adapter", "peft_vpt.cli.get_command"])
+@pytest.mark.parametrize(
+    "place", ["peft_vpt.adapter.source.find_adapter", "peft_vpt.cli.get_command"]
+)
 def test_other_exceptions(
     place: str,
     raised: BaseException,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from enum import Enum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import listing
 from .output import (
+    CALL,
     Json,
     Offline,
     Revision,
@@ -23,7 +25,7 @@ from .output import (
 
 if TYPE_CHECKING:
     from ..adapter.file import Adapter
-from pathlib import Path
+
 
 _OTHER = {"timm": "transformers", "transformers": "timm"}
 
@@ -42,7 +44,7 @@ def info(
 
     The JSON is the file's metadata, with its path and sizes.
     """
-    adapter = find(source, "peft-vpt info", revision, offline)
+    adapter = find(source, revision, offline)
     sizes = _sizes(adapter)
     if as_json:
         write_json({**adapter.metadata, "path": str(adapter.path), "sizes": sizes})
@@ -71,12 +73,13 @@ def check(
     from ..errors import AdapterError, AdapterMismatchError, UnsupportedArchitectureError
     from ..hub.verbs import backbone_for
 
-    call = "peft-vpt check"
-    adapter = find(source, call, revision, offline)
+    adapter = find(source, revision, offline)
     if is_segmenter(adapter.metadata["head"]):
         raise AdapterError(
-            f"{call}: {adapter.path}: it holds the decoder of a Segmenter, which is made around a "
-            "backbone; peft_vpt.segmentation.load_segmenter(backbone, source) makes all checks."
+            CALL,
+            "it holds the decoder of a Segmenter, which is made around a backbone",
+            "load_segmenter in peft_vpt.segmentation makes all checks",
+            path=adapter.path,
         )
     kind = adapter.metadata["backbone"]["library"] if library is None else library.value
     if library is None and (model.startswith(("timm/", "hf-hub:")) or "/" not in model):
@@ -104,17 +107,17 @@ def check(
     write_facts({"fits": f"{model} (weights not compared)" if no_weights else model})
 
 
-def find(source: str, call: str, revision: str | None, offline: bool) -> Adapter:
+def find(source: str, revision: str | None, offline: bool) -> Adapter:
     """Read the adapter behind a path or a Hub id."""
     from ..adapter.file import read_adapter
     from ..adapter.source import find_adapter
 
     with quiet_stdout():
-        path = find_adapter(source, call=call, revision=revision, local_files_only=offline)
-    return read_adapter(path, call)
+        path = find_adapter(source, call=CALL, revision=revision, local_files_only=offline)
+    return read_adapter(path, CALL)
 
 
-def need_classes(adapter: Adapter, call: str) -> None:
+def need_classes(adapter: Adapter) -> None:
     """Refuse an adapter that does not classify images.
 
     Raises:
@@ -126,11 +129,13 @@ def need_classes(adapter: Adapter, call: str) -> None:
 
     head = adapter.metadata["head"]
     if head is None:
-        raise AdapterError(f"{call}: {adapter.path}: holds prompts without a head, so no classes.")
+        raise AdapterError(CALL, "holds prompts without a head, so no classes", path=adapter.path)
     if head["reads"] == READS or is_segmenter(head):
         raise AdapterError(
-            f"{call}: {adapter.path}: holds a decoder, which labels pixels and not images; "
-            "peft_vpt.segmentation runs it, as the card of a pushed adapter shows."
+            CALL,
+            "holds a decoder, which labels pixels and not images",
+            "peft_vpt.segmentation runs it, as the card of a pushed adapter shows",
+            path=adapter.path,
         )
 
 
@@ -273,18 +278,17 @@ def pull(
     from ..errors import AdapterError
     from ..files import replace_file
 
-    call = "peft-vpt pull"
     target = (Path(hub_id.rpartition("/")[2]) if to is None else to).expanduser()
     if target.suffix != ".safetensors":
         target = target / FILE_NAME
     if target.exists() and not force:
-        raise AdapterError(f"{call}: {target} is there already; --force replaces it.")
+        raise AdapterError(CALL, f"{target} is there already", "--force replaces it")
     with quiet_stdout():
-        path = download(hub_id, FILE_NAME, call=call, revision=revision, local_files_only=offline)
-    read_adapter(path, call)
+        path = download(hub_id, FILE_NAME, call=CALL, revision=revision, local_files_only=offline)
+    read_adapter(path, CALL)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         replace_file(target, path.read_bytes())
     except OSError as error:
-        raise AdapterError(f"{call}: {target}: cannot be written: {error}") from error
+        raise AdapterError(CALL, f"cannot be written: {error}", path=target) from error
     print(target)

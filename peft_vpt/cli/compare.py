@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .options import (
+    LENGTH,
     Data,
     First,
     FirstValues,
@@ -19,6 +21,8 @@ from .options import (
     SkipBroken,
     Weights,
     begins_as_tokens,
+    build,
+    counts,
     find_broken,
     need_folder,
     need_outside,
@@ -26,36 +30,19 @@ from .options import (
     need_size,
     numbers,
     open_images,
+    preprocessing_of,
     tell_copies,
     without_broken,
 )
-from .output import Offline, complain, complain_once, write_facts
+from .output import CALL, Offline, complain, complain_once, in_the_shell, write_facts
 
 if TYPE_CHECKING:
     from ..data import Task
     from ..experiments.compare import Plan
     from ..experiments.records import Record
-from typing import TYPE_CHECKING, Any
-
-from .options import LENGTH, counts
-
-if TYPE_CHECKING:
-    from ..experiments.variants import Variant
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from ..experiments.records import Record
-    from ..experiments.variants import Variant
-from functools import cached_property
-
-from .options import build, preprocessing_of
-
-if TYPE_CHECKING:
-    from ..data import Task
     from ..experiments.variants import Variant
 
 
-CALL = "peft-vpt compare"
 _SPLITS = ("train", "val", "test")
 
 
@@ -124,24 +111,24 @@ def compare(
     from ..experiments.compare import Plan
     from ..experiments.compare import compare as work
 
-    need_packages(CALL, "accelerate", "matplotlib", "scipy", "sklearn", "timm")
+    need_packages("accelerate", "matplotlib", "scipy", "sklearn", "timm")
     _check_words(protocols, ablation, fraction, init)
     _check_numbers(length, lengths, ensemble, seeds)
-    output = need_folder(CALL, output)
+    output = need_folder(output)
     chosen, tell = tuple(numbers(factors, "--factors")), complain_once()
     task = _open(data, skip_broken, tell, output)
     backbone = Backbone(model, weights, size, offline, pool)
     bare, transform = backbone.make(), backbone.transform(size)
-    need_size(CALL, bare, transform.preprocessing["size"])
+    need_size(bare, transform.preprocessing["size"])
     complain(f"{transform.describe()}\n{backbone.describe()}")
     edge, classes = transform.preprocessing["size"][0], len(task.classes)
     named = with_options(
         named_rows(protocols, ablation, bare, edge, classes), length, lengths, fraction
     )
-    rows = taken(CALL, named, backbone, task, "--protocols" if protocols else None)
+    rows = taken(named, backbone, task, "--protocols" if protocols else None)
     usual, names = preset is Preset.default, [row.protocol for row in rows]
     if not ablation and begins_as_tokens(init, usual, names):
-        rows = as_tokens(CALL, rows, backbone, task, asked=init is not None)
+        rows = as_tokens(rows, backbone, task, asked=init is not None)
     # All images are read before anything is written.
     wanted = {row.fraction for row in rows} - {1.0}
     shares = {share: _open(data, skip_broken, tell, output, share) for share in sorted(wanted)}
@@ -173,8 +160,8 @@ def _open(
 ) -> Task:
     """Return a task of images that can all be read, among which nothing will be written."""
     task = open_images(data, *_SPLITS, tell=tell, fraction=fraction)
-    need_outside(CALL, output, data, task)
-    task = without_broken(CALL, task, find_broken(task, _SPLITS), skip, tell)
+    need_outside(output, data, task)
+    task = without_broken(task, find_broken(task, _SPLITS), skip, tell)
     tell_copies(task, ["train"], ["val", "test"], tell)
     tell_copies(task, ["val"], ["test"], tell)
     return task
@@ -343,7 +330,7 @@ def write_pages(
         try:
             pages.append(write_report(every, folder, title="All tasks", intro="", **names))
         except VPTError as error:
-            complain(f"no page of all tasks: {error}")
+            complain(f"no page of all tasks: {in_the_shell(error)}")
     return pages
 
 
@@ -397,13 +384,10 @@ class Backbone:
         return f"the head reads {what}" + (f" (--pool {self.pool})" if self.pool else "")
 
 
-def taken(
-    call: str, rows: list[Variant], backbone: Backbone, task: Task, asked: str | None
-) -> list[Variant]:
+def taken(rows: list[Variant], backbone: Backbone, task: Task, asked: str | None) -> list[Variant]:
     """Leave out the rows that a backbone refuses, and say so.
 
     Args:
-        call: The command.
         rows: Of the comparison.
         backbone: Built anew for every row.
         task: What the rows train on.
@@ -418,21 +402,18 @@ def taken(
     reasons = {row.label: _reason(row, backbone, task) for row in distinct(rows)}
     told = [f"{label}: {reason}" for label, reason in reasons.items() if reason]
     if told and asked:
-        raise VPTError(f"{call}: {asked}: {'; '.join(told)}")
+        raise VPTError(CALL, f"{asked}: {'; '.join(told)}")
     for line in told:
         complain(f"left out: {line}")
     if len(told) == len(reasons):
-        raise VPTError(f"{call}: this backbone takes none of the rows.")
+        raise VPTError(CALL, "this backbone takes none of the rows")
     return [row for row in rows if not reasons[row.label]]
 
 
-def as_tokens(
-    call: str, rows: list[Variant], backbone: Backbone, task: Task, *, asked: bool
-) -> list[Variant]:
+def as_tokens(rows: list[Variant], backbone: Backbone, task: Task, *, asked: bool) -> list[Variant]:
     """Let prompts begin as tokens of training images in the rows that can, and say which cannot.
 
     Args:
-        call: The command.
         rows: Of the comparison.
         backbone: Built anew for every row.
         task: Whose training images give the tokens.
@@ -449,7 +430,7 @@ def as_tokens(
         variant = with_tokens(row)
         reason = "" if variant is row else _reason(variant, backbone, task)
         if reason and asked:
-            raise VPTError(f"{call}: --init tokens: {variant.label}: {reason}")
+            raise VPTError(CALL, f"{variant.label}: {reason}", given={"init": "tokens"})
         if reason:
             complain(f"{variant.label}: prompts begin at random: {reason}")
             variant = row

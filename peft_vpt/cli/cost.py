@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import Model, Size, counts, need_folder
-from .output import Json, complain, write_json
+from .output import CALL, Json, complain, in_the_shell, write_json
 from .predict import find_device
 
 if TYPE_CHECKING:
     from torch import nn
 
 
-CALL = "peft-vpt cost"
 # Prompts by kind: protocol and options. Tokens are what the paper calls VPT, keys and values what
 # it calls VPT-prefix; both give one result.
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -68,7 +67,7 @@ def cost(
     from ..experiments.report import rows_table
 
     if output is not None:
-        need_folder(CALL, output)
+        need_folder(output)
     if threads is not None:
         torch.set_num_threads(threads)
     at = find_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -155,7 +154,7 @@ def _measure(
     kinds = [kind for kind in kinds if _taken(kind, lambda kind: make(kind, lengths[0]))]
     protocols = [name for name in protocols if _taken(name, setting.under)]
     if not kinds and not protocols:
-        raise VPTError(f"{CALL}: this backbone takes none of the rows.")
+        raise VPTError(CALL, "this backbone takes none of the rows")
     others = {name: setting.under(name) for name in protocols}
     return against_length(make, kinds, lengths, batch, others=others, rounds=rounds)
 
@@ -167,7 +166,7 @@ def _taken(name: str, make: Callable[[str], nn.Module]) -> bool:
     try:
         make(name)
     except UnsupportedArchitectureError as error:
-        complain(f"left out: {name}: {error}")
+        complain(f"left out: {name}: {in_the_shell(error)}")
         return False
     return True
 

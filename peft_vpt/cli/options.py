@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from enum import Enum
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,17 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .output import CALL, complain
+
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..data import Task
-import dataclasses
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING
-
-from .output import complain
-
-if TYPE_CHECKING:
     from ..data import Split, Task
 
 
@@ -126,8 +121,10 @@ def build(
 
         if not known:
             raise VPTError(
-                f"--weights: {name} is no timm model; give the safetensors file of a timm model's "
-                "weights."
+                CALL,
+                f"{name} is no timm model",
+                "give the safetensors file of a timm model's weights",
+                given={"weights": ...},
             )
         return build_from_file(name, weights, edges)
     library = "timm" if known else "transformers"
@@ -153,12 +150,12 @@ def preprocessing_of(model: Any, offline: bool = False) -> Any:
     auto: Any = transformers.AutoImageProcessor
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
     if not name:
-        raise VPTError("peft-vpt: the model does not say how its images are prepared.")
-    with hub_errors("peft-vpt", f"{name}, its image processor"):
+        raise VPTError(CALL, "the model does not say how its images are prepared")
+    with hub_errors(CALL, f"{name}, its image processor"):
         return auto.from_pretrained(name, trust_remote_code=False, local_files_only=offline)
 
 
-def need_size(call: str, model: Any, size: Sequence[int]) -> None:
+def need_size(model: Any, size: Sequence[int]) -> None:
     """Raise unless a model takes images of a height and width.
 
     Raises:
@@ -173,14 +170,13 @@ def need_size(call: str, model: Any, size: Sequence[int]) -> None:
     error = rehearse(model, [torch.zeros(1, 3, height, width)], hooks=True).error
     if error is not None:
         raise VPTError(
-            f"{call}: {type(model).__name__} does not take images of {height}x{width} pixels "
-            f"({error}); leave --size out, or give one that it takes."
+            CALL,
+            f"{type(model).__name__} does not take images of {height}x{width} pixels ({error})",
+            "leave --size out, or give one that it takes",
         ) from error
 
 
-def protocol_options(
-    call: str, protocol: str, length: int | None, reduction: int | None
-) -> dict[str, Any]:
+def protocol_options(protocol: str, length: int | None, reduction: int | None) -> dict[str, Any]:
     """Return the options of a protocol, of those that it has.
 
     Raises:
@@ -194,13 +190,14 @@ def protocol_options(
         return {"length": LENGTH if length is None else length}
     if length is not None:
         raise SpecError(
-            f"{call}: --length is a number of prompts, and {protocol} has none; it is for "
-            f"{', '.join(PROMPTED)}."
+            CALL,
+            f"--length is a number of prompts, and {protocol} has none",
+            f"it is for {', '.join(PROMPTED)}",
         )
     return {} if chosen.reduction is None else {"reduction": chosen.reduction}
 
 
-def need_packages(call: str, *names: str) -> None:
+def need_packages(*names: str) -> None:
     """Raise unless packages are installed.
 
     Raises:
@@ -210,10 +207,10 @@ def need_packages(call: str, *names: str) -> None:
 
     absent = [name for name in names if find_spec(name) is None]
     if absent:
-        raise VPTError(f"{call}: needs {', '.join(absent)}: pip install peft-vpt[train].")
+        raise VPTError(CALL, f"needs {', '.join(absent)}", "pip install peft-vpt[train]")
 
 
-def need_folder(call: str, folder: Path) -> Path:
+def need_folder(folder: Path) -> Path:
     """Return a folder that can be made and written to; nothing is made yet.
 
     Raises:
@@ -228,11 +225,11 @@ def need_folder(call: str, folder: Path) -> Path:
     if not reason and not os.access(spot, os.W_OK | os.X_OK):
         reason = f"{spot} may not be written to"
     if reason:
-        raise VPTError(f"{call}: --output {folder}: {reason}; give another folder.")
+        raise VPTError(CALL, reason, "give another folder", given={"output": folder})
     return folder.expanduser()
 
 
-def need_outside(call: str, folder: Path, data: str, task: Task) -> None:
+def need_outside(folder: Path, data: str, task: Task) -> None:
     """Raise where files of a run would become classes or images of its task.
 
     Raises:
@@ -249,8 +246,11 @@ def need_outside(call: str, folder: Path, data: str, task: Task) -> None:
     hidden = any(part.startswith(".") for part in parts)
     if not hidden and (task.layout == FLAT or (parts and split_of(parts[0]))):
         raise VPTError(
-            f"{call}: --output {folder}: lies among the images of {data}, and what is written "
-            "there would be taken for a class or images of it; give a folder outside."
+            CALL,
+            f"lies among the images of {data}, and what is written there would be taken for a "
+            "class or images of it",
+            "give a folder outside",
+            given={"output": folder},
         )
 
 
@@ -323,15 +323,18 @@ def open_images(data: str, *names: str, tell: Tell = complain, **options: Any) -
     from ..errors import VPTError
 
     if not data:
-        raise VPTError("--data: it is empty; give a folder of images.")
+        raise VPTError(CALL, "it is empty", "give a folder of images", given={"data": ...})
     task = open_task(data, **options)
     parts_of(task, *names)
     trained = next((name for name in ("trainval", "train") if name in names), None)
     labels = sorted(set(task.split(trained).labels)) if trained else []
     if len(labels) == 1:
         raise VPTError(
-            f"{data}: {trained} has one class only, {task.classes[labels[0]]}; there is nothing to "
-            "tell apart. Give a folder with a folder per class."
+            CALL,
+            f"{trained} has one class only, {task.classes[labels[0]]}; there is nothing to tell "
+            "apart",
+            "Give a folder with a folder per class",
+            path=data,
         )
     tell(task.describe())
     return task
@@ -352,7 +355,7 @@ def find_broken(task: Task, names: Iterable[str]) -> Broken:
 
 
 def without_broken(
-    call: str, task: Task, broken: Mapping[str, dict[int, str]], skip: bool, tell: Tell = complain
+    task: Task, broken: Mapping[str, dict[int, str]], skip: bool, tell: Tell = complain
 ) -> Task:
     """Return a task without its broken images, which are listed on stderr.
 
@@ -370,16 +373,18 @@ def without_broken(
             tell(f"cannot be read: {name}, {where}: {cut(reason, 200)}")
     if not skip:
         raise VPTError(
-            f"{call}: {number} of the images cannot be read; replace them, or leave them out by "
-            "--skip-broken."
+            CALL,
+            f"{number} of the images cannot be read",
+            "replace them, or leave them out by --skip-broken",
         )
     rest = {name: _rest(split, broken.get(name, ())) for name, split in task.splits.items()}
     if "train" in broken:
         lost = sorted(set(task.split("train").labels) - set(rest["train"].labels))
         if lost:
             raise VPTError(
-                f"{call}: no image of {listing([task.classes[i] for i in lost])} in train can be "
-                "read; replace some, or take the class out of every split."
+                CALL,
+                f"no image of {listing([task.classes[i] for i in lost])} in train can be read",
+                "replace some, or take the class out of every split",
             )
     tell(f"left out: {number} of the images")
     return dataclasses.replace(task, splits=rest)

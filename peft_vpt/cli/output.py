@@ -22,6 +22,8 @@ Revision = Annotated[
 Source = Annotated[
     str, typer.Argument(metavar="FILE|FOLDER|HUB_ID", help="A task adapter.", show_default=False)
 ]
+# What raises in a command; the one that runs is named where an error is said.
+CALL = "peft-vpt"
 # What a function calls an argument, where the option behind it has another name.
 _ALIASES = {
     "backbone": "model",

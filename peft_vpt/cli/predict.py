@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,46 +14,40 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .adapters import find, need_classes
-from .options import Weights
-from .output import Json, Offline, Revision, complain, plain, quiet_stdout, write_json
-
-if TYPE_CHECKING:
-    import torch
-    from rich.progress import Progress
-    from torch import Tensor
-from collections.abc import Callable
-from enum import Enum
-
 from .options import (
     Data,
     SkipBroken,
+    Weights,
+    build,
     find_broken,
     metric_lines,
     open_images,
     parts_of,
+    preprocessing_of,
     split_of,
     without_broken,
 )
-from .output import Source, write_facts
+from .output import (
+    CALL,
+    Json,
+    Offline,
+    Revision,
+    Source,
+    complain,
+    in_the_shell,
+    plain,
+    quiet_stdout,
+    write_facts,
+    write_json,
+)
 
 if TYPE_CHECKING:
+    import torch
+    from rich.progress import Progress
     from torch import Tensor, nn
 
     from ..adapter.file import Adapter
-    from ..data import Split, Task
-from typing import TYPE_CHECKING
-
-from .options import build, preprocessing_of
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from ..adapter.file import Adapter
-    from ..data import Transform
-
-
-_CALL = "peft-vpt predict"
-_EVAL = "peft-vpt eval"
+    from ..data import Split, Task, Transform
 
 
 class Part(str, Enum):
@@ -93,13 +88,13 @@ def evaluate(
     from ..training import evaluate as measure
 
     place = find_device(device)
-    adapter = find(source, _EVAL, revision, offline)
-    need_classes(adapter, _EVAL)
+    adapter = find(source, revision, offline)
+    need_classes(adapter)
     with quiet_stdout():
         task = open_images(data, split.value)
         numbers = _numbers(adapter, task)
         names = parts_of(task, split.value)
-        task = without_broken(_EVAL, task, find_broken(task, names), skip_broken)
+        task = without_broken(task, find_broken(task, names), skip_broken)
         images = _relabelled(split_of(task, split.value), numbers)
         network, transform = _eval_model(adapter, model, weights, offline)
         batches = loader(images, transform, batch_size=batch_size, workers=workers, check=False)
@@ -121,13 +116,16 @@ def _numbers(adapter: Adapter, task: Task) -> list[int]:
     """
     from ..errors import AdapterError, listing
 
-    head, where = adapter.metadata["head"], f"{_EVAL}: {adapter.path}"
-    labels, classes = head["labels"], task.classes
+    head, classes = adapter.metadata["head"], task.classes
+    labels = head["labels"]
     if labels is None:
         if head["classes"] != len(classes):
             raise AdapterError(
-                f"{where}: has {head['classes']} classes without names, {task.name} has "
-                f"{len(classes)}: {listing(classes)}. Give the images that it was made for."
+                CALL,
+                f"has {head['classes']} classes without names, {task.name} has {len(classes)}: "
+                f"{listing(classes)}",
+                "Give the images that it was made for",
+                path=adapter.path,
             )
         return list(range(len(classes)))
     strange = [name for name in classes if name not in labels]
@@ -139,8 +137,10 @@ def _numbers(adapter: Adapter, task: Task) -> list[int]:
             if names
         ]
         raise AdapterError(
-            f"{where}: its classes are not those of {task.name}: {'; '.join(told)}. Name the "
-            "classes as its labels, and give images of all of them."
+            CALL,
+            f"its classes are not those of {task.name}: {'; '.join(told)}",
+            "Name the classes as its labels, and give images of all of them",
+            path=adapter.path,
         )
     return [labels.index(name) for name in classes]
 
@@ -159,11 +159,9 @@ def _eval_model(
     from ..hub.verbs import load_backbone_with_adapter
     from ..preprocessing import to_batch
 
-    pass
-
     if weights is not None:
-        return from_weights(_EVAL, adapter, name, weights)
-    need_name(_EVAL, adapter, name)
+        return from_weights(adapter, name, weights)
+    need_name(adapter, name)
     network, processor = load_backbone_with_adapter(
         adapter.path, backbone=name, local_files_only=offline
     )
@@ -215,7 +213,7 @@ class _Classifier:
 
         dtype = first_floating(self.model).dtype
         with torch.inference_mode():
-            logits = output_logits(self.model(torch.cat(pixels).to(self.device, dtype)), _CALL)
+            logits = output_logits(self.model(torch.cat(pixels).to(self.device, dtype)), CALL)
             best = logits.double().softmax(-1).topk(min(self.top, logits.shape[-1]))
         return [
             [
@@ -276,7 +274,7 @@ def _expand(names: Sequence[str]) -> tuple[list[str], int]:
             files = _images_in(name) if os.path.isdir(name) else [name]
         except VPTError as error:
             missing += 1
-            complain(str(error))
+            complain(in_the_shell(error))
             continue
         if not (files and os.path.exists(name)):
             missing += 1
@@ -291,7 +289,7 @@ def _images_in(folder: str) -> list[str]:
     from ..data.layouts import files_under
 
     root = os.path.abspath(folder)
-    found = files_under(Path(folder), _CALL).images
+    found = files_under(Path(folder), CALL).images
     # Pipes would be waited for; links that lead nowhere are told of when they are read.
     files = [path for path in found if os.path.isfile(path) or not os.path.exists(path)]
     return [os.path.join(folder, os.path.relpath(path, root)) for path in files]
@@ -330,16 +328,14 @@ def _load(
 ) -> _Classifier:
     from ..hub.verbs import load_backbone_with_adapter
 
-    pass
-
-    adapter = find(source, _CALL, revision, offline)
+    adapter = find(source, revision, offline)
     head = adapter.metadata["head"]
-    need_classes(adapter, _CALL)
+    need_classes(adapter)
     with quiet_stdout():
         if weights is not None:
-            model, preprocess = from_weights(_CALL, adapter, backbone, weights)
+            model, preprocess = from_weights(adapter, backbone, weights)
         else:
-            need_name(_CALL, adapter, backbone)
+            need_name(adapter, backbone)
             model, preprocess = load_backbone_with_adapter(
                 adapter.path, backbone=backbone, local_files_only=offline
             )
@@ -405,7 +401,7 @@ def progress_bar(shown: bool) -> Progress:
     return Progress(console=console, disable=hidden, redirect_stdout=False)
 
 
-def need_name(call: str, adapter: Adapter, name: str | None) -> None:
+def need_name(adapter: Adapter, name: str | None) -> None:
     """Raise where nobody says which backbone it is.
 
     Raises:
@@ -416,15 +412,15 @@ def need_name(call: str, adapter: Adapter, name: str | None) -> None:
     made_for = adapter.metadata["backbone"]
     if name is None and made_for["hub_id"] is None:
         raise AdapterError(
-            f"{call}: {adapter.path}: does not say where its backbone ({made_for['library']} "
-            f"{made_for['architecture']}) comes from; give --model NAME, and --weights FILE for "
-            "weights of a timm model that are in a file."
+            CALL,
+            f"does not say where its backbone ({made_for['library']} {made_for['architecture']}) "
+            "comes from",
+            "give --model NAME, and --weights FILE for weights of a timm model that are in a file",
+            path=adapter.path,
         )
 
 
-def from_weights(
-    call: str, adapter: Adapter, name: str | None, weights: Path
-) -> tuple[nn.Module, Transform]:
+def from_weights(adapter: Adapter, name: str | None, weights: Path) -> tuple[nn.Module, Transform]:
     """Return a timm backbone with an adapter, its weights from a file, and its transform of images.
 
     Raises:
@@ -439,8 +435,11 @@ def from_weights(
     made_for, images = adapter.metadata["backbone"], adapter.metadata["preprocessing"] or {}
     if made_for["library"] != "timm":
         raise AdapterError(
-            f"{call}: {adapter.path}: was made for a {made_for['library']} model, and --weights "
-            "is a file of a timm model's weights; give --model NAME alone."
+            CALL,
+            f"was made for a {made_for['library']} model, and --weights is a file of a timm "
+            "model's weights",
+            "give --model NAME alone",
+            path=adapter.path,
         )
     # The name on the Hub says more than the architecture: the size of images, say.
     named = made_for["hub_id"] or ""

@@ -11,9 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .output import Json, in_the_shell, quiet_stdout, write_facts, write_json
+from .output import CALL, Json, in_the_shell, quiet_stdout, write_facts, write_json
 
-CALL = "peft-vpt supported"
 _ANSWERS = {"supported": "yes", "submodule": "yes, each of its encoders", "refused": "no"}
 _CHECKED = {
     "": "",

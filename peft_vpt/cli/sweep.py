@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Mapping, Sequence
 from enum import Enum
+from functools import partial
+from itertools import product
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .compare import Backbone
+from .compare import Backbone, as_tokens, taken
 from .options import (
     BatchSize,
     Data,
@@ -22,27 +26,18 @@ from .options import (
     Weights,
     begins_as_tokens,
     counts,
+    describe_images,
     find_broken,
     need_folder,
     need_outside,
     need_packages,
     need_size,
     open_images,
+    protocol_options,
     tell_copies,
     without_broken,
 )
-from .output import Offline, complain, quiet_stdout
-
-if TYPE_CHECKING:
-    from ..experiments.run import Pixels
-import dataclasses
-from collections.abc import Mapping, Sequence
-from functools import partial
-from itertools import product
-from typing import TYPE_CHECKING, Any
-
-from .compare import as_tokens, taken
-from .options import describe_images, protocol_options
+from .output import CALL, Offline, complain, quiet_stdout
 
 if TYPE_CHECKING:
     from torch import nn
@@ -95,7 +90,7 @@ def sweep(
     Start the same command in several shells, on machines that share the folder: each takes runs of
     its own. What was stopped goes on by the same command; what is done is not run again.
     """
-    need_packages(CALL, "accelerate", "optuna", "timm")
+    need_packages("accelerate", "optuna", "timm")
     choices = {
         "length": None if lengths is None else counts(lengths, "--lengths"),
         "reduction": None if reductions is None else counts(reductions, "--reductions"),
@@ -106,7 +101,7 @@ def sweep(
         grid=grid.value,
         choices={name: values for name, values in choices.items() if values},
         changes={k: v for k, v in (("epochs", epochs), ("batch_size", batch_size)) if v},
-        folder=need_folder(CALL, output),
+        folder=need_folder(output),
         group=group,
     )
     points = search.points()
@@ -130,18 +125,17 @@ def _pixels(data: str, backbone: Backbone, skip_broken: bool, output: Path) -> P
 
     names = ("train", "val", "test")
     task = open_images(data, *names)
-    need_outside(CALL, output, data, task)
-    task = without_broken(CALL, task, find_broken(task, names), skip_broken)
+    need_outside(output, data, task)
+    task = without_broken(task, find_broken(task, names), skip_broken)
     tell_copies(task, ["train"], ["val", "test"], complain)
     tell_copies(task, ["val"], ["test"], complain)
     model = backbone.make()
     transform = backbone.transform(backbone.size)
-    need_size(CALL, model, transform.preprocessing["size"])
+    need_size(model, transform.preprocessing["size"])
     complain(f"{transform.describe()}\n{backbone.describe()}")
     return Pixels(task, transform)
 
 
-CALL = "peft-vpt sweep"
 RECORDS = "records.jsonl"
 _OPTIONS = ("length", "reduction")
 Settings = dict[str, Any]
@@ -183,7 +177,7 @@ class Search:
         found: dict[str, list[Any]] = {}
         for name in _OPTIONS:
             for value in self.choices.get(name, [None]):
-                own = protocol_options(CALL, self.protocol, **_only(name, value))
+                own = protocol_options(self.protocol, **_only(name, value))
                 found |= {name: [*found.get(name, []), own[name]]} if name in own else {}
         if self.grid != "default":
             return found | paper_grid(self.protocol, wide=self.grid == "wide")
@@ -214,7 +208,7 @@ class Search:
         for values in product(*(points[name] for name in names)):
             options = dict(zip(names, values, strict=True))
             row = Variant(describe(options) or self.protocol, self.protocol, options)
-            taken(CALL, [row], self.backbone, task, f"--protocol {self.protocol}")
+            taken([row], self.backbone, task, f"--protocol {self.protocol}")
 
     def begun(self, points: Mapping[str, Sequence[Any]], task: Task, *, asked: bool) -> Search:
         """Return the search with prompts that begin as tokens, where the backbone has them.
@@ -226,7 +220,7 @@ class Search:
 
         options = {name: max(points[name]) for name in _OPTIONS if name in points}
         row = Variant(self.protocol, self.protocol, options)
-        (found,) = as_tokens(CALL, [row], self.backbone, task, asked=asked)
+        (found,) = as_tokens([row], self.backbone, task, asked=asked)
         return dataclasses.replace(self, tokens="init" in found.options)
 
     def on_val(self, pixels: Pixels, points: Mapping[str, Sequence[Any]]) -> SweepResult:
@@ -262,10 +256,10 @@ class Search:
         record = self._record(pixels, settings, seed, train, test)
         top1: float = record["metrics"]["top1"]
         if "failure" in record:
-            told = f"{CALL}: {describe(settings)}, seed {seed}: {record['failure']}"
+            told = f"{describe(settings)}, seed {seed}: {record['failure']}"
             # On val the study remembers it; a final run counts as wrong everywhere.
             if test == "val":
-                raise DivergedError(told)
+                raise DivergedError(CALL, told)
             complain(f"diverged: {told}")
         complain(f"{test} top1 {top1:.4f}: {describe(settings)}, seed {seed}")
         return top1

@@ -43,7 +43,16 @@ from .options import (
     tell_copies,
     without_broken,
 )
-from .output import Json, Offline, complain, quiet_stdout, write_facts, write_json
+from .output import (
+    CALL,
+    Json,
+    Offline,
+    complain,
+    in_the_shell,
+    quiet_stdout,
+    write_facts,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -116,7 +125,7 @@ def train(
     Every image is read once before training begins. A run that was stopped goes on by the same
     command. In several processes: accelerate launch -m peft_vpt train ...
     """
-    need_packages(CALL, "accelerate", "timm")
+    need_packages("accelerate", "timm")
     plan = Plan(
         data=data,
         model=model,
@@ -124,10 +133,10 @@ def train(
         size=size,
         offline=offline,
         protocol=protocol,
-        options=protocol_options(CALL, protocol, length, reduction),
+        options=protocol_options(protocol, length, reduction),
         tokens=begins_as_tokens(init, preset is Preset.default, [protocol]),
         asked=init is not None,
-        output=need_folder(CALL, output),
+        output=need_folder(output),
         split=split.value,
         measured=_measured(split, evaluate),
         transform=transform.value,
@@ -186,7 +195,6 @@ def _facts(found: dict[str, Any]) -> dict[str, str]:
     }
 
 
-CALL = "peft-vpt train"
 _EVALUATION_BATCH = 64
 _READERS = 4
 
@@ -253,8 +261,9 @@ def need_place(plan: Plan) -> None:
     file = plan.output / FILE_NAME
     if file.exists() and not ((plan.output / CHECKPOINT).exists() or plan.restart):
         raise VPTError(
-            f"{CALL}: {file} is there already, without the checkpoint of its run; give another "
-            "--output, or --restart to replace it."
+            CALL,
+            f"{file} is there already, without the checkpoint of its run",
+            "give another --output, or --restart to replace it",
         )
 
 
@@ -287,10 +296,10 @@ def _images(plan: Plan, state: Any, tell: Tell) -> Task:
 
     wanted = [plan.split] if plan.measured == "none" else [plan.split, plan.measured]
     task = open_images(plan.data, *wanted, tell=tell, name=plan.task, fraction=plan.fraction)
-    need_outside(CALL, plan.output, plan.data, task)
+    need_outside(plan.output, plan.data, task)
     names = parts_of(task, *wanted)
     broken = [find_broken(task, names) if state.is_main_process else {}]
-    task = without_broken(CALL, task, broadcast_object_list(broken)[0], plan.skip_broken, tell)
+    task = without_broken(task, broadcast_object_list(broken)[0], plan.skip_broken, tell)
     if state.is_main_process and plan.measured != "none":
         tell_copies(task, parts_of(task, plan.split), [plan.measured], tell)
     return task
@@ -307,12 +316,12 @@ def _model(plan: Plan, task: Task, seed: int) -> tuple[nn.Module, dict[str, Any]
     model = build(plan.model, plan.weights, plan.size, plan.offline)
     wanted = preprocessing_of(model, plan.offline)
     preprocessing = preprocessing_for(wanted, plan.transform, plan.size)
-    need_size(CALL, model, preprocessing["size"])
+    need_size(model, preprocessing["size"])
     model = says_its_size(model, preprocessing["size"])
     generator = torch.Generator().manual_seed(seed)
     classes = len(task.classes)
     apply_protocol(model, plan.protocol, num_classes=classes, generator=generator, **plan.options)
-    need_size(CALL, model.eval(), preprocessing["size"])
+    need_size(model.eval(), preprocessing["size"])
     return model, preprocessing
 
 
@@ -342,8 +351,10 @@ def _begin(
         begin_as_tokens(model, lambda index: still(split.image(index)), len(split), generator)
     except VPTError as error:
         if plan.asked:
-            raise VPTError(f"{CALL}: --init tokens: {error}") from error
-        tell(f"prompts begin at random: {error}")
+            raise type(error)(
+                CALL, error.problem, error.advice, **error.facts | {"given": {"init": "tokens"}}
+            ) from error
+        tell(f"prompts begin at random: {in_the_shell(error)}")
         return {}
     return {"init": "tokens"}
 
@@ -399,15 +410,12 @@ def _train(
 @contextmanager
 def _in_words_of_options(output: Path, tell: Tell) -> Iterator[None]:
     """Say how a run goes on, or starts over, by an option of the command."""
-    from ..errors import VPTError
     from ..training.checkpoint import CHECKPOINT
 
     if (output / CHECKPOINT).exists():
         tell(f"there is a checkpoint: {output / CHECKPOINT}")
     try:
         yield
-    except VPTError as error:
-        raise type(error)(str(error).replace("resume=False", "--restart")) from error
     except KeyboardInterrupt:
         if (output / CHECKPOINT).exists():
             tell("stopped; the same command goes on from the last checkpoint")
