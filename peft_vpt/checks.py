@@ -60,11 +60,14 @@ def number(
     """Return a rule for finite numbers of a range; `above`, `below`: without its ends."""
 
     def fits(value: Any) -> bool:
-        if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        if not isinstance(value, Real) or isinstance(value, bool):
             return False
-        given = float(value)
+        try:
+            given = float(value)
+        except OverflowError:
+            return False
         over = least < given if above else least <= given
-        return over and (given < most if below else given <= most)
+        return math.isfinite(given) and over and (given < most if below else given <= most)
 
     ends = [f"{'>' if above else '>='} {least:g}"] if least > -math.inf else []
     ends += [f"{'<' if below else '<='} {most:g}"] if most < math.inf else []

@@ -28,6 +28,11 @@ class Samples(Dataset[tuple[Any, Any]]):
     def __init__(self, split: Any, transform: Any) -> None:
         self.split, self.transform = split, transform
 
+    @property
+    def labels(self) -> Sequence[int]:
+        """Of all images, as training asks for them."""
+        return self.split.labels
+
     def __len__(self) -> int:
         return len(self.split)
 

@@ -1,15 +1,14 @@
-"""Training batches whose order and augmentation depend on seed and epoch alone."""
+"""Batches: what they hold, and how a training loader makes them from seed and epoch alone."""
 
 from __future__ import annotations
 
-import random
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
 from ..checks import integer
 from ..data.drawing import EpochSampler, Key
@@ -17,6 +16,7 @@ from ..errors import SpecError, VPTError
 from ..randomness import seeded
 from .recipes import Recipe
 
+_NAMES = ("pixel_values", "labels")
 _KEPT = (
     "num_workers",
     "collate_fn",
@@ -28,6 +28,35 @@ _KEPT = (
     "prefetch_factor",
     "persistent_workers",
 )
+
+
+def training_loader(loader: Any, seed: int) -> DataLoader[Any]:
+    """Return a loader like the given one whose order and draws follow from seed and epoch.
+
+    Datasets of this library know draws; any other is wrapped.
+
+    Raises:
+        SpecError: It has no map-style dataset, no batch size, or no images.
+    """
+    given = {"train": loader}
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        problem = "must be a DataLoader over a dataset with indices"
+        advice = "Otherwise a run could not be resumed in the middle of an epoch"
+        raise SpecError("fit", problem, advice, given=given)
+    if loader.batch_size is None:
+        raise SpecError("fit", "the DataLoader has no batch_size", "give it one", given=given)
+    sampler: Any = loader.sampler
+    if not len(loader):
+        size = f" of {loader.batch_size}" if loader.drop_last else ""
+        problem = f"the DataLoader has {len(sampler)} images and makes no batch{size}"
+        raise SpecError("fit", problem, "give it more images", given=given)
+    own = isinstance(sampler, EpochSampler)
+    return DataLoader(
+        loader.dataset if own else Drawn(loader.dataset),
+        batch_size=loader.batch_size,
+        sampler=EpochSampler(sampler.inner if own else sampler, seed),
+        **{name: getattr(loader, name) for name in _KEPT},
+    )
 
 
 class Drawn(Dataset[Any]):
@@ -43,93 +72,6 @@ class Drawn(Dataset[Any]):
         index, draw = key
         with seeded(draw):
             return self.dataset[index]
-
-
-def training_loader(loader: Any, seed: int) -> DataLoader[Any]:
-    """Return a loader like the given one whose order and draws follow from seed and epoch.
-
-    Datasets of this library know draws; any other is wrapped.
-
-    Raises:
-        SpecError: It has no map-style dataset, no batch size, or no images.
-    """
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        raise SpecError(
-            f"fit(train={type(loader).__name__}): must be a DataLoader over a dataset with "
-            "indices, so that a run can be resumed in the middle of an epoch."
-        )
-    if loader.batch_size is None:
-        raise SpecError("fit(train=...): the DataLoader has no batch_size; give it one.")
-    if not len(loader):
-        raise SpecError(
-            f"fit(train=...): the DataLoader has {len(loader.sampler)} images and makes no batch"  # type: ignore[arg-type]
-            f"{' of ' + str(loader.batch_size) if loader.drop_last else ''}; give it more images."
-        )
-    sampler: Any = loader.sampler
-    own = isinstance(sampler, EpochSampler)
-    return DataLoader(
-        loader.dataset if own else Drawn(loader.dataset),
-        batch_size=loader.batch_size,
-        sampler=EpochSampler(sampler.inner if own else sampler, seed),
-        **{name: getattr(loader, name) for name in _KEPT},
-    )
-
-
-def leaves_one(model: nn.Module, images: int, batch: int) -> bool:
-    """Tell whether an epoch ends with a single image, of which batch norms cannot learn.
-
-    Args:
-        model: The model; its mode is put back.
-        images: Of an epoch.
-        batch: Images per batch.
-    """
-    return images % batch == 1 and bool(_training_norms(model, _BatchNorm))
-
-
-def norms_over_one_value(model: nn.Module) -> bool:
-    """Tell whether a single image gives a batch norm that trains one value per channel."""
-    return bool(_training_norms(model, nn.BatchNorm1d))
-
-
-def _training_norms(model: nn.Module, kind: type[nn.Module]) -> list[nn.Module]:
-    """Return the batch norms that train when the model does; its mode is put back."""
-    was_training = model.training
-    model.train()
-    norms = [m for m in model.modules() if isinstance(m, kind) and m.training]
-    model.train(was_training)
-    return norms
-
-
-class Padding:
-    """Which images of a batch a process counts, so that several come to the result of one.
-
-    accelerate gives all processes equally many full batches: it fills the last ones, from behind,
-    with images from the start of the epoch. These are not counted.
-
-    Args:
-        images: Of an epoch.
-        batch: Images of a full batch of one process.
-        accelerator: accelerate's.
-    """
-
-    def __init__(self, images: int, batch: int, accelerator: Any) -> None:
-        self._images, self._batch, self._accelerator = images, batch, accelerator
-
-    def own(self, index: int, size: int) -> int:
-        """Return how many of the `size` images of this process's batch `index` count."""
-        count: int = self._accelerator.num_processes
-        if count == 1:
-            return size
-        end: int = (index * count + self._accelerator.process_index + 1) * self._batch
-        return max(size - max(end - self._images, 0), 0)
-
-    def together(self, images: int) -> int:
-        """Return the sum of a count over all processes."""
-        if self._accelerator.num_processes == 1:
-            return images
-        counted = torch.tensor(images, device=self._accelerator.device)
-        total: Tensor = self._accelerator.reduce(counted, "sum")
-        return int(total)
 
 
 def loader_batch_size(recipe: Recipe, accumulation: int = 1) -> int:
@@ -151,23 +93,61 @@ def loader_batch_size(recipe: Recipe, accumulation: int = 1) -> int:
     parts: int = state.num_processes * accumulation
     if recipe.batch_size % parts:
         raise SpecError(
-            f"loader_batch_size: a batch of {recipe.batch_size} cannot be shared out among "
-            f"{parts // accumulation} processes x {accumulation} accumulated batches; make "
-            f"batch_size a multiple of {parts}."
+            "loader_batch_size",
+            f"a batch of {recipe.batch_size} cannot be shared out among {state.num_processes} "
+            f"processes x {accumulation} accumulated batches",
+            f"make batch_size a multiple of {parts}",
         )
     return recipe.batch_size // parts
 
 
-def seed_step(seed: int) -> None:
-    """Seed every global generator, so that a step's dropout follows from its number."""
-    import numpy as np
+def leaves_one(model: nn.Module, images: int, batch: int) -> bool:
+    """Tell whether an epoch ends with a single image, of which batch norms cannot learn.
 
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+    Args:
+        model: The model; its mode is put back.
+        images: Of an epoch.
+        batch: Images per batch.
+    """
+    return images % batch == 1 and _trains(model, _BatchNorm)
 
 
-_NAMES = ("pixel_values", "labels")
+def check_last_batch(model: nn.Module, loader: DataLoader[Any], processes: int) -> None:
+    """Raise where a batch is one image, of which batch norms that train cannot learn.
+
+    Args:
+        model: The model.
+        loader: Over the training images.
+        processes: Among which batches are shared out; several fill the last one up.
+
+    Raises:
+        SpecError: It does.
+    """
+    images, batch = len(loader.sampler), loader.batch_size or 1  # type: ignore[arg-type]
+    if batch == 1 and _trains(model, nn.BatchNorm1d):
+        raise SpecError(
+            "fit",
+            "batches of one image, of which the batch norm in the model's head cannot learn",
+            "give larger ones, by lower accumulation or a larger `recipe.batch_size`",
+            given={"train": ...},
+        )
+    if processes == 1 and not loader.drop_last and leaves_one(model, images, batch):
+        raise SpecError(
+            "fit",
+            f"{images} images in batches of {batch} leave one image for the last batch, of which "
+            "the model's batch norms cannot learn",
+            "give the DataLoader `drop_last=True`, or another batch size",
+            given={"train": ...},
+        )
+
+
+def _trains(model: nn.Module, norm: type[nn.Module]) -> bool:
+    """Tell whether batch norms of a kind train when the model does; its mode is put back."""
+    was_training = model.training
+    model.train()
+    found = any(isinstance(m, norm) and m.training for m in model.modules())
+    model.train(was_training)
+    return found
 
 
 def pair_of(batch: Any, call: str, *, soft: bool = False) -> tuple[Tensor, Tensor]:
@@ -182,17 +162,29 @@ def pair_of(batch: Any, call: str, *, soft: bool = False) -> tuple[Tensor, Tenso
         VPTError: It is neither, or its labels are no integers, one per image.
     """
     named = isinstance(batch, Mapping)
-    pair = [batch.get(name) for name in _NAMES] if named else batch
+    pair: Any = [batch.get(name) for name in _NAMES] if named else batch
     plain = isinstance(pair, list | tuple) and len(pair) == 2
     if not plain or not all(isinstance(part, Tensor) for part in pair):
         raise VPTError(
-            f"{call}: a batch is {_described(batch)}; it must be (pixels, labels), two tensors, or "
-            f"a mapping with {' and '.join(_NAMES)}, as a DataLoader over (image, label) gives."
+            call,
+            f"a batch is {_described(batch)}",
+            f"it must be (pixels, labels), two tensors, or a mapping with {' and '.join(_NAMES)}, "
+            "as a DataLoader over (image, label) gives",
         )
     pixels, labels = pair
     if soft and labels.is_floating_point() and labels.dim() == 2 and len(labels) == len(pixels):
         return pixels, labels
     return pixels, whole_labels(labels, len(pixels), call)
+
+
+def _described(batch: Any) -> str:
+    kind = type(batch).__name__
+    if isinstance(batch, Mapping):
+        held = (f"{name!r}: {type(value).__name__}" for name, value in batch.items())
+        return f"a mapping with {', '.join(held) or 'nothing'}"
+    if isinstance(batch, list | tuple):
+        return f"a {kind} of {', '.join(type(part).__name__ for part in batch)}"
+    return f"a {kind}"
 
 
 def whole_labels(labels: Tensor, images: int, call: str) -> Tensor:
@@ -204,16 +196,80 @@ def whole_labels(labels: Tensor, images: int, call: str) -> Tensor:
     whole = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     if tuple(labels.shape) != (images,) or not (whole or not images):
         raise VPTError(
-            f"{call}: labels of shape {tuple(labels.shape)} and {labels.dtype} for {images} "
-            "images; they must be class numbers, integers of shape (images,)."
+            call,
+            f"labels of shape {tuple(labels.shape)} and {labels.dtype} for {images} images",
+            "they must be class numbers, integers of shape (images,)",
         )
     return labels.long()
 
 
-def _described(batch: Any) -> str:
-    if isinstance(batch, Mapping):
-        held = (f"{name!r}: {type(value).__name__}" for name, value in batch.items())
-        return f"a mapping with {', '.join(held) or 'nothing'}"
-    if isinstance(batch, list | tuple):
-        return f"a {type(batch).__name__} of {', '.join(type(part).__name__ for part in batch)}"
-    return f"a {type(batch).__name__}"
+def check_classes(labels: Tensor, classes: int, call: str) -> None:
+    """Raise unless all labels are classes.
+
+    Raises:
+        VPTError: One is not.
+    """
+    low, high = (int(x) for x in labels.aminmax())
+    if low < 0 or high >= classes:
+        raise VPTError(
+            call,
+            f"a batch has the label {low if low < 0 else high}, but the model has {classes} "
+            f"classes, 0 to {classes - 1}",
+            "give num_classes when prompts are injected, or correct the labels",
+        )
+
+
+def shown_labels(dataset: Any) -> Tensor | None:
+    """Return the labels that a dataset shows as `labels` or `targets`, as torchvision's do.
+
+    None where it does not show a whole number for every image.
+    """
+    if isinstance(dataset, Drawn):
+        return shown_labels(dataset.dataset)
+    if isinstance(dataset, Subset):
+        # As random_split makes them of a folder of images.
+        whole = shown_labels(dataset.dataset)
+        return None if whole is None else whole[list(dataset.indices)]
+    try:
+        labels = torch.as_tensor(getattr(dataset, "labels", getattr(dataset, "targets", None)))
+        fits = labels.dim() == 1 and len(labels) == len(dataset)
+    except (TypeError, ValueError, RuntimeError):
+        return None
+    return labels.cpu() if fits and not labels.is_floating_point() else None
+
+
+def check_shown_labels(name: str, loader: Any, classes: int) -> None:
+    """Raise where a label that a dataset shows without loading an image is no class of the model.
+
+    Args:
+        name: What the batches are for.
+        loader: The batches; what is no DataLoader is passed over.
+        classes: Number of outputs.
+
+    Raises:
+        VPTError: There is one.
+    """
+    dataset, sampler = (getattr(loader, part, None) for part in ("dataset", "sampler"))
+    labels = shown_labels(dataset)
+    # A sampler that leaves images out may do so for their labels.
+    if labels is None or sampler is None or len(sampler) != len(labels):
+        return
+    wrong = ((labels < 0) | (labels >= classes)).nonzero().flatten().tolist()
+    if wrong and not _is_class(dataset, wrong[0], classes):
+        raise VPTError(
+            "fit",
+            f"{len(wrong)} of {len(labels)} labels are no classes of the model, the first at index "
+            f"{wrong[0]}: {int(labels[wrong[0]])}. The model has {classes} classes, 0 to "
+            f"{classes - 1}",
+            "give num_classes when prompts are injected, or correct the labels",
+            given={name: ...},
+        )
+
+
+def _is_class(dataset: Any, index: int, classes: int) -> bool:
+    """Tell whether an item has another label than the dataset shows (by a transform of labels)."""
+    try:
+        item = dataset.dataset[index] if isinstance(dataset, Drawn) else dataset[index]
+        return 0 <= int(item[1]) < classes
+    except Exception:  # whatever reading an image raises; the label stands as it is
+        return False

@@ -116,13 +116,13 @@ def read_checkpoint(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] |
         kept, position = about["config"], Position(**about["position"])
         known = content["format"] == _FORMAT
     except Exception as error:
-        raise VPTError(
-            f"fit: {path} cannot be read as a checkpoint ({cut(str(error), 200)}); remove it, or "
-            "use resume=False to start over."
-        ) from error
+        problem = f"cannot be read as a checkpoint ({cut(str(error), 200)})"
+        advice = "remove it, or use `resume=False` to start over"
+        raise VPTError("fit", problem, advice, path=path) from error
     if not known:
-        raise VPTError(f"fit: {path} has format {content['format']}; this version reads {_FORMAT}.")
-    refuse_other(kept, config, str(path))
+        problem = f"has format {content['format']}; this version reads {_FORMAT}"
+        raise VPTError("fit", problem, path=path)
+    _refuse_other(kept, config, path)
     return content | {"position": position}
 
 
@@ -179,24 +179,18 @@ def describe_run(
     return result
 
 
-def refuse_other(kept: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """Raise unless a checkpoint is of this configuration and data.
-
-    Raises:
-        SpecError: It is of another one; the message names what differs.
-    """
+def _refuse_other(kept: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    """Raise unless a checkpoint is of this configuration and data; name what differs."""
     old, new = _flat(kept), _flat(now)
-    names = sorted(set(old) | set(new))
     other = [
         f"{name}: {old.get(name, 'absent')!r} there, {new.get(name, 'absent')!r} here"
-        for name in names
+        for name in sorted(old | new)
         if name.split(".")[0] not in _FREE and old.get(name) != new.get(name)
     ]
     if other:
-        raise SpecError(
-            f"fit: {where} is of another run ({'; '.join(other)}). Use another folder, or "
-            "resume=False to start over there."
-        )
+        problem = f"is of another run ({'; '.join(other)})"
+        advice = "Use another folder, or `resume=False` to start over there"
+        raise SpecError("fit", problem, advice, path=path)
 
 
 def _model(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ MOST_IMAGES = 64
 # Images per forward, so that it needs no more memory than a training step.
 _AT_ONCE = 8
 _IMAGES_ONLY = ("image", "guess")
+_KEEP = "keep `init='xavier'`"
 
 
 @torch.no_grad()
@@ -133,28 +134,23 @@ def _check(prompts: Prompts, pixels: Tensor) -> None:
     among_tokens = spec.where.tokens and not spec.is_pixel
     if not among_tokens or spec.project:
         what = "project=..." if among_tokens else f"location={spec.location!r}"
-        raise SpecError(
-            f"{_CALL}: prompts with {what} are no tokens of a block; it needs location='prepend' "
-            "without projection."
-        )
+        problem = f"prompts with `{what}` are no tokens of a block"
+        raise SpecError(_CALL, problem, "it needs `location='prepend'` without projection")
     if inputs not in _IMAGES_ONLY:
-        raise UnsupportedArchitectureError(
-            f"{_CALL}: the model does not take images (batch, channels, height, width) but "
-            f"{inputs}; keep init='xavier'."
-        )
+        problem = f"the model does not take images (batch, channels, height, width) but {inputs}"
+        raise UnsupportedArchitectureError(_CALL, problem, _KEEP)
     if not (isinstance(pixels, Tensor) and pixels.dim() == 4 and len(pixels)):
-        raise SpecError(
-            f"{_CALL}(pixels=...): must be a tensor (images, channels, height, width) of one image "
-            f"or more, got {tuple(getattr(pixels, 'shape', ())) or type(pixels).__name__}."
+        got = tuple(getattr(pixels, "shape", ())) or type(pixels).__name__
+        problem = (
+            f"must be a tensor (images, channels, height, width) of one image or more, got {got}"
         )
+        raise SpecError(_CALL, problem, given={"pixels": ...})
     stored = [prompts.stored(entry) for entry in prompts.entries]
     if prompts.sharded() or any(values.is_meta for values in stored):
-        raise SpecError(f"{_CALL}: call it before the model is sharded or offloaded.")
+        raise SpecError(_CALL, "call it before the model is sharded or offloaded")
     if any(not bool(values.any()) for values in stored):
-        raise SpecError(
-            f"{_CALL}: prompts that are all zero give no size to scale tokens to; inject them with "
-            "init='xavier'."
-        )
+        problem = "prompts that are all zero give no size to scale tokens to"
+        raise SpecError(_CALL, problem, "inject them with `init='xavier'`")
 
 
 def _watch(
@@ -208,17 +204,16 @@ def _chosen(
     """
     stored, path = prompts.stored(entry), prompts.encoder.blocks[entry].path
     if seen < len(stored):
-        raise SpecError(
-            f"{_CALL}: these images give block {entry} ({path}) {seen} tokens, fewer than its "
-            f"{len(stored)} prompts; give more images."
+        problem = (
+            f"these images give block {entry} ({path}) {seen} tokens, fewer than its "
+            f"{len(stored)} prompts"
         )
+        raise SpecError(_CALL, problem, "give more images")
     order = torch.randperm(len(tokens), generator=draw)[: len(stored)]
     chosen = tokens[order.to(tokens.device)]
     if not bool(chosen.isfinite().all()):
-        raise SpecError(
-            f"{_CALL}: these images give block {entry} ({path}) tokens that are not finite; look "
-            "for broken pixels."
-        )
+        problem = f"these images give block {entry} ({path}) tokens that are not finite"
+        raise SpecError(_CALL, problem, "look for broken pixels")
     size = stored.float().square().mean().sqrt()
     scaled: Tensor = chosen / chosen.square().mean(-1, keepdim=True).sqrt().clamp_min(1e-12)
     return scaled * size.to(scaled.device)
@@ -226,7 +221,7 @@ def _chosen(
 
 def _refuse(prompts: Prompts, entry: int, what: str) -> None:
     block = prompts.encoder.blocks[entry]
-    raise UnsupportedArchitectureError(
-        f"{_CALL}: block {entry} ({block.path}) {what}, where tokens of the width {block.width} "
-        "are needed; keep init='xavier'."
+    problem = (
+        f"block {entry} ({block.path}) {what}, where tokens of the width {block.width} are needed"
     )
+    raise UnsupportedArchitectureError(_CALL, problem, _KEEP)

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from ..errors import VPTError
 
@@ -79,41 +75,6 @@ class LossWatch:
         if len(losses) < self._few or now <= start * _LEAP + _NATS:
             return None
         return f"the last {self._few} steps is {now:.4g}, above the {start:.4g} of the first one"
-
-
-def warn(message: str) -> None:
-    """Warn the caller of `fit`."""
-    warnings.warn(message, UserWarning, stacklevel=5)
-
-
-class Shadow:
-    """A copy of what trains, on its own device, to go back to when a step goes wrong.
-
-    Args:
-        tensors: The live tensors.
-    """
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._live = list(tensors.values())
-        self._kept = [tensor.detach().clone() for tensor in self._live]
-
-    @torch.no_grad()
-    def keep(self) -> None:
-        """Copy the tensors as they are now."""
-        for kept, live in zip(self._kept, self._live, strict=True):
-            kept.copy_(live)
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put the copies back."""
-        for kept, live in zip(self._kept, self._live, strict=True):
-            live.copy_(kept)
-
-    @torch.no_grad()
-    def finite(self) -> bool:
-        """Tell whether every value is finite now."""
-        flags = [t.isfinite().all() for t in self._live if t.is_floating_point()]
-        return not flags or bool(torch.stack(flags).all())
 
 
 def _mean(values: list[float]) -> float:

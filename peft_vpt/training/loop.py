@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ..checks import instance, integer, one_of, or_none
 from ..errors import SpecError
 from ..files import write_lines
 from ..randomness import derive
-from .batches import (
-    Padding,
-    leaves_one,
-    norms_over_one_value,
-    pair_of,
-    seed_step,
-    training_loader,
-)
+from .batches import check_last_batch, check_shown_labels, pair_of, shown_labels, training_loader
 from .checkpoint import (
     Position,
     begin_folder,
@@ -37,8 +33,8 @@ from .checkpoint import (
     save_checkpoint,
     trained_tensors,
 )
-from .health import DivergedError, LossWatch, Shadow, warn
-from .losses import Loss, check_known_labels, labels_checksum
+from .health import DivergedError, LossWatch
+from .losses import Loss, checksum_of
 from .metrics import evaluate, forward_logits, place
 from .optim import lr_factor, make_optimizer, set_rate, trains_backbone
 from .recipes import Recipe
@@ -109,30 +105,31 @@ def fit(
     Raises:
         SpecError: A wrong option, or a checkpoint of another run; nothing was written.
         VPTError: Batches of another form, or a label of train or val that is no class of the model;
-            where the datasets hold their labels beside the images, before the first step.
-        DivergedError: A loss, what a step made of the weights, or a logit on val is not finite. The
-            model has the last finite weights, the former checkpoint stays.
+            where the datasets show their labels (as `labels` or `targets`), before the first step.
+        DivergedError: A loss, what a step made of the weights, or a logit on val is not finite. A
+            step whose loss is not finite is not made; the former checkpoint stays.
 
     Source: Jia et al. 2022, section A.1.
     """
-    check_options(recipe, evaluate_every, checkpoint_every, accumulation, data)
-    check_model_and_val(model, val)
-    check_folder(folder)
-    loader = training_loader(train, recipe.seed)
-    accelerator = make_accelerator(
-        accelerator,
-        mixed_precision,
-        recipe,
-        loader,
-        accumulation,
-        unused=trains_backbone(model),
+    _check_arguments(
+        model=model,
+        recipe=recipe,
+        evaluate_every=evaluate_every,
+        checkpoint_every=checkpoint_every,
+        accumulation=accumulation,
+        mixed_precision=mixed_precision,
     )
+    _check_places(val, folder, data)
+    loader = training_loader(train, recipe.seed)
+    accelerator = _accelerator(accelerator, mixed_precision, trains_backbone(model))
+    _check_batch(recipe, loader, accumulation, accelerator)
     check_last_batch(model, loader, accelerator.num_processes)
-    run = _Run(model, recipe, accelerator, accumulation)
-    run.loss = Loss(recipe, labels, len(loader.dataset))  # type: ignore[arg-type]
-    with wrapped(model, accelerator) as run.model, Bars(accelerator, progress) as run.bars:
-        run.prepare(loader, val, data=data, folder=folder)
-        run.begin(resume)
+    loss = Loss(recipe, labels, len(loader.dataset))  # type: ignore[arg-type]
+    bars = Bars(accelerator, progress)
+    with wrapped(model, accelerator) as outer, bars.shown:
+        run = _Run(model, outer, recipe, accelerator, accumulation, loss, bars)
+        run.prepare(loader, val)
+        run.begin(folder, resume, data)
         run.train(evaluate_every, checkpoint_every)
     rows = [row for row in run.at.history if row["val"]]
     best = max(rows, key=lambda row: row["val"]["top1"], default=None)
@@ -142,64 +139,74 @@ def fit(
 class _Run:
     """The state of one call of `fit`."""
 
-    config: dict[str, Any]
-    bars: Any
-    loss: Loss
-
     def __init__(
-        self, model: nn.Module, recipe: Recipe, accelerator: Any, accumulation: int
+        self,
+        host: nn.Module,
+        model: nn.Module,
+        recipe: Recipe,
+        accelerator: Any,
+        accumulation: int,
+        loss: Loss,
+        bars: Bars,
     ) -> None:
-        self.host = self.model = model
-        self.recipe, self.accelerator, self.accumulation = recipe, accelerator, accumulation
-        self.folder: Path | None = None
-        self.at = Position()
+        self.host, self.model, self.recipe, self.accelerator = host, model, recipe, accelerator
+        self.accumulation, self.loss, self.bars = accumulation, loss, bars
 
-    def prepare(self, loader: Any, val: Any, *, data: Any, folder: str | Path | None) -> None:
+    def prepare(self, loader: DataLoader[Any], val: Any) -> None:
         """Make everything that training needs; nothing is written."""
-        self.unchecked = {"train": loader, "val": val}
-        self.padding = Padding(len(loader.sampler), loader.batch_size, self.accelerator)
-        self.loader = self.accelerator.prepare_data_loader(loader)
-        parallel = self.accelerator.num_processes > 1 and hasattr(val, "dataset")
-        self.val = self.accelerator.prepare_data_loader(val) if parallel else val
-        self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(self.host, self.recipe))
+        accelerator = self.accelerator
+        self.given = self.unchecked = {"train": loader, "val": val}
+        self.loader = accelerator.prepare_data_loader(loader)
+        parallel = accelerator.num_processes > 1 and hasattr(val, "dataset")
+        self.val = accelerator.prepare_data_loader(val) if parallel else val
+        self.optimizer = accelerator.prepare_optimizer(make_optimizer(self.host, self.recipe))
         self.steps = -(-len(self.loader) // self.accumulation)
         was_training = self.host.training
         self.tensors = trained_tensors(self.host.train())
         self.host.train(was_training)
-        self.shadow = Shadow(self.tensors)
-        sums = {"labels": self.loss.checksum, "dataset_labels": labels_checksum(loader.dataset)}
-        counted = {name: value for name, value in sums.items() if value is not None}
+
+    def begin(self, folder: str | Path | None, resume: bool, data: Any) -> None:
+        """Take up the checkpoint, if there is one; nothing is written."""
+        self.folder = None if folder is None else Path(folder)
         self.config = describe_run(
             self.host,
             self.recipe,
             self.accelerator,
             trained=self.tensors,
-            loader={
-                "images": len(loader.dataset),
-                "sampler": type(loader.sampler.inner).__name__,
-                "steps_per_epoch": self.steps,
-                "accumulation": self.accumulation,
-                **counted,
-            },
+            loader=self._about(self.given["train"]),
             data=data,
             weights=folder is not None,
         )
-        self.folder = None if folder is None else Path(folder)
-
-    def begin(self, resume: bool) -> None:
-        """Take up the checkpoint, if there is one; nothing is written."""
+        content = None
         if self.folder is not None:
             content = read_checkpoint(self.folder, self.config) if resume else None
-            if content is not None:
-                scaler = self.accelerator.scaler
-                self.at = load_checkpoint(content, self.tensors, self.optimizer, scaler)
-            self.resumed = content is not None
             # Nobody may write before everybody has read.
             self.accelerator.wait_for_everyone()
+        scaler, self.resumed = self.accelerator.scaler, content is not None
+        self.at = (
+            Position()
+            if content is None
+            else load_checkpoint(content, self.tensors, self.optimizer, scaler)
+        )
         self.first = self.at.step + 1
         total = self.steps * self.recipe.epochs
         self.watch = LossWatch(self.steps, self.at.watch, total=total)
         self.began = time.perf_counter() - self.at.seconds
+
+    def _about(self, loader: Any) -> dict[str, Any]:
+        """Return what a run depends on of its batches."""
+        labels = shown_labels(loader.dataset)
+        sums = {
+            "labels": self.loss.checksum,
+            "dataset_labels": None if labels is None else checksum_of(labels),
+        }
+        return {
+            "images": len(loader.dataset),
+            "sampler": type(loader.sampler.inner).__name__,
+            "steps_per_epoch": self.steps,
+            "accumulation": self.accumulation,
+            **{name: value for name, value in sums.items() if value is not None},
+        }
 
     def train(self, evaluate_every: int, checkpoint_every: int | None) -> None:
         """Run what is left of the epochs."""
@@ -234,28 +241,51 @@ class _Run:
     def _step(self, batches: list[tuple[Tensor, Tensor]]) -> float:
         """Do one optimizer step over batches, and return its mean loss over all processes."""
         at, accelerator = self.at.step, self.accelerator
-        seed_step(derive(self.recipe.seed, "step", at, accelerator.process_index))
+        _seed_all(derive(self.recipe.seed, "step", at, accelerator.process_index))
         set_rate(self.optimizer, lr_factor(at, self.steps, self.recipe))
-        self.shadow.keep()
         self.optimizer.zero_grad()
         first = at % self.steps * self.accumulation
-        counts = [self.padding.own(first + i, len(labels)) for i, (_, labels) in enumerate(batches)]
-        images, parts = self.padding.together(sum(counts)), []
+        counts = [self._counted(first + i, len(labels)) for i, (_, labels) in enumerate(batches)]
+        images, parts = self._together(sum(counts)), []
         for index, (pixels, labels) in enumerate(batches):
             with self._sync(index + 1 == len(batches)):
                 # DistributedDataParallel takes the mean over processes, not the sum.
                 total = self._loss(pixels, labels, counts[index]) * accelerator.num_processes
                 parts.append(total / images)
                 accelerator.backward(parts[-1])
-        loss = accelerator.reduce(torch.stack(parts).detach().sum(), "mean").item()
-        if not torch.isfinite(torch.tensor(loss)):
-            self._diverge(f"the loss is {loss}")
+        loss = float(accelerator.reduce(torch.stack(parts).detach().sum(), "mean").item())
+        if not math.isfinite(loss):
+            self.optimizer.zero_grad()
+            kept = "The weights are those of before this step"
+            self._diverge(f"the loss is {loss}", kept, ", or look for images that are not finite")
         if self.recipe.clip_norm is not None:
             accelerator.clip_grad_norm_(self.host.parameters(), self.recipe.clip_norm)
         self.optimizer.step()
-        if not self.shadow.finite():
-            self._diverge(f"the update after a loss of {loss:.4g} made weights that are not finite")
-        return float(loss)
+        if not _all_finite(self.tensors.values()):
+            what = f"the update after a loss of {loss:.4g} made weights that are not finite"
+            self._diverge(what, "The model is left with them", "")
+        return loss
+
+    def _counted(self, index: int, size: int) -> int:
+        """Return how many of the `size` images of this process's batch `index` count.
+
+        accelerate gives all processes equally many full batches: it fills the last ones, from
+        behind, with images from the start of the epoch. These do not count, so that several
+        processes come to the result of one.
+        """
+        count: int = self.accelerator.num_processes
+        if count == 1:
+            return size
+        train = self.given["train"]
+        end: int = (index * count + self.accelerator.process_index + 1) * train.batch_size
+        return max(size - max(end - len(train.sampler), 0), 0)
+
+    def _together(self, images: int) -> int:
+        """Return the sum of a count over all processes."""
+        if self.accelerator.num_processes == 1:
+            return images
+        counted = torch.tensor(images, device=self.accelerator.device)
+        return int(self.accelerator.reduce(counted, "sum"))
 
     def _sync(self, last: bool) -> AbstractContextManager[Any]:
         """Leave the exchange of gradients between processes to a step's last batch."""
@@ -268,19 +298,18 @@ class _Run:
         """Return the sum of the losses of the first `count` images of a batch."""
         device, dtype = place(self.host)
         logits = forward_logits(self.model, pixels.to(device, dtype), self.accelerator, call="fit")
-        check_known_labels(self.unchecked, logits.shape[1])
+        for name, batches in self.unchecked.items():
+            check_shown_labels(name, batches, logits.shape[1])
         self.unchecked = {}
         return self.loss(logits, labels.to(device), count)
 
-    def _diverge(self, what: str) -> None:
-        self.shadow.restore()
-        self.optimizer.zero_grad()
+    def _diverge(self, what: str, left: str, more: str) -> None:
         step, steps = self.at.step, self.steps
-        kept = "" if self.folder is None else " The checkpoint is that of before."
+        kept = "" if self.folder is None else ", the checkpoint is that of before"
         raise DivergedError(
-            f"fit: epoch {step // steps + 1}, step {step % steps + 1} of {steps}: {what}. The "
-            f"model has the weights of before this step.{kept} Lower base_lr "
-            f"({self.recipe.base_lr:g}), set clip_norm, or look for images that are not finite."
+            "fit",
+            f"epoch {step // steps + 1}, step {step % steps + 1} of {steps}: {what}",
+            f"{left}{kept}. Lower base_lr ({self.recipe.base_lr:g}), or set clip_norm{more}",
         )
 
     def _note(self, loss: float) -> None:
@@ -290,7 +319,7 @@ class _Run:
         self.at.watch = self.watch.state
         self.bars.step(loss)
         if message and self.accelerator.is_main_process:
-            warn(message)
+            warnings.warn(message, UserWarning, stacklevel=4)
 
     def _finish_epoch(self, measure: bool) -> None:
         metrics = None
@@ -326,51 +355,39 @@ class _Run:
         )
 
 
-_PRECISIONS = (None, "no", "bf16", "fp16")
+def _check_arguments(**given: Any) -> None:
+    """Check the arguments of `fit` that can be judged by themselves."""
+    count = integer(1)
+    rules = {
+        "model": instance(nn.Module, "a model, an nn.Module"),
+        "recipe": instance(Recipe, "a Recipe, as `preset(protocol)` gives"),
+        "evaluate_every": count,
+        "checkpoint_every": or_none(count),
+        "accumulation": count,
+        "mixed_precision": one_of(None, "no", "bf16", "fp16"),
+    }
+    for name, rule in rules.items():
+        rule.check("fit", name, given[name])
 
 
-def check_options(
-    recipe: Any,
-    evaluate_every: Any,
-    checkpoint_every: Any,
-    accumulation: Any,
-    data: Mapping[str, Any] | None,
-) -> None:
-    """Check the plain options of `fit`.
+def _check_places(val: Any, folder: str | Path | None, data: Mapping[str, Any] | None) -> None:
+    """Check what `fit` evaluates on, where it writes, and what it writes down.
 
     Raises:
-        SpecError: One is wrong.
+        SpecError: No batches that can be gone through again and again, a file in place of the
+            folder, or no JSON values.
     """
-    if not isinstance(recipe, Recipe):
-        raise SpecError(f"fit(recipe={recipe!r}): must be a Recipe, as preset(protocol) gives.")
-    counts = {
-        "evaluate_every": evaluate_every,
-        "checkpoint_every": 1 if checkpoint_every is None else checkpoint_every,
-        "accumulation": accumulation,
-    }
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise SpecError(f"fit({name}={value!r}): must be an integer >= 1.")
+    reason = "" if val is None else _unfit(val)
+    if reason:
+        advice = "give a DataLoader or a list of batches, or None"
+        raise SpecError("fit", reason, advice, given={"val": val})
+    if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
+        raise SpecError("fit", "is no folder", "give another", given={"folder": str(folder)})
     try:
         json.dumps(data, allow_nan=False)
     except (TypeError, ValueError) as error:
-        raise SpecError(f"fit(data=...): must be plain, finite JSON values: {error}.") from error
-
-
-def check_model_and_val(model: Any, val: Any) -> None:
-    """Check what is trained, and what it is evaluated on.
-
-    Raises:
-        SpecError: No model, or no batches that can be gone through again and again.
-    """
-    if not isinstance(model, nn.Module):
-        raise SpecError(f"fit(model={type(model).__name__}): must be a model, an nn.Module.")
-    reason = "" if val is None else _unfit(val)
-    if reason:
-        raise SpecError(
-            f"fit(val={type(val).__name__}): {reason}; give a DataLoader or a list of batches, or "
-            "None."
-        )
+        problem = f"must be plain, finite JSON values: {error}"
+        raise SpecError("fit", problem, given={"data": ...}) from error
 
 
 def _unfit(val: Any) -> str:
@@ -388,94 +405,55 @@ def _unfit(val: Any) -> str:
         return ""
 
 
-def check_folder(folder: str | Path | None) -> None:
-    """Raise where there is something else in place of a folder.
-
-    Raises:
-        SpecError: There is.
-    """
-    if folder is not None and Path(folder).exists() and not Path(folder).is_dir():
-        raise SpecError(f"fit(folder={str(folder)!r}): is no folder; give another.")
-
-
-def check_last_batch(model: nn.Module, loader: Any, processes: int) -> None:
-    """Raise where a batch is one image, of which batch norms that train cannot learn.
-
-    Args:
-        model: The model.
-        loader: Over the training images.
-        processes: Among which batches are shared out; several fill the last one up.
-
-    Raises:
-        SpecError: It does.
-    """
-    images, batch = len(loader.sampler), loader.batch_size
-    if batch == 1 and norms_over_one_value(model):
-        raise SpecError(
-            "fit(train=...): batches of one image, of which the batch norm in the model's head "
-            "cannot learn; give larger ones, by lower accumulation or a larger "
-            "recipe.batch_size."
-        )
-    if processes == 1 and not loader.drop_last and leaves_one(model, images, batch):
-        raise SpecError(
-            f"fit(train=...): {images} images in batches of {batch} leave one image for the last "
-            "batch, of which the model's batch norms cannot learn; give the DataLoader "
-            "drop_last=True, or another batch size."
-        )
-
-
-def make_accelerator(
-    given: Any,
-    mixed_precision: str | None,
-    recipe: Recipe,
-    loader: Any,
-    accumulation: int,
-    *,
-    unused: bool = False,
-) -> Any:
-    """Return the accelerator of a run, given or new, and check the batch against the recipe.
+def _accelerator(given: Any, mixed_precision: str | None, unused: bool) -> Any:
+    """Return the accelerator of a run, given or new.
 
     Args:
         given: The caller's, or None.
         mixed_precision: As in `fit`.
-        recipe: As in `fit`.
-        loader: Over the training images.
-        accumulation: As in `fit`.
-        unused: Whether parameters may train that the forward does not use: mask tokens, say.
+        unused: As in `new_accelerator`.
 
     Raises:
-        SpecError: An unknown or impossible precision, or another batch than the recipe's.
+        SpecError: An impossible precision, or an accelerator that shares images out otherwise.
     """
-    if mixed_precision not in _PRECISIONS:
-        raise SpecError(
-            f"fit(mixed_precision={mixed_precision!r}): must be 'no', 'bf16', 'fp16' or None."
-        )
     if given is not None and mixed_precision is not None:
-        raise SpecError("fit(accelerator=..., mixed_precision=...): it is the accelerator's own.")
+        parts = {"accelerator": ..., "mixed_precision": mixed_precision}
+        raise SpecError("fit", "it is the accelerator's own", given=parts)
     accelerator = new_accelerator(mixed_precision, unused) if given is None else given
     if accelerator.gradient_accumulation_steps > 1:
         raise SpecError(
-            "fit: accumulation belongs to fit; give it there, and let the accelerator have "
-            "gradient_accumulation_steps=1 (ACCELERATE_GRADIENT_ACCUMULATION_STEPS unset)."
+            "fit",
+            "accumulation belongs to fit",
+            "give it there, and let the accelerator have `gradient_accumulation_steps=1` "
+            "(ACCELERATE_GRADIENT_ACCUMULATION_STEPS unset)",
         )
     shares = accelerator.dataloader_config
     if accelerator.num_processes > 1 and (
         shares.split_batches or shares.dispatch_batches or not shares.even_batches
     ):
         raise SpecError(
-            "fit(accelerator=...): with several processes, images are shared out by accelerate's "
-            "defaults; make it without split_batches, dispatch_batches and even_batches."
-        )
-    parts = accelerator.num_processes * accumulation
-    if loader.batch_size * parts != recipe.batch_size:
-        raise SpecError(
-            f"fit: the loader's {loader.batch_size} images x {accelerator.num_processes} processes "
-            f"x {accumulation} accumulated batches make a batch of {loader.batch_size * parts}, "
-            f"the recipe says {recipe.batch_size}, from which its learning rate follows. Use "
-            f"loader_batch_size(recipe, {accumulation}) for the loader, or another batch_size in "
-            "the recipe."
+            "fit",
+            "with several processes, images are shared out by accelerate's defaults",
+            "make it without split_batches, dispatch_batches and even_batches",
+            given={"accelerator": ...},
         )
     return accelerator
+
+
+def _check_batch(
+    recipe: Recipe, loader: DataLoader[Any], accumulation: int, accelerator: Any
+) -> None:
+    """Raise unless a step is over as many images as the recipe says."""
+    found = (loader.batch_size or 0) * accelerator.num_processes * accumulation
+    if found != recipe.batch_size:
+        raise SpecError(
+            "fit",
+            f"the loader's {loader.batch_size} images x {accelerator.num_processes} processes x "
+            f"{accumulation} accumulated batches make a batch of {found}, the recipe says "
+            f"{recipe.batch_size}, from which its learning rate follows",
+            f"Use `loader_batch_size(recipe, {accumulation})` for the loader, or another "
+            "batch_size in the recipe",
+        )
 
 
 def new_accelerator(mixed_precision: str | None, unused: bool = False) -> Any:
@@ -483,7 +461,7 @@ def new_accelerator(mixed_precision: str | None, unused: bool = False) -> Any:
 
     Args:
         mixed_precision: "no", "bf16", "fp16" or None.
-        unused: As in `make_accelerator`.
+        unused: Whether parameters may train that the forward does not use: mask tokens, say.
 
     Raises:
         SpecError: The device has no such precision.
@@ -504,7 +482,8 @@ def new_accelerator(mixed_precision: str | None, unused: bool = False) -> Any:
         return made
     except ValueError as error:
         AcceleratorState._reset_state()
-        raise SpecError(f"fit(mixed_precision={mixed_precision!r}): {error}") from error
+        given = {"mixed_precision": mixed_precision}
+        raise SpecError("fit", str(error), given=given) from error
 
 
 @contextmanager
@@ -528,7 +507,7 @@ def wrapped(model: nn.Module, accelerator: Any) -> Iterator[nn.Module]:
 
 
 class Bars:
-    """Progress bars on a terminal, in the main process; silent elsewhere.
+    """Progress bars on a terminal, in the main process, while `shown` is open; silent elsewhere.
 
     Args:
         accelerator: accelerate's.
@@ -541,43 +520,42 @@ class Bars:
         from rich.progress import TimeRemainingColumn as Remaining
 
         console = Console(stderr=True)
-        shown = wanted and accelerator.is_main_process and console.is_terminal
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            Remaining(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not shown,
-        )
-        self._epochs = self._progress.add_task("epochs", total=None, note="")
-        self._steps = self._progress.add_task("steps", total=None, note="")
-
-    def __enter__(self) -> Bars:
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
+        wanted = wanted and accelerator.is_main_process and console.is_terminal
+        columns = BarColumn(), MofNCompleteColumn(), Remaining(), TextColumn("{task.fields[note]}")
+        about = TextColumn("{task.description}")
+        self.shown = Progress(about, *columns, console=console, disable=not wanted)
+        self._epochs = self.shown.add_task("epochs", total=None, note="")
+        self._steps = self.shown.add_task("steps", total=None, note="")
 
     def epoch(self, epoch: int, epochs: int, steps: int, done: int) -> None:
         """Begin an epoch."""
-        self._progress.update(self._epochs, completed=epoch, total=epochs)
-        self._progress.reset(self._steps, total=steps, completed=done)
+        self.shown.update(self._epochs, completed=epoch, total=epochs)
+        self.shown.reset(self._steps, total=steps, completed=done)
 
     def step(self, loss: float) -> None:
         """Show a step."""
-        self._progress.update(self._steps, advance=1, note=f"loss {loss:.4f}")
+        self.shown.update(self._steps, advance=1, note=f"loss {loss:.4f}")
 
     def finish_epoch(self, row: Mapping[str, Any]) -> None:
         """Show what an epoch came to."""
         note = f"train loss {row['train_loss']:.4f}"
         if row["val"]:
             note += f", val top1 {row['val']['top1']:.4f}"
-        self._progress.update(self._epochs, completed=row["epoch"], note=note)
+        self.shown.update(self._epochs, completed=row["epoch"], note=note)
+
+
+def _seed_all(seed: int) -> None:
+    """Seed every global generator, so that a step's dropout follows from its number."""
+    import numpy as np
+
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@torch.no_grad()
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Tell whether every value is finite."""
+    floats = (t for t in tensors if t.is_floating_point() and t.numel())
+    largest = [torch.linalg.vector_norm(tensor, math.inf) for tensor in floats]
+    return not largest or bool(torch.stack(largest).isfinite().all())

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader
 
 from ..errors import SpecError, VPTError
 from ..preprocessing import output_logits
-from .batches import pair_of, whole_labels
+from .batches import check_classes, pair_of, whole_labels
 from .health import DivergedError
 
 
@@ -54,7 +55,7 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
     """
     classes = logits.shape[1]
     labels = whole_labels(labels, len(logits), "classification_metrics")
-    check_labels(labels, classes, "classification_metrics")
+    check_classes(labels, classes, "classification_metrics")
     hits = logits.topk(min(5, classes), dim=1).indices == labels[:, None]
     # Of equal logits the first counts, which topk does not promise.
     correct = (logits.argmax(dim=1) == labels).double()
@@ -67,23 +68,11 @@ def classification_metrics(logits: Tensor, labels: Tensor) -> dict[str, float]:
         "loss": F.cross_entropy(logits.double(), labels).item(),
     }
     if classes == 2 and bool((counts > 0).all()):
-        found["roc_auc"] = roc_auc(logits[:, 1].double() - logits[:, 0].double(), labels)
+        from sklearn.metrics import roc_auc_score
+
+        scores = logits[:, 1].double() - logits[:, 0].double()
+        found["roc_auc"] = float(roc_auc_score(labels.cpu().numpy(), scores.cpu().numpy()))
     return found
-
-
-def roc_auc(scores: Tensor, labels: Tensor) -> float:
-    """Return the area under the ROC curve, for labels 0 and 1 that both occur.
-
-    The share of pairs of a positive and a negative in which the positive scores higher, ties
-    counted half, from the mean ranks.
-    """
-    _, where, counts = torch.unique(scores, return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    ranks = (last - (counts.double() - 1) / 2)[where]
-    positive = int(labels.sum())
-    negative = len(labels) - positive
-    above = float(ranks[labels == 1].sum()) - positive * (positive + 1) / 2
-    return above / (positive * negative)
 
 
 def forward_logits(
@@ -95,27 +84,12 @@ def forward_logits(
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def check_labels(labels: Tensor, classes: int, call: str) -> None:
-    """Raise unless all labels are classes.
-
-    Raises:
-        VPTError: One is not.
-    """
-    low, high = (int(x) for x in labels.aminmax())
-    if low < 0 or high >= classes:
-        raise VPTError(
-            f"{call}: a batch has the label {low if low < 0 else high}, but the model has "
-            f"{classes} classes, 0 to {classes - 1}; give num_classes when prompts are injected, "
-            "or correct the labels."
-        )
-
-
 def place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
     """Return device and dtype of the model's first floating point parameter."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             return parameter.device, parameter.dtype
-    raise SpecError(f"{type(model).__name__} has no floating point parameters.")
+    raise SpecError(type(model).__name__, "has no floating point parameters")
 
 
 @torch.no_grad()
@@ -129,31 +103,32 @@ def _collect(model: nn.Module, batches: Iterable[Any], accelerator: Any) -> tupl
             continue
         found = forward_logits(model, pixels.to(device, dtype), accelerator)
         target = target.to(device)
-        check_labels(target, found.shape[1], "evaluate")
+        check_classes(target, found.shape[1], "evaluate")
         if accelerator is not None and accelerator.num_processes > 1:
             found, target = accelerator.gather_for_metrics((found, target))
         logits.append(found.cpu())
         labels.append(target.cpu())
     if not logits:
-        raise VPTError("evaluate: there are no images; give batches that hold some.")
+        raise VPTError("evaluate", "there are no images", "give batches that hold some")
     found, target = torch.cat(logits), torch.cat(labels)
     wrong = int((~found.isfinite()).any(dim=1).sum())
     if wrong:
         raise DivergedError(
-            f"evaluate: the model's logits are not finite on {wrong} of {len(found)} images: its "
-            "weights have diverged, or the images hold values that are not finite."
+            "evaluate",
+            f"the model's logits are not finite on {wrong} of {len(found)} images: its weights "
+            "have diverged, or the images hold values that are not finite",
         )
     return found, target
 
 
 def _shared_out(batches: Iterable[Any], accelerator: Any) -> Any:
-    from torch.utils.data import DataLoader
-
     if accelerator.num_processes == 1 or batches in accelerator._dataloaders:
         return batches
     if not isinstance(batches, DataLoader):
         raise SpecError(
-            f"evaluate(batches={type(batches).__name__}): with {accelerator.num_processes} "
-            "processes it must be a DataLoader, so that the images can be shared out."
+            "evaluate",
+            f"with {accelerator.num_processes} processes it must be a DataLoader, so that the "
+            "images can be shared out",
+            given={"batches": batches},
         )
     return accelerator.prepare_data_loader(batches)

@@ -48,10 +48,9 @@ def parameter_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
         owner = owner_of(unwrap(model), name)
         found[f"{owner}-bias" if bias else owner].append(parameter)
     if not any(found.values()):
-        raise SpecError(
-            "parameter_groups: no parameter of the model requires gradients; call inject_prompts "
-            "or apply_protocol first."
-        )
+        problem = "no parameter of the model requires gradients"
+        advice = "call inject_prompts or apply_protocol first"
+        raise SpecError("parameter_groups", problem, advice)
     return [
         {"name": name, "params": members, "lr": _rate(name, recipe), "weight_decay": decay}
         for name, members in found.items()

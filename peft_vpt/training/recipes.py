@@ -3,21 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..checks import Rule, integer, number, one_of, or_none
 from ..errors import SpecError
 from ..protocols.options import NAMES, Protocol
 
-OPTIMIZERS = ("sgd", "adamw")
-CLASS_WEIGHTS = ("none", "inv", "inv_sqrt")
 # Of the numbers that optimizers hold beside the weights.
 _FLOAT32 = 3.4e38
 # Of torch's generators.
 _LARGEST_SEED = 2**63 - 1
+_COUNT, _POSITIVE, _NOT_NEGATIVE = integer(1), number(0, above=True), number(0)
+_SHARE = number(0, 1, below=True)
+_RULES = {
+    "optimizer": one_of("sgd", "adamw"),
+    "base_lr": _POSITIVE,
+    "prompt_lr_scale": _POSITIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "epochs": _COUNT,
+    "warmup_epochs": _NOT_NEGATIVE,
+    "batch_size": _COUNT,
+    "reference_batch": _COUNT,
+    "momentum": _SHARE,
+    "betas": Rule(
+        "a pair of numbers >= 0 and < 1",
+        lambda betas: isinstance(betas, tuple) and len(betas) == 2 and all(map(_SHARE.fits, betas)),
+    ),
+    "eps": _POSITIVE,
+    "clip_norm": or_none(_POSITIVE),
+    "label_smoothing": _SHARE,
+    "class_weights": one_of("none", "inv", "inv_sqrt"),
+    "seed": integer(0, _LARGEST_SEED),
+}
 
 
 @dataclass(frozen=True)
@@ -67,31 +87,20 @@ class Recipe:
         Raises:
             SpecError: A wrong value, or a warm-up that leaves no epoch to the rest.
         """
-        self._one_of("optimizer", OPTIMIZERS)
-        self._one_of("class_weights", CLASS_WEIGHTS)
-        for name in ("epochs", "batch_size", "reference_batch"):
-            self._count(name, 1)
-        self._count("seed", 0, _LARGEST_SEED)
-        for name in ("base_lr", "prompt_lr_scale", "eps"):
-            self._number(name, above=0.0)
-        if self.clip_norm is not None:
-            self._number("clip_norm", above=0.0)
-        for name in ("weight_decay", "warmup_epochs"):
-            self._number(name, least=0.0)
-        for name in ("momentum", "label_smoothing"):
-            self._number(name, least=0.0, below=1.0)
-        self._check_betas()
+        for name, rule in _RULES.items():
+            value = getattr(self, name)
+            rule.check("Recipe", name, value)
+            if hasattr(value, "item"):
+                # A number of numpy, which JSON does not know.
+                object.__setattr__(self, name, value.item())
         largest = self.peak_lr * max(self.prompt_lr_scale, 1.0)
         if largest > _FLOAT32:
-            raise SpecError(
-                f"Recipe(base_lr={self.base_lr!r}): makes a learning rate of {largest:g}, more "
-                "than float32 holds; lower it."
-            )
+            problem = f"makes a learning rate of {largest:g}, more than float32 holds"
+            raise SpecError("Recipe", problem, "lower it", given={"base_lr": self.base_lr})
         if self.warmup_epochs >= self.epochs:
-            raise SpecError(
-                f"Recipe(epochs={self.epochs}, warmup_epochs={self.warmup_epochs}): the warm-up "
-                "must end before training does; 10 of 100 epochs is usual."
-            )
+            given = {"epochs": self.epochs, "warmup_epochs": self.warmup_epochs}
+            problem = "the warm-up must end before training does"
+            raise SpecError("Recipe", problem, "10 of 100 epochs is usual", given=given)
 
     @property
     def peak_lr(self) -> float:
@@ -109,61 +118,22 @@ class Recipe:
         Raises:
             SpecError: An unknown field or a wrong value.
         """
-        check_fields("Recipe.from_dict", values)
+        _need_fields("Recipe.from_dict", values)
         values = dict(values)
         if isinstance(values.get("betas"), list):
             values["betas"] = tuple(values["betas"])
         return cls(**values)
 
-    def _one_of(self, name: str, allowed: tuple[str, ...]) -> None:
-        if getattr(self, name) not in allowed:
-            self._refuse(name, f"must be one of {', '.join(map(repr, allowed))}")
 
-    def _count(self, name: str, least: int, most: int | None = None) -> None:
-        value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            self._refuse(name, f"must be an integer >= {least}")
-        if most is not None and value > most:
-            self._refuse(name, f"must be at most {most}")
-
-    def _number(
-        self,
-        name: str,
-        *,
-        above: float = -math.inf,
-        least: float = -math.inf,
-        below: float = math.inf,
-    ) -> None:
-        value = getattr(self, name)
-        if not _is_number(value) or not (above < value < below and value >= least):
-            low = f"> {above}" if math.isfinite(above) else f">= {least}"
-            high = f" and < {below}" if math.isfinite(below) else ""
-            self._refuse(name, f"must be a finite number {low}{high}")
-
-    def _check_betas(self) -> None:
-        betas: Any = self.betas
-        pair = isinstance(betas, tuple) and len(betas) == 2
-        if not pair or not all(_is_number(beta) and 0 <= beta < 1 for beta in betas):
-            self._refuse("betas", "must be a pair of numbers >= 0 and < 1")
-
-    def _refuse(self, name: str, rule: str) -> None:
-        raise SpecError(f"Recipe({name}={getattr(self, name)!r}): {rule}.")
+_FIELDS = tuple(field.name for field in dataclasses.fields(Recipe))
 
 
-def check_fields(call: str, values: Any) -> None:
-    """Raise unless every key is a field of `Recipe`.
-
-    Raises:
-        SpecError: Another one.
-    """
-    names = [field.name for field in dataclasses.fields(Recipe)]
-    unknown = sorted(set(values) - set(names)) if isinstance(values, Mapping) else [values]
+def _need_fields(call: str, values: Any, **given: Any) -> None:
+    """Raise unless every key is a field of `Recipe`."""
+    unknown = sorted(set(values) - set(_FIELDS)) if isinstance(values, Mapping) else [values]
     if unknown:
-        raise SpecError(f"{call}: unknown {unknown}; a recipe has the fields {', '.join(names)}.")
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        problem = f"unknown {unknown}"
+        raise SpecError(call, problem, f"a recipe has the fields {', '.join(_FIELDS)}", given=given)
 
 
 # Jia et al. 2022, Table 6.
@@ -245,13 +215,12 @@ def preset(
 
     Source: Jia et al. 2022, section A.1, Tables 6 and 8.
     """
-    group = _kind(protocol, "preset")
-    if kind not in ("default", "paper"):
-        raise SpecError(f"preset(kind={kind!r}): must be 'default' or 'paper'.")
-    check_fields(f"preset({protocol!r})", changes)
+    group = _kind_of(protocol, "preset")
+    one_of("default", "paper").check("preset", "kind", kind)
+    _need_fields("preset", changes, protocol=protocol)
     values = _paper(group, backbone, length) if kind == "paper" else _COMMON | _DEFAULTS[group]
     if "epochs" in changes and "warmup_epochs" not in changes:
-        Recipe.from_dict(values | {"epochs": changes["epochs"], "warmup_epochs": 0.0})
+        _RULES["epochs"].check("preset", "epochs", changes["epochs"])
         share = values["warmup_epochs"] / values["epochs"]
         values = values | {"warmup_epochs": share * changes["epochs"]}
     return Recipe.from_dict(values | changes)
@@ -269,9 +238,10 @@ def paper_grid(protocol: str, *, wide: bool = False) -> dict[str, list[float]]:
 
     Source: Jia et al. 2022, Table 6.
     """
-    group = _kind(protocol, "paper_grid")
+    group = _kind_of(protocol, "paper_grid")
     if wide and group != "vpt-shallow":
-        raise SpecError(f"paper_grid({protocol!r}, wide=True): only vpt-shallow has a wide grid.")
+        given = {"protocol": protocol, "wide": True}
+        raise SpecError("paper_grid", "only vpt-shallow has a wide grid", given=given)
     rates = _ADAMW_RATES if group in _ADAMW else _SGD_RATES
     return {
         "base_lr": [*(_SHALLOW_RATES if wide else ()), *rates],
@@ -279,13 +249,12 @@ def paper_grid(protocol: str, *, wide: bool = False) -> dict[str, list[float]]:
     }
 
 
-def _kind(protocol: str, call: str) -> str:
+def _kind_of(protocol: str, call: str) -> str:
     try:
         return Protocol(protocol).kind
     except SpecError as error:
-        raise SpecError(
-            f"{call}(protocol={protocol!r}): must be one of {', '.join(NAMES)}."
-        ) from error
+        problem = f"must be one of {', '.join(NAMES)}"
+        raise SpecError(call, problem, given={"protocol": protocol}) from error
 
 
 def _paper(group: str, backbone: str | None, length: int | None) -> dict[str, Any]:
