@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..backbones.anatomy import first_floating
 from ..backbones.find import encoder_for
 from ..checks import integer
 from ..errors import SpecError, UnsupportedArchitectureError, VPTError, listing
 from ..hosts import carries, host_and_prompts, unwrap
-from ..training.metrics import place
 from .variants import MOST_PROTOTYPES
 
 
@@ -42,7 +42,7 @@ def features(model: nn.Module, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
     def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
         kept.append(args[0].flatten(1).float().cpu())
 
-    device, dtype = place(model)
+    like = first_floating(model)
     was_training = model.training
     # Last of the hooks in front of the head, so that pooling by prompts has been done.
     handle = head.register_forward_pre_hook(keep)
@@ -50,7 +50,7 @@ def features(model: nn.Module, batches: Iterable[Any]) -> tuple[Tensor, Tensor]:
     try:
         for pixels, target in batches:
             if len(target):
-                model(pixels.to(device, dtype))
+                model(pixels.to(like))
                 labels.append(target.cpu())
     finally:
         handle.remove()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..adapter.verbs import load_task_adapter
-from ..backbones.anatomy import is_below
+from ..backbones.anatomy import first_floating, is_below
 from ..checks import one_of
 from ..data import loader
 from ..errors import SpecError, VPTError
@@ -23,7 +23,7 @@ from ..forms.kv import KeyValueForm
 from ..hosts import host_and_prompts
 from ..preprocessing import output_logits
 from ..prompts import Prompts
-from ..training.metrics import classification_metrics, place
+from ..training.metrics import classification_metrics
 from .backbones import device
 from .embeddings import features, tsne
 from .plots import Figure, scatter
@@ -113,8 +113,7 @@ def ensemble_logits(
             "leave one_forward out",
             given={"one_forward": True},
         )
-    device, dtype = place(host)
-    pixels = pixels.to(device, dtype)
+    pixels = pixels.to(first_floating(host))
     was_training = host.training
     # This and `train()` below also drop cached keys and values, which are of one prompt set.
     host.eval()

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from ..backbones.anatomy import first_floating
 from ..checks import instance, integer, one_of, or_none
 from ..errors import SpecError
 from ..files import write_lines
@@ -35,7 +36,7 @@ from .checkpoint import (
 )
 from .health import DivergedError, LossWatch
 from .losses import Loss, checksum_of
-from .metrics import evaluate, forward_logits, place
+from .metrics import evaluate, forward_logits
 from .optim import lr_factor, make_optimizer, set_rate, trains_backbone
 from .recipes import Recipe
 
@@ -296,12 +297,12 @@ class _Run:
 
     def _loss(self, pixels: Tensor, labels: Tensor, count: int) -> Tensor:
         """Return the sum of the losses of the first `count` images of a batch."""
-        device, dtype = place(self.host)
-        logits = forward_logits(self.model, pixels.to(device, dtype), self.accelerator, call="fit")
+        like = first_floating(self.host)
+        logits = forward_logits(self.model, pixels.to(like), self.accelerator, call="fit")
         for name, batches in self.unchecked.items():
             check_shown_labels(name, batches, logits.shape[1])
         self.unchecked = {}
-        return self.loss(logits, labels.to(device), count)
+        return self.loss(logits, labels.to(like.device), count)
 
     def _diverge(self, what: str, left: str, more: str) -> None:
         step, steps = self.at.step, self.steps

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
+from ..backbones.anatomy import first_floating
 from ..errors import SpecError, VPTError
 from ..preprocessing import output_logits
 from .batches import check_classes, pair_of, whole_labels
@@ -84,25 +85,17 @@ def forward_logits(
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def place(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Return device and dtype of the model's first floating point parameter."""
-    for parameter in model.parameters():
-        if parameter.is_floating_point():
-            return parameter.device, parameter.dtype
-    raise SpecError(type(model).__name__, "has no floating point parameters")
-
-
 @torch.no_grad()
 def _collect(model: nn.Module, batches: Iterable[Any], accelerator: Any) -> tuple[Tensor, Tensor]:
-    device, dtype = place(model)
+    like = first_floating(model)
     logits: list[Tensor] = []
     labels: list[Tensor] = []
     for batch in batches:
         pixels, target = pair_of(batch, "evaluate")
         if not len(target):
             continue
-        found = forward_logits(model, pixels.to(device, dtype), accelerator)
-        target = target.to(device)
+        found = forward_logits(model, pixels.to(like), accelerator)
+        target = target.to(like.device)
         check_classes(target, found.shape[1], "evaluate")
         if accelerator is not None and accelerator.num_processes > 1:
             found, target = accelerator.gather_for_metrics((found, target))
