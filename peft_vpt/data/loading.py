@@ -30,8 +30,9 @@ class Samples(Dataset[tuple[Any, Any]]):
 
     @property
     def labels(self) -> Sequence[int]:
-        """Of all images, as training asks for them."""
-        return self.split.labels
+        """Of all images, where they have labels; training looks here."""
+        found: Sequence[int] = self.split.labels
+        return found
 
     def __len__(self) -> int:
         return len(self.split)
