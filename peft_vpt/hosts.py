@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from numbers import Integral
+from functools import partial
 
 import torch
 from torch import nn
 
-from .backbones.anatomy import Encoder, Head, first_floating
+from .backbones.anatomy import Encoder, first_floating
+from .checks import integer, or_none
 from .errors import AlreadyPromptedError, NotPromptedError, SpecError, UnsupportedArchitectureError
 from .prompts import Prompts
 from .spec import PromptSpec
 
+_CALL = "inject_prompts"
+_CLASSES = or_none(integer(0))
 _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel", "FSDPModule")
 
 
@@ -51,7 +54,7 @@ def host_and_prompts(model: nn.Module, call: str) -> tuple[nn.Module, Prompts]:
     prompts = getattr(host, "prompts", None)
     if not isinstance(prompts, Prompts):
         raise NotPromptedError(
-            f"{call}: {type(host).__name__} carries no prompts. Call inject_prompts(model) first."
+            call, f"{type(host).__name__} carries no prompts", "Call `inject_prompts(model)` first"
         )
     return host, prompts
 
@@ -64,35 +67,34 @@ def bare(model: nn.Module) -> AbstractContextManager[None]:
 
 def refuse_unfit(model: nn.Module, call: str = "inject_prompts") -> None:
     """Raise for what can never be a host: a wrapper, a prompted or a parameter-less model."""
-    if not isinstance(model, nn.Module):
-        raise UnsupportedArchitectureError(
-            f"{call}: needs a torch.nn.Module, got {type(model).__name__}."
-        )
     name = type(model).__name__
+    if not isinstance(model, nn.Module):
+        raise UnsupportedArchitectureError(call, f"needs a torch.nn.Module, got {name}")
     wrapped = any(cls.__name__ in _WRAPPERS for cls in type(model).__mro__)
     compiled = (
         hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
     )
     if wrapped or compiled or isinstance(model, torch.jit.ScriptModule):
         raise UnsupportedArchitectureError(
-            f"{call}: the model is wrapped or compiled already ({name}). "
-            "Inject into the bare model first, then wrap, shard or compile it."
+            call,
+            f"the model is wrapped or compiled already ({name})",
+            "Inject into the bare model first, then wrap, shard or compile it",
         )
     inside = [path for path, module in model.named_modules() if isinstance(module, Prompts)]
     inside += [path for path, module in model.named_modules() if _serves_prompts(module)]
     if inside:
-        raise AlreadyPromptedError(
-            f"{call}: {name} carries prompts already (at {inside[0]!r}). "
-            "Call remove_prompts(model) first."
-        )
+        problem = f"{name} carries prompts already (at {inside[0]!r})"
+        raise AlreadyPromptedError(call, problem, "Call `remove_prompts(model)` first")
     if hasattr(model, "prompts"):
         raise UnsupportedArchitectureError(
-            f"{call}: {name} has an attribute `prompts` of its own, the name under which "
-            "prompts are registered. Pass the encoder inside it, or rename the attribute."
+            call,
+            f"{name} has an attribute `prompts` of its own, the name under which prompts are "
+            "registered",
+            "Pass the encoder inside it, or rename the attribute",
         )
     if next(model.parameters(), None) is None:
         raise UnsupportedArchitectureError(
-            f"{call}: {name} has no parameters, so there is nothing to prompt."
+            call, f"{name} has no parameters, so there is nothing to prompt"
         )
 
 
@@ -106,48 +108,61 @@ def check_head(
     model: nn.Module, encoder: Encoder, spec: PromptSpec, num_classes: int | None
 ) -> int:
     """Check `num_classes` and `pooling` against the model; return the new head's input width."""
-    head, call = encoder.head, f"inject_prompts(num_classes={num_classes!r})"
-    wrong = isinstance(num_classes, bool) or not isinstance(num_classes, Integral | None)
-    if wrong or (num_classes is not None and num_classes < 0):
-        raise SpecError(f"{call}: must be None or an integer >= 0.")
-    if head is None and num_classes is not None:
-        raise SpecError(
-            f"{call}: {type(model).__name__} has no classifier to replace, so num_classes can only "
-            "be None. Use the model's image classification class."
-        )
-    if head is not None and num_classes is not None:
-        _check_replaceable(model, encoder, head, call)
+    _CLASSES.check(_CALL, "num_classes", num_classes)
+    if num_classes is not None:
+        _check_replaceable(model, encoder, num_classes)
     if spec.pooling == "default":
-        return 0 if head is None else head.width
-    call = f"inject_prompts(pooling={spec.pooling!r})"
-    if head is None or encoder.headless or not encoder.blocks:
+        return 0 if encoder.head is None else encoder.head.width
+    wrong = partial(SpecError, _CALL, given={"pooling": spec.pooling})
+    if encoder.head is None or encoder.headless or not encoder.blocks:
         what = encoder.headless if encoder.blocks else "no tokens that are known"
-        raise SpecError(
-            f"{call}: {type(model).__name__} has {what}, so pooling can only be default."
-        )
+        raise wrong(f"{type(model).__name__} has {what}, so pooling can only be default")
     if not encoder.known:
-        raise SpecError(
-            f"{call}: it is not known which tokens of {encoder.family} are image tokens; pooling "
-            "can only be default."
+        raise wrong(
+            f"it is not known which tokens of {encoder.family} are image tokens",
+            "pooling can only be default",
         )
     if spec.pooling == "cls" and not encoder.has_cls:
-        raise SpecError(f"{call}: the model has no CLS token; use 'image', 'prompt' or 'global'.")
-    if (
-        spec.pooling in ("prompt", "global")
-        and spec.spans(encoder.depth)[-1][1] < encoder.depth - 1
-    ):
-        raise SpecError(
-            f"{call}: no prompts are left behind the last block, since the last span ends with "
-            f"block {spec.spans(encoder.depth)[-1][1]}; let layers reach block {encoder.depth - 1}."
+        raise wrong("the model has no CLS token", "use 'image', 'prompt' or 'global'")
+    last = spec.spans(encoder.depth)[-1][1]
+    if spec.pooling in ("prompt", "global") and last < encoder.depth - 1:
+        raise wrong(
+            "no prompts are left behind the last block, since the last span ends with block "
+            f"{last}",
+            f"let layers reach block {encoder.depth - 1}",
         )
     width = encoder.blocks[-1].width
-    present = getattr(model.get_submodule(head.paths[0]), "in_features", width)
+    present = getattr(model.get_submodule(encoder.head.paths[0]), "in_features", width)
     if num_classes is None and present != width:
-        raise SpecError(
-            f"{call}: the model's head takes {present} features and this pooling gives {width}; "
-            "set num_classes to get a new head."
+        raise wrong(
+            f"the model's head takes {present} features and this pooling gives {width}",
+            "set num_classes to get a new head",
         )
     return width
+
+
+def _check_replaceable(model: nn.Module, encoder: Encoder, num_classes: int) -> None:
+    """Raise unless the model has one simple classifier of its own."""
+    wrong = partial(SpecError, _CALL, given={"num_classes": num_classes})
+    head, host = encoder.head, type(model).__name__
+    name = type(model.get_submodule(encoder.path)).__name__
+    if head is None:
+        raise wrong(
+            f"{host} has no classifier to replace, so num_classes can only be None",
+            "Use the model's image classification class",
+        )
+    if not head.simple:
+        raise wrong(
+            f"the classifier of {name} ({', '.join(head.paths)}) is more than one linear layer",
+            "call the model's own reset_classifier(n) first, then inject with `num_classes=None`",
+        )
+    inner = encoder.path and encoder.library == "timm"
+    if inner and isinstance(model.get_submodule(head.paths[0]), nn.Identity):
+        raise wrong(
+            f"{name} at {encoder.path!r} has no classifier of its own inside {host}",
+            f"Pass the backbone, `inject_prompts(model.{encoder.path})`, and train the outer head "
+            "as you like",
+        )
 
 
 def device_of(model: nn.Module, encoder: Encoder) -> torch.device:
@@ -160,29 +175,14 @@ def device_of(model: nn.Module, encoder: Encoder) -> torch.device:
     return torch.device(target) if device.type == "meta" else device
 
 
-def _check_replaceable(model: nn.Module, encoder: Encoder, head: Head, call: str) -> None:
-    name = type(model.get_submodule(encoder.path)).__name__
-    if not head.simple:
-        raise SpecError(
-            f"{call}: the classifier of {name} ({', '.join(head.paths)}) is more than one linear "
-            "layer; call the model's own reset_classifier(n) first, then inject with "
-            "num_classes=None."
-        )
-    inner = encoder.path and encoder.library == "timm"
-    if inner and isinstance(model.get_submodule(head.paths[0]), nn.Identity):
-        raise SpecError(
-            f"{call}: {name} at {encoder.path!r} has no classifier of its own inside "
-            f"{type(model).__name__}. Pass the backbone, inject_prompts(model.{encoder.path}), and "
-            "train the outer head as you like."
-        )
-
-
 def check_blocks(encoder: Encoder, spec: PromptSpec) -> None:
     """Refuse form='kv' with dropout where a block has several attentions."""
-    several = [b for b in encoder.blocks if len(b.attentions) > 1]
-    if spec.form == "kv" and spec.dropout and several:
+    most = max((len(block.attentions) for block in encoder.blocks), default=0)
+    if spec.form == "kv" and spec.dropout and most > 1:
         raise SpecError(
-            f"inject_prompts(form='kv', dropout={spec.dropout}): blocks of this model hold "
-            f"{len(several[0].attentions)} attentions that must share one dropout mask, "
-            "which the kv form cannot give; use form='auto' or dropout=0."
+            _CALL,
+            f"blocks of this model hold {most} attentions that must share one dropout mask, which "
+            "the kv form cannot give",
+            "use `form='auto'` or `dropout=0`",
+            given={"form": "kv", "dropout": spec.dropout},
         )

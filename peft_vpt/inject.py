@@ -252,14 +252,16 @@ def remove_prompts(model: Model) -> Model:
     outermost = {(id(form.target), form.method): form for form in patches}
     for form in outermost.values():
         form.check_on_top()
-    for part in reversed(_parts(prompts)):
-        part.detach()
-    for handle in prompts.undo["handles"]:
-        handle.remove()
-    if prompts.delta is not None:
-        prompts.delta.detach(host)
-    del host.prompts
-    restore(host, prompts)
+    heads = [host.get_submodule(path) for path in prompts.encoder.head_paths]
+    with unchanged_on_error(host, [p for head in heads for p in head.parameters()]):
+        for part in reversed(_parts(prompts)):
+            part.detach()
+        for handle in prompts.undo["handles"]:
+            handle.remove()
+        if prompts.delta is not None:
+            prompts.delta.detach(host)
+        del host.prompts
+        restore(host, prompts)
     return model
 
 

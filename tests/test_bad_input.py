@@ -85,9 +85,9 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"form": "kv", "deep": False}, "cannot serve blocks 0 to 2: prompts are carried"),
     ({"form": "kv", "pooling": "prompt"}, "pooling='prompt' reads what the block computes"),
     ({"pooling": "prompt", "layers": (0,)}, "no prompts are left behind the last block"),
-    ({"num_classes": -1}, "inject_prompts(num_classes=-1): must be None or an integer >= 0."),
-    ({"num_classes": 2.0}, "must be None or an integer >= 0."),
-    ({"num_classes": True}, "must be None or an integer >= 0."),
+    ({"num_classes": -1}, "inject_prompts(num_classes=-1): must be an integer >= 0 or None."),
+    ({"num_classes": 2.0}, "must be an integer >= 0 or None."),
+    ({"num_classes": True}, "must be an integer >= 0 or None."),
 ]
 
 
@@ -306,7 +306,7 @@ def test_distributed_wrapper() -> None:
 def test_an_attribute_called_prompts() -> None:
     model = build("timm/cls")
     model.prompts = ["a photo of a"]
-    refused(model, UnsupportedArchitectureError, "has an attribute `prompts` of its own")
+    refused(model, UnsupportedArchitectureError, "has an attribute prompts of its own")
 
 
 def test_several_encoders() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -13,8 +16,10 @@ from torch import nn
 from zoo import build as plain
 from zoo import image
 
-from peft_vpt import inject_prompts
+from peft_vpt import inject_prompts, remove_prompts
 from peft_vpt.errors import SpecError, UnsupportedArchitectureError, VPTError
+from peft_vpt.prompts import Prompts
+from peft_vpt.undo import Snapshot
 
 
 def attention(change: Any) -> type[nn.Module]:
@@ -157,3 +162,59 @@ def test_a_dummy_forward_leaves_no_trace() -> None:
     before = [(layer.window_size, layer.shift_size) for layer in layers]
     inject_prompts(model, 2)
     assert [(layer.window_size, layer.shift_size) for layer in layers] == before
+
+
+def test_a_model_is_never_empty_while_it_is_put_back() -> None:
+    model = plain("timm/cls")
+    modules, handle = list(model.modules()), model.register_forward_hook(lambda *_: None)
+    order, head = list(model._modules), model.head
+    before = Snapshot(model)
+    del model.head
+    handle.remove()
+    model.extra, model.blocks[0].added = nn.Linear(2, 2), 1
+    model.head = nn.Identity()
+    steps = 0
+
+    def look(frame: FrameType, event: str, arg: Any) -> Any:
+        nonlocal steps
+        steps += 1
+        assert all({"training", "_parameters", "_modules"} <= vars(m).keys() for m in modules)
+        assert set(order) - {"head"} <= set(model._modules)
+        return look
+
+    sys.settrace(look)
+    try:
+        before.put_back()
+    finally:
+        sys.settrace(None)
+    assert steps > len(modules)
+    assert list(model._modules) == order
+    assert model.head is head
+    assert list(model._forward_hooks) == [handle.id]
+    assert not hasattr(model.blocks[0], "added")
+
+
+@pytest.mark.parametrize("verb", ["inject", "remove"])
+def test_an_interruption_leaves_the_model_as_it_was(
+    verb: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = plain("timm/cls")
+    if verb == "remove":
+        inject_prompts(model, 2, num_classes=3)
+    expected = model(image())
+    spaces = [(module, dict(vars(module))) for module in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    if verb == "inject":
+        monkeypatch.setattr(Prompts, "train", interrupted)
+    else:
+        monkeypatch.setattr("peft_vpt.inject.restore", interrupted)
+    call = partial(inject_prompts, length=2, num_classes=3) if verb == "inject" else remove_prompts
+    with pytest.raises(KeyboardInterrupt):
+        call(model)
+    assert all(vars(module) == space for module, space in spaces)
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert torch.equal(model(image()), expected)

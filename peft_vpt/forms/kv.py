@@ -77,13 +77,10 @@ class KeyValueForm(ForwardPatch):
         if self.attention.many or self._watch is not None:
             # The number of segments is data, which compiled code cannot count, and a check that
             # waits for real values has none there.
-            return self._attend_uncompiled(*args, **kwargs)
+            whole = torch.compiler.disable(self.recomputed)  # type: ignore[no-untyped-call]
+            return whole(self._attend, *args, **kwargs)
         with whole_graph():
             return self._attend(*args, **kwargs)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _attend_uncompiled(self, *args: Any, **kwargs: Any) -> Any:
-        return self.recomputed(self._attend, *args, **kwargs)
 
     def _attend(self, *args: Any, **kwargs: Any) -> Any:
         met: list[Met] = []
