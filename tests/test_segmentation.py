@@ -94,6 +94,44 @@ def test_forms_agree_and_auxiliary_heads_see_no_prompts(name: str) -> None:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("protocol", ["vpt-deep", "vpt-shallow"])
+def test_a_head_reads_the_image_tokens_of_its_own_block(name: str, protocol: str) -> None:
+    model = segmenter(name, protocol, length=3, dropout=0.0, auxiliary=(1, 2)).train()
+    read: dict[str, Tensor] = {}
+    came: dict[str, Tensor] = {}
+
+    def keep(into: dict[str, Tensor], key: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            value = args[0] if into is read else output
+            into[key] = value[0] if isinstance(value, tuple) else value
+
+        return hook
+
+    encoder = model.backbone.prompts.encoder
+    for key, head in model.auxiliary.items():
+        head.register_forward_hook(keep(read, key))
+        block = model.backbone.get_submodule(encoder.blocks[int(key)].path)
+        block.register_forward_hook(keep(came, key))
+    model(image())
+    first = encoder.prefix_tokens
+    for key, tokens in came.items():
+        # Carried prompts come out of every block but the last, behind the image's tokens.
+        carried = protocol == "vpt-shallow" and key == "1"
+        assert tokens.shape[1] == first + 16 + (3 if carried else 0)
+        assert torch.equal(read[key], tokens[:, first : first + 16])
+
+
+def test_an_auxiliary_head_counts_two_fifths() -> None:
+    """SETR's weight: the mean entropy of the decoder, and 0.4 of that of each other head."""
+    model = segmenter("timm/cls", "vpt-deep", length=2, dropout=0.0, auxiliary=(0, 1)).train()
+    masks = torch.randint(0, 4, (2, 32, 32))
+    masks[0, :9] = IGNORE
+    main, *others = (F.cross_entropy(s, masks, ignore_index=IGNORE) for s in model._scores(image()))
+    assert len(others) == 2
+    torch.testing.assert_close(model.loss(image(), masks), main + 0.4 * sum(others))
+
+
 @pytest.mark.parametrize("name", ["timm/cls", "transformers/vit"])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_what_trains(name: str, protocol: str) -> None:
