@@ -54,9 +54,10 @@ class TokenMap:
         """
         if not self.fits(grid, size):
             raise SpecError(
-                f"Segmenter: {_by(size)} pixels make {_by(grid)} tokens of {_by(self.step)} "
-                "pixels, which do not lie over them; give images whose height and width are "
-                "multiples of these."
+                "Segmenter",
+                f"{_by(size)} pixels make {_by(grid)} tokens of {_by(self.step)} pixels, which do "
+                "not lie over them",
+                "give images whose height and width are multiples of these",
             )
         (height, width), (rows, columns) = size, grid
         seen = (rows * self.step[0], columns * self.step[1])
@@ -73,42 +74,43 @@ def token_map(backbone: nn.Module, encoder: Encoder) -> TokenMap:
         UnsupportedArchitectureError: They are no map that lies over the image.
     """
     module = backbone.get_submodule(encoder.path)
+    fail = partial(UnsupportedArchitectureError, "Segmenter")
     name, (shown, tokens) = type(module).__name__, _rehearse(module, backbone, encoder)
     if tokens is None or tokens.dim() != 3 or not isinstance(shown.inputs, Tensor):
-        raise UnsupportedArchitectureError(
-            f"Segmenter: {name} does not take one image {encoder.input_size} to one sequence of "
-            "tokens, so nothing says where they lie; take a plain ViT for images."
+        raise fail(
+            f"{name} does not take one image {encoder.input_size} to one sequence of tokens, so "
+            "nothing says where they lie",
+            "take a plain ViT for images",
         )
     size = _sides(shown.inputs.shape)
     if not tokens.is_meta and (tokens[0] - tokens[1]).norm() > _SAME * tokens[0].norm():
-        raise UnsupportedArchitectureError(
-            f"Segmenter: {name} drops and shuffles its tokens, so they are no map of the image; "
-            "load the weights into the class without masking (ViTModel for ViTMAEModel)."
+        raise fail(
+            f"{name} drops and shuffles its tokens, so they are no map of the image",
+            "load the weights into the class without masking (ViTModel for ViTMAEModel)",
         )
     count = tokens.shape[1] - encoder.prefix_tokens
-    maps = [
-        call for call in shown.calls if len(call.gave) == 4 and math.prod(call.gave[2:]) == count
-    ]
-    if not maps:
-        raise UnsupportedArchitectureError(
-            f"Segmenter: no convolution makes the patches of {name}, so nothing says where its "
-            f"{count} image tokens lie; take a ViT whose patches are made by one."
+    maps = (c for c in shown.calls if len(c.gave) == 4 and math.prod(c.gave[2:]) == count)
+    first = next(maps, None)
+    if first is None:
+        raise fail(
+            f"no convolution makes the patches of {name}, so nothing says where its {count} image "
+            "tokens lie",
+            "take a ViT whose patches are made by one",
         )
-    first, grid = maps[0], _sides(maps[0].gave)
     conv: Any = module.get_submodule(first.path)
     found = _layout(join(encoder.path, first.path), conv, _sides(first.given), size)
-    if not found.apart and any(
-        getattr(part, "dynamic_img_pad", False) for part in module.modules()
-    ):
-        raise UnsupportedArchitectureError(
-            f"Segmenter: {name} pads maps behind a stem of convolutions (dynamic_img_pad), so "
-            "nothing says how large its tokens are; build it with dynamic_img_pad=False."
+    if not found.apart and any(getattr(m, "dynamic_img_pad", False) for m in module.modules()):
+        raise fail(
+            f"{name} pads maps behind a stem of convolutions (dynamic_img_pad), so nothing says "
+            "how large its tokens are",
+            "build it with `dynamic_img_pad=False`",
         )
+    grid = _sides(first.gave)
     if not found.fits(grid, size):
-        raise UnsupportedArchitectureError(
-            f"Segmenter: in {name}, {_by(size)} pixels make {_by(grid)} tokens of "
-            f"{_by(found.step)} pixels, which do not lie over them; take a ViT whose patches "
-            "divide its image."
+        raise fail(
+            f"in {name}, {_by(size)} pixels make {_by(grid)} tokens of {_by(found.step)} pixels, "
+            "which do not lie over them",
+            "take a ViT whose patches divide its image",
         )
     return found
 
