@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
-import random
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -126,7 +125,7 @@ def fit(
     _check_batch(recipe, loader, accumulation, accelerator)
     check_last_batch(model, loader, accelerator.num_processes)
     loss = Loss(recipe, labels, len(loader.dataset))  # type: ignore[arg-type]
-    bars = Bars(accelerator, progress)
+    bars = Bars(accelerator, recipe.epochs, progress)
     with wrapped(model, accelerator) as outer, bars.shown:
         run = _Run(model, outer, recipe, accelerator, accumulation, loss, bars)
         run.prepare(loader, val)
@@ -215,7 +214,6 @@ class _Run:
         for epoch in range(len(self.at.history), epochs):
             self.host.train()
             self.model.train()
-            self.bars.epoch(epoch, epochs, self.steps, self.at.step - epoch * self.steps)
             for batches in self._steps(epoch):
                 self._note(self._step(batches))
                 if self.at.step == self.first and self.folder is not None and main:
@@ -241,15 +239,22 @@ class _Run:
 
     def _step(self, batches: list[tuple[Tensor, Tensor]]) -> float:
         """Do one optimizer step over batches, and return its mean loss over all processes."""
+        from accelerate.utils import set_seed
+
         at, accelerator = self.at.step, self.accelerator
-        _seed_all(derive(self.recipe.seed, "step", at, accelerator.process_index))
+        # So that dropout follows from the step's number.
+        set_seed(derive(self.recipe.seed, "step", at, accelerator.process_index))
         set_rate(self.optimizer, lr_factor(at, self.steps, self.recipe))
         self.optimizer.zero_grad()
         first = at % self.steps * self.accumulation
         counts = [self._counted(first + i, len(labels)) for i, (_, labels) in enumerate(batches)]
-        images, parts = self._together(sum(counts)), []
+        images, parts = sum(counts), []
+        if accelerator.num_processes > 1:
+            images = int(accelerator.reduce(torch.tensor(images, device=accelerator.device), "sum"))
         for index, (pixels, labels) in enumerate(batches):
-            with self._sync(index + 1 == len(batches)):
+            # The exchange of gradients between processes is left to the last batch.
+            last = index + 1 == len(batches)
+            with nullcontext() if last else accelerator.no_sync(self.model):
                 # DistributedDataParallel takes the mean over processes, not the sum.
                 total = self._loss(pixels, labels, counts[index]) * accelerator.num_processes
                 parts.append(total / images)
@@ -281,20 +286,6 @@ class _Run:
         end: int = (index * count + self.accelerator.process_index + 1) * train.batch_size
         return max(size - max(end - len(train.sampler), 0), 0)
 
-    def _together(self, images: int) -> int:
-        """Return the sum of a count over all processes."""
-        if self.accelerator.num_processes == 1:
-            return images
-        counted = torch.tensor(images, device=self.accelerator.device)
-        return int(self.accelerator.reduce(counted, "sum"))
-
-    def _sync(self, last: bool) -> AbstractContextManager[Any]:
-        """Leave the exchange of gradients between processes to a step's last batch."""
-        if last:
-            return nullcontext()
-        waiting: AbstractContextManager[Any] = self.accelerator.no_sync(self.model)
-        return waiting
-
     def _loss(self, pixels: Tensor, labels: Tensor, count: int) -> Tensor:
         """Return the sum of the losses of the first `count` images of a batch."""
         like = first_floating(self.host)
@@ -318,7 +309,7 @@ class _Run:
         self.at.loss_sum += loss
         message = self.watch.see(loss)
         self.at.watch = self.watch.state
-        self.bars.step(loss)
+        self.bars.show(self.at.step, self.steps, f"loss {loss:.4f}")
         if message and self.accelerator.is_main_process:
             warnings.warn(message, UserWarning, stacklevel=4)
 
@@ -337,7 +328,8 @@ class _Run:
         }
         self.at.history.append(row)
         self.at.loss_sum = 0.0
-        self.bars.finish_epoch(row)
+        told = f", val top1 {metrics['top1']:.4f}" if metrics else ""
+        self.bars.tell(f"train loss {row['train_loss']:.4f}{told}")
         self._save()
         if self.folder is not None and self.accelerator.is_main_process:
             write_lines(self.folder / "history.jsonl", self.at.history)
@@ -512,10 +504,11 @@ class Bars:
 
     Args:
         accelerator: accelerate's.
+        epochs: Of the run.
         wanted: Whether to show any.
     """
 
-    def __init__(self, accelerator: Any, wanted: bool) -> None:
+    def __init__(self, accelerator: Any, epochs: int, wanted: bool) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
         from rich.progress import TimeRemainingColumn as Remaining
@@ -525,33 +518,17 @@ class Bars:
         columns = BarColumn(), MofNCompleteColumn(), Remaining(), TextColumn("{task.fields[note]}")
         about = TextColumn("{task.description}")
         self.shown = Progress(about, *columns, console=console, disable=not wanted)
-        self._epochs = self.shown.add_task("epochs", total=None, note="")
+        self._epochs = self.shown.add_task("epochs", total=epochs, note="")
         self._steps = self.shown.add_task("steps", total=None, note="")
 
-    def epoch(self, epoch: int, epochs: int, steps: int, done: int) -> None:
-        """Begin an epoch."""
-        self.shown.update(self._epochs, completed=epoch, total=epochs)
-        self.shown.reset(self._steps, total=steps, completed=done)
+    def show(self, step: int, steps: int, note: str) -> None:
+        """Show how far a run has come, in steps, of which an epoch has a number."""
+        self.shown.update(self._epochs, completed=step // steps)
+        self.shown.update(self._steps, completed=(step - 1) % steps + 1, total=steps, note=note)
 
-    def step(self, loss: float) -> None:
-        """Show a step."""
-        self.shown.update(self._steps, advance=1, note=f"loss {loss:.4f}")
-
-    def finish_epoch(self, row: Mapping[str, Any]) -> None:
+    def tell(self, note: str) -> None:
         """Show what an epoch came to."""
-        note = f"train loss {row['train_loss']:.4f}"
-        if row["val"]:
-            note += f", val top1 {row['val']['top1']:.4f}"
-        self.shown.update(self._epochs, completed=row["epoch"], note=note)
-
-
-def _seed_all(seed: int) -> None:
-    """Seed every global generator, so that a step's dropout follows from its number."""
-    import numpy as np
-
-    random.seed(seed)
-    np.random.seed(seed)
-    torch.manual_seed(seed)
+        self.shown.update(self._epochs, note=note)
 
 
 @torch.no_grad()
