@@ -43,10 +43,10 @@ from peft_vpt.data import (
     segmentation_loader,
     segmentation_transform,
 )
-from peft_vpt.experiments import append_record, make_record, read_records, record_key
+from peft_vpt.experiments import append_record, make_record, record_key
 from peft_vpt.experiments.backbones import device
 from peft_vpt.experiments.compare import FACTORS
-from peft_vpt.experiments.records import config_hash
+from peft_vpt.experiments.records import config_hash, same_run
 from peft_vpt.experiments.report import mark, markdown_table
 from peft_vpt.experiments.sums import file_sum, model_sum, text_sum
 from peft_vpt.segmentation import Scores, Segmenter, load_segmenter, predict, save_segmenter, score
@@ -213,8 +213,7 @@ class Runs:
         """Return the record of a run on val or test: the one that is there, or a new one."""
         stub = self.stub(protocol, factor, seed, split)
         folder = self.folder(protocol, factor, seed)
-        known = {record_key(r): r for r in read_records(self.file)}
-        there = known.get(record_key(stub))
+        there = same_run(self.file, stub)
         saved = (folder / "adapter.safetensors").exists()
         if there and (split == "test" or saved or "failure" in there):
             return there

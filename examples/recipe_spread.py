@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 from peft_vpt.backbones.identity import describe_timm_config
 from peft_vpt.data import eval_transform, open_task
-from peft_vpt.experiments.records import Record, append_record, read_records, record_key
+from peft_vpt.experiments.records import Record, append_record, same_run
 from peft_vpt.experiments.report import markdown_table
 from peft_vpt.experiments.run import Pixels, Run, fitted, run_once
 from peft_vpt.experiments.sums import file_sum
@@ -113,10 +113,8 @@ class Measurement:
             weights=file_sum(args.weights),
             facts={"preset": point.kind, "factor": point.factor},
         )
-        key = record_key(run.record({}))
-        for known in read_records(self.file):
-            if record_key(known) == key:
-                return known
+        if known := same_run(self.file, run.record({})):
+            return known
         record = self._train(run)
         append_record(self.file, record)
         return record

@@ -146,13 +146,9 @@ def test_depth_goes_up_from_the_image_and_down_from_the_head() -> None:
     assert found["top-down"] == [(n, every[-n:]) for n in (1, 3, 6, 9, 12)]
     # All blocks stand on both lines and are trained once.
     assert len(distinct(rows)) == len(rows) - 1
-    shares = [r.place for r in rows_of("depth", SWIN_B)][::2]
-    assert shares == [2, 6, 12, 18, 24]
-    assert [r.place for r in rows_of("depth", dataclasses.replace(VIT_B, depth=3))][::2] == [
-        1,
-        2,
-        3,
-    ]
+    shares = [[r.place for r in rows_of("depth", facts)][::2]
+              for facts in (SWIN_B, dataclasses.replace(VIT_B, depth=3))]  # fmt: skip
+    assert shares == [[2, 6, 12, 18, 24], [1, 2, 3]]
 
 
 @pytest.mark.parametrize(("name", "expected"), [
@@ -259,14 +255,8 @@ def test_val_chooses_among_lengths_and_rates_together(
 ) -> None:
     rate = preset("vpt-deep").base_lr
     # On val; of the two that are equal the smaller rate is taken.
-    top1 = {
-        (1, 0.1): 0.3,
-        (1, 1.0): 0.5,
-        (4, 0.1): 0.7,
-        (4, 1.0): 0.7,
-        (9, 0.1): 0.2,
-        (9, 1.0): 0.6,
-    }
+    tried = [(n, factor) for n in (1, 4, 9) for factor in (0.1, 1.0)]
+    top1 = dict(zip(tried, (0.3, 0.5, 0.7, 0.7, 0.2, 0.6), strict=True))
     seen: list[tuple[Any, ...]] = []
 
     def scripted(run: Run) -> Any:
@@ -277,7 +267,7 @@ def test_val_chooses_among_lengths_and_rates_together(
     monkeypatch.setattr(runs, "run_once", scripted)
     row = Variant("deep", "vpt-deep", {"dropout": 0.0}, choices=[{"length": n} for n in (1, 4, 9)])
     records = run(folder, tmp_path / "out", (row,), factors=(1.0, 0.1), seeds=(3, 4))
-    assert seen[:6] == [(n, f, 3, "train", "val") for n in (1, 4, 9) for f in (0.1, 1.0)]
+    assert seen[:6] == [(*at, 3, "train", "val") for at in tried]
     assert seen[6:] == [(4, 0.1, seed, "trainval", "test") for seed in (3, 4)]
     assert all(r["config"]["options"]["dropout"] == 0.0 for r in records)
     assert run(folder, tmp_path / "out", (row,), factors=(1.0, 0.1), seeds=(3, 4)) == records
@@ -350,9 +340,8 @@ def test_class_prototypes_are_the_first_values_of_prompts(folder: Path, tmp_path
     assert [r["config"]["options"]["init"] for r in records] == ["prototypes"] * 2
     bare = partial(build, "timm/cls", torch.float32)
     pixels = Pixels(open_task(folder), eval_transform(IMAGES))
-    found, classes = embeddings.features(
-        bare(), loader(pixels.split("trainval"), None, batch_size=100)
-    )
+    batches = loader(pixels.split("trainval"), None, batch_size=100)
+    found, classes = embeddings.features(bare(), batches)
     means = torch.stack([found[classes == c].mean(dim=0) for c in range(3)])
     fixed, learned = (
         load_task_adapter(bare(), tmp_path / "out" / record["adapter"]) for record in records
@@ -486,10 +475,8 @@ def test_pages_of_ablations_are_made_from_records_and_the_table(
 
 
 def test_rates_are_shown_on_val_alone(folder: Path, tmp_path: Path) -> None:
-    rows = [
-        r for r in rows_of("rates", dataclasses.replace(VIT_B, depth=3)) if r.place in (0, 0.01)
-    ]
-    rows = [r for r in rows if r.series == "linear"]
+    rows = rows_of("rates", dataclasses.replace(VIT_B, depth=3))
+    rows = [r for r in rows if r.place in (0, 0.01) and r.series == "linear"]
     records = run(folder, tmp_path, distinct(rows), factors=(0.1, 1.0), final=False)
     assert {r["split"] for r in records} == {"val"}
     assert {r["config"]["recipe"]["weight_decay"] for r in records} == {0.0, 0.01}
@@ -627,13 +614,8 @@ def test_the_command_measures_costs(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 # Self-supervised backbones
 
-TINY: dict[str, Any] = {
-    "embed_dim": 32,
-    "depth": 2,
-    "num_heads": 2,
-    "img_size": 32,
-    "patch_size": 8,
-}
+TINY: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32,
+                        "patch_size": 8}  # fmt: skip
 
 
 def mae(**options: Any) -> nn.Module:
@@ -674,18 +656,16 @@ def test_a_pretraining_without_classes_reads_its_own_norm() -> None:
 
 
 def test_masked_autoencoders_are_pooled_over_patches_without_prompts() -> None:
-    ways = {
-        "option": inject_prompts(mae(), 3, deep=False, num_classes=5, pooling="image"),
-        "model": inject_prompts(pooled(mae(), "avg"), 3, deep=False, num_classes=5),
-        "argument": inject_prompts(
-            mae(global_pool="avg", fc_norm=False), 3, deep=False, num_classes=5
-        ),
+    ways: dict[str, tuple[nn.Module, dict[str, Any]]] = {
+        "option": (mae(), {"pooling": "image"}),
+        "model": (pooled(mae(), "avg"), {}),
+        "argument": (mae(global_pool="avg", fc_norm=False), {}),
     }
-    for name, model in ways.items():
+    for name, (bare, options) in ways.items():
+        model = inject_prompts(bare, 3, deep=False, num_classes=5, **options)
         # Double precision; the CLS token and the prompts have no part in the mean.
-        torch.testing.assert_close(
-            model(image()), logits_by_hand(model, "mean of normed"), msg=name
-        )
+        expected = logits_by_hand(model, "mean of normed")
+        torch.testing.assert_close(model(image()), expected, msg=name)
         assert model.prompts.encoder.reads(model.prompts.spec.pooling) == "mean"
         loss = model(image()).sum()
         loss.backward()

@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from zoo import SIZE, build, image
 
 from peft_vpt import VPTError, apply_protocol, count_parameters, inject_prompts, save_task_adapter
+from peft_vpt.data import Split
 from peft_vpt.errors import SpecError, UnsupportedArchitectureError
 
 pytest.importorskip("timm")
@@ -222,11 +224,6 @@ def test_wilcoxon_ties_are_those_of_the_printed_digits() -> None:
 def test_wilcoxon_wants_the_same_tasks() -> None:
     assert wilcoxon({"a": 1.0, "b": 2.0}, {"b": 1.0, "a": 0.0}).p_value == 0.25
     assert wilcoxon([1.0], [1.0]).p_value == 1.0
-    for first, second in (({"a": 1.0}, {"b": 1.0}), ({}, {}), ([], []), ([1.0], [1.0, 2.0])):
-        with pytest.raises(SpecError, match="wilcoxon"):
-            wilcoxon(first, second)
-    with pytest.raises(SpecError, match="zeros"):
-        wilcoxon([1.0], [0.0], zeros="split")
 
 
 def test_welch_is_scipys() -> None:
@@ -239,8 +236,6 @@ def test_welch_is_scipys() -> None:
     t = (np.mean(first) - np.mean(second)) / math.sqrt(sum(variances))
     assert ours.statistic == pytest.approx(t, rel=1e-12)
     assert math.isnan(welch([1.0, 1.0], [0.0, 0.0]).p_value)
-    with pytest.raises(SpecError, match="two seeds"):
-        welch([1.0], [0.0, 0.5])
 
 
 def test_spread_error_and_holm() -> None:
@@ -249,11 +244,7 @@ def test_spread_error_and_holm() -> None:
     assert found.mean == pytest.approx(np.mean(values), rel=1e-12)
     assert found.std == pytest.approx(np.std(values, ddof=1), rel=1e-12)
     assert spread([0.5]) == (0.5, 0.0, 1)
-    with pytest.raises(SpecError):
-        spread([])
     assert accuracy_error(0.9, 400) == pytest.approx(0.015)
-    with pytest.raises(SpecError):
-        accuracy_error(90, 400)
     # Holm's own rule: 0.01 * 3, 0.02 * 2 and 0.3 * 1, never falling.
     assert holm([0.3, 0.01, 0.02]) == pytest.approx([0.3, 0.03, 0.04])
     assert holm([0.02, 0.021]) == pytest.approx([0.04, 0.04])
@@ -348,13 +339,10 @@ def tiny_swin() -> nn.Module:
     ).eval()
 
 
-@pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("name", ["vit", "swin"])
+@pytest.mark.parametrize(("name", "protocol"), [
+    case for case in itertools.product(("vit", "swin"), PROTOCOLS) if case != ("swin", "cls")
+])  # fmt: skip
 def test_closed_formulas_count_what_trains(name: str, protocol: str) -> None:
-    if (name, protocol) == ("swin", "cls"):
-        with pytest.raises(SpecError, match="no CLS"):
-            paper.trainable_count(TINY_SWIN, protocol, 3)
-        return
     model = build("timm/cls", torch.float32) if name == "vit" else tiny_swin()
     shape = TINY_VIT if name == "vit" else TINY_SWIN
     head = sum(p.numel() for p in model.head.parameters())
@@ -366,13 +354,7 @@ def test_closed_formulas_count_what_trains(name: str, protocol: str) -> None:
     assert ours == count_parameters(model).trainable
 
 
-def test_closed_formulas_refuse_what_they_cannot_count() -> None:
-    with pytest.raises(SpecError, match="3 blocks"):
-        paper.trainable_count(TINY_VIT, "partial-4", 7)
-    with pytest.raises(SpecError, match="must be one of"):
-        paper.trainable_count(TINY_VIT, "nonsense", 7)
-    with pytest.raises(SpecError, match="dogs"):
-        paper.total_ratio(TINY_VIT, "vpt-deep", {"dogs": 7})
+def test_closed_formula_of_the_side_network() -> None:
     # A side network: AlexNet's convolutions, 9216 features onto 32, and the blend.
     convolutions = 3 * 64 * 121 + 64 * 192 * 25 + 9 * (192 * 384 + 384 * 256 + 256 * 256)
     side = convolutions + 64 + 192 + 384 + 256 + 256 + 9216 * 32 + 1
@@ -405,8 +387,6 @@ def test_accuracy_table() -> None:
     assert list(cells(tables.accuracy_table(runs, order="name")))[1:] == ["bias", "full", "linear"]
     with pytest.raises(VPTError, match="two test runs of linear on pets with seed 1"):
         tables.accuracy_table([*runs, record(seed=1, backbone="other")])
-    with pytest.raises(VPTError, match="top5"):
-        tables.accuracy_table(runs, metric="top5")
 
 
 def test_group_and_significance_tables() -> None:
@@ -452,17 +432,7 @@ def test_report_page_is_a_function_of_the_records() -> None:
 def test_tables_of_rows_escape_and_format() -> None:
     rows = [{"name": "a|b", "ms": 1.23456, "bytes": 12345, "none": None}]
     lines = tables.rows_table(rows, {"name": "n", "bytes": "size", "ms": "t", "none": "x"})
-    assert lines.splitlines()[2].split() == [
-        "|",
-        "a\\|b",
-        "|",
-        "12,345",
-        "|",
-        "1.235",
-        "|",
-        "-",
-        "|",
-    ]
+    assert " ".join(lines.splitlines()[2].split()) == "| a\\|b | 12,345 | 1.235 | - |"
 
 
 # Figures
@@ -526,8 +496,6 @@ def test_nothing_to_draw_is_an_error_and_leaves_no_file(tmp_path: Path) -> None:
     for draw in (plots.bar_chart, plots.heat_map):
         with pytest.raises(VPTError, match="no record"):
             draw([record(split="train")], tmp_path / "x")
-    with pytest.raises(VPTError, match="one label each"):
-        plots.scatter(np.zeros((2, 2)), [0], tmp_path / "x")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -558,16 +526,12 @@ def test_features_are_what_the_head_turns_into_logits(name: str, prompted: bool)
     assert not head._forward_pre_hooks
 
 
-def test_features_see_the_pooling_and_refuse_models_without_a_place() -> None:
+def test_features_see_the_pooling() -> None:
     model = inject_prompts(build("timm/cls", torch.float32), 3, num_classes=4, pooling="image")
     found, _ = embeddings.features(model, batches())
     logits = model(torch.cat([pixels for pixels, _ in batches()]))
     by_hand = nn.functional.linear(found, model.head.weight, model.head.bias)
     torch.testing.assert_close(by_hand, logits, rtol=0, atol=1e-5)
-    with pytest.raises(UnsupportedArchitectureError, match="two classifiers"):
-        embeddings.features(build("timm/distilled", torch.float32), batches())
-    with pytest.raises(VPTError, match="no images"):
-        embeddings.features(model, [])
 
 
 def test_class_prototypes_are_means_and_enter_as_prompts() -> None:
@@ -599,8 +563,6 @@ def test_fewer_prototypes_are_centres_of_the_class_means() -> None:
         embeddings.class_prototypes(model, batches(), 4)
     with pytest.raises(VPTError, match="labels are 0 to 2"):
         embeddings.class_prototypes(model, batches(), 2)
-    with pytest.raises(SpecError, match="one width"):
-        embeddings.prompt_values(tiny_swin(), torch.zeros(2, 32))
     # Beyond 200 classes, 200 prototypes.
     many = torch.randn(202, 4, generator=torch.Generator().manual_seed(0))
     assert embeddings.class_means(many, torch.arange(202), 202).equal(many)
@@ -614,8 +576,6 @@ def test_tsne_is_scikit_learns_and_repeats() -> None:
     np.testing.assert_array_equal(points, embeddings.tsne(found, seed=3))
     gap = np.linalg.norm(points[:10].mean(0) - points[10:].mean(0))
     assert gap > 2 * max(np.ptp(points[:10], axis=0).max(), np.ptp(points[10:], axis=0).max())
-    with pytest.raises(SpecError, match="four"):
-        embeddings.tsne(found[:3])
 
 
 # Ensembles
@@ -730,8 +690,6 @@ def test_members_are_combined_as_probabilities_or_logits() -> None:
     torch.testing.assert_close(ensemble.combine(logits).exp(), mean, rtol=1e-6, atol=1e-9)
     by_logits = ensemble.combine(logits, "logits")
     torch.testing.assert_close(by_logits, logits.mean(0).log_softmax(-1), rtol=1e-12, atol=1e-12)
-    with pytest.raises(SpecError, match="combine"):
-        ensemble.combine(logits, "votes")
 
 
 # Costs
@@ -845,14 +803,10 @@ def test_majority_is_scikit_learns_dummy() -> None:
     train, test = [2, 1, 1, 2, 0], [0, 1, 1, 2]
     dummy = DummyClassifier(strategy="most_frequent").fit(np.zeros((5, 1)), train)
     assert control.majority(train, test) == dummy.score(np.zeros((4, 1)), test) == 0.5
-    with pytest.raises(VPTError, match="empty"):
-        control.majority([], [0])
 
 
 def test_raw_pixels_are_area_means() -> None:
     from PIL import Image
-
-    from peft_vpt.data import Split
 
     values = np.zeros((32, 32, 3), np.uint8)
     values[:16, :, 0] = 200
@@ -862,10 +816,6 @@ def test_raw_pixels_are_area_means() -> None:
     top, bottom = rows[0].reshape(16, 16, 3)[0, 0], rows[0].reshape(16, 16, 3)[-1, 0]
     assert (top[0], top[1], bottom[0]) == (np.float32(200) / 255, 0, 0)
     assert rows[1] == pytest.approx(np.full(768, 0.2))
-    with pytest.raises(SpecError, match="size=0"):
-        control.raw_pixels(split, 0)
-    with pytest.raises(VPTError, match="empty"):
-        control.raw_pixels(Split((), (), []))
 
 
 def test_logistic_regression_is_scikit_learns_with_c_chosen_on_val() -> None:
@@ -909,8 +859,6 @@ def test_what_a_test_cannot_say_stays_so() -> None:
     assert holm([0.01, nan]) == pytest.approx([0.01, nan], nan_ok=True)
     assert holm([nan, 0.01]) == pytest.approx([nan, 0.01], nan_ok=True)
     assert holm([0.001, nan, 0.01]) == pytest.approx([0.002, nan, 0.01], nan_ok=True)
-    with pytest.raises(SpecError, match="not finite"):
-        wilcoxon([0.1, nan, 0.3], [0.2, 0.1, 0.1])
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"seed": ' + "9" * 5000 + "}"])
@@ -920,3 +868,39 @@ def test_lines_that_no_reader_takes_are_broken_ones(line: str, tmp_path: Path) -
         assert read_records(tmp_path / "records.jsonl") == []
     with pytest.raises(VPTError, match="cannot be read"):
         read_records(tmp_path)
+
+
+REFUSED: list[tuple[Callable[[], object], type[VPTError], str]] = [
+    (lambda: wilcoxon({"a": 1.0}, {"b": 1.0}), SpecError, "wilcoxon: both .*only one has a, b"),
+    (lambda: wilcoxon({}, {}), SpecError, "wilcoxon: there are no tasks"),
+    (lambda: wilcoxon([], []), SpecError, "wilcoxon: there are no tasks"),
+    (lambda: wilcoxon([1.0], [1.0, 2.0]), SpecError, "wilcoxon: give two"),
+    (lambda: wilcoxon([1.0], [0.0], zeros="split"), SpecError, "zeros='split'"),
+    (lambda: wilcoxon([0.1, math.nan], [0.2, 0.1]), SpecError, "not finite"),
+    (lambda: welch([1.0], [0.0, 0.5]), SpecError, "two seeds"),
+    (lambda: spread([]), SpecError, "no values"),
+    (lambda: accuracy_error(90, 400), SpecError, "accuracy=90"),
+    (lambda: paper.trainable_count(TINY_SWIN, "cls", 3), SpecError, "no CLS"),
+    (lambda: paper.trainable_count(TINY_VIT, "partial-4", 7), SpecError, "3 blocks"),
+    (lambda: paper.trainable_count(TINY_VIT, "nonsense", 7), SpecError, "must be one of"),
+    (lambda: paper.total_ratio(TINY_VIT, "vpt-deep", {"dogs": 7}), SpecError, "dogs"),
+    (lambda: tables.accuracy_table(comparison(), metric="top5"), VPTError, "top5"),
+    (lambda: plots.scatter(np.zeros((2, 2)), [0], "x"), VPTError, "one label each"),
+    (lambda: embeddings.features(build("timm/distilled"), []), UnsupportedArchitectureError,
+     "two classifiers"),
+    (lambda: embeddings.features(build("timm/cls"), []), VPTError, "no images"),
+    (lambda: embeddings.prompt_values(tiny_swin(), torch.zeros(2, 32)), SpecError, "one width"),
+    (lambda: embeddings.tsne(torch.zeros(3, 5)), SpecError, "four"),
+    (lambda: ensemble.combine(torch.zeros(3, 4, 5), "votes"), SpecError, "combine"),
+    (lambda: control.majority([], [0]), VPTError, "empty"),
+    (lambda: control.raw_pixels(Split((), (), []), 0), SpecError, "size=0"),
+    (lambda: control.raw_pixels(Split((), (), [])), VPTError, "empty"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "error", "told"), REFUSED)
+def test_what_makes_no_sense_is_refused(
+    call: Callable[[], object], error: type[VPTError], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        call()

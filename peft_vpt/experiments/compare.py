@@ -17,7 +17,17 @@ from ..data import Task
 from ..errors import SpecError, VPTError
 from ..training import Recipe, preset
 from .ensemble import draw_embeddings, ensemble_record, ensemble_stub
-from .records import Key, Record, append_record, field, make_record, read_records, record_key
+from .records import (
+    Key,
+    Record,
+    append_record,
+    field,
+    make_record,
+    read_records,
+    record_key,
+    same_run,
+    select,
+)
 from .report import CONTROLS
 from .run import Build, Pixels, Run, reduced, run_recorded
 from .variants import Variant, is_name, named
@@ -199,9 +209,9 @@ class _Work:
         folder = self.file.parent
         there = [r for r in final if "diverged" not in r["metrics"]]
         if len(there) > 1:
-            key = record_key(ensemble_stub(there))
-            self.used.add(key)
-            if self.plan.ensemble and key not in map(record_key, read_records(self.file)):
+            stub = ensemble_stub(there)
+            self.used.add(record_key(stub))
+            if self.plan.ensemble and not same_run(self.file, stub):
                 append_record(self.file, ensemble_record(there, pixels, build, folder))
         if self.plan.tsne and there:
             draw_embeddings(there[0], pixels, build, folder)
@@ -250,36 +260,30 @@ class _Work:
     def controls(self) -> None:
         """Record the majority class, and logistic regression on 16 x 16 pixels."""
         task, images = self.whole.task, self.whole.sums("trainval", "test")
-        known = {
-            r["protocol"]: r
-            for r in read_records(self.file)
-            if (r["task"], r["backbone"]) == (task.name, self.backbone)
-            and field(r, "config.images") == images
-        }
-        for name in CONTROLS:
-            record = known.get(name) or self._control(name, task, images)
-            append_record(self.file, record)
+        known = select(
+            read_records(self.file), task=task.name, backbone=self.backbone, config__images=images
+        )
+        for name, judge in zip(CONTROLS, (_majority, _logistic), strict=True):
+            record = next((r for r in known if r["protocol"] == name), None)
+            if record is None:
+                top1, config = judge(task)
+                record = make_record(
+                    task=task.name, group=self.group, protocol=name, backbone=self.backbone,
+                    seed=0, split="test", metrics={"top1": top1}, trainable=0,
+                    config={"images": images, **config},
+                )  # fmt: skip
+                append_record(self.file, record)
             self.used.add(record_key(record))
 
-    def _control(self, name: str, task: Task, images: Mapping[str, str]) -> Record:
-        config: dict[str, Any] = {"images": images}
-        if name == CONTROLS[0]:
-            top1 = majority(task.trainval().labels, task.split("test").labels)
-        else:
-            parts = [task.split(s) for s in ("train", "val", "test")]
-            found = logistic(*((raw_pixels(p), p.labels) for p in parts))
-            top1, config = found.top1, config | {"C": found.strength}
-        return make_record(
-            task=task.name,
-            group=self.group,
-            protocol=name,
-            backbone=self.backbone,
-            seed=0,
-            split="test",
-            metrics={"top1": top1},
-            trainable=0,
-            config=config,
-        )
+
+def _majority(task: Task) -> tuple[float, dict[str, Any]]:
+    return majority(task.trainval().labels, task.split("test").labels), {}
+
+
+def _logistic(task: Task) -> tuple[float, dict[str, Any]]:
+    parts = [task.split(name) for name in ("train", "val", "test")]
+    found = logistic(*((raw_pixels(part), part.labels) for part in parts))
+    return found.top1, {"C": found.strength}
 
 
 def _check(task: Task, rows: Sequence[Variant], plan: Plan, backbone: str, resize: Any) -> None:

@@ -24,11 +24,8 @@ _OPTIONAL = dict.fromkeys(("group", "trainable", "total", "stored_bytes", "secon
 _TEXT = instance(str, "text")
 _METRIC = or_none(number())
 _RULES = {
-    "task": _TEXT,
-    "protocol": _TEXT,
-    "backbone": _TEXT,
+    **dict.fromkeys(("task", "protocol", "backbone", "split"), _TEXT),
     "seed": integer(),
-    "split": _TEXT,
     "metrics": Rule(
         "numbers by name",
         lambda found: isinstance(found, dict) and all(map(_METRIC.fits, found.values())),
@@ -131,6 +128,12 @@ def read_records(path: str | Path, *, strict: bool = False) -> list[Record]:
             raise fault
         warnings.warn(str(fault), stacklevel=2)
     return records
+
+
+def same_run(path: str | Path, record: Record) -> Record | None:
+    """Return the record in a file that is of the same run as another one, None if there is none."""
+    key = record_key(record)
+    return next((known for known in read_records(path) if record_key(known) == key), None)
 
 
 def parse_records(text: str) -> tuple[list[Record], list[str]]:

@@ -23,15 +23,7 @@ from ..training.from_tokens import begin_as_tokens
 from .backbones import device
 from .cost import step, used_bytes
 from .embeddings import class_prototypes, prompt_values
-from .records import (
-    Record,
-    append_record,
-    config_hash,
-    file_name,
-    make_record,
-    read_records,
-    record_key,
-)
+from .records import Record, append_record, config_hash, file_name, make_record, same_run
 from .sums import parts, split_sum, text_sum
 from .variants import Variant
 
@@ -215,10 +207,8 @@ def run_recorded(file: Path, run: Run) -> Record:
     recipe = fitted(run.recipe, len(run.pixels.task.split(run.train)))
     run = dataclasses.replace(run, recipe=recipe)
     stub = run.record({"top1": 0.0, "diverged": 1.0})
-    key = record_key(stub)
-    for known in read_records(file):
-        if record_key(known) == key:
-            return known
+    if known := same_run(file, stub):
+        return known
     try:
         record = run_once(run)
     except DivergedError as error:
