@@ -427,7 +427,10 @@ def test_fgvc_fractions_have_files_of_their_own(tmp_path: Path) -> None:
         ('{"test/0.png": 1.5}', r"1 labels that are neither .* test/0\.png: 1\.5"),
         ('{"test/0.png": true}', "neither whole numbers nor"),
         ('{"test/0.png": null}', "neither whole numbers nor"),
-        ('{"test/0.png": 3}', "labels are names in train, numbers in test"),
+        (
+            '{"test/0.png": 3}',
+            "all numbers or all names; they begin with a name in train, a number",
+        ),
         ('{"test/0.png": "emu"}', "1 classes of 'test' are unknown to train: emu"),
         ('{"test/99.png": "owl"}', r"names 1 images .*test/99\.png"),
         ('{"train/0.png": "owl"}', "1 images are in"),
@@ -526,7 +529,9 @@ def test_labels_of_hugging_face_splits_go_by_their_names(tmp_path: Path) -> None
     with pytest.raises(VPTError, match="1 classes of 'test' are unknown to train: x"):
         open_task(name)
     name = hub(tmp_path / "c", train=(["n", "m"], [0, 1] * 4), test=("int64", [0, 1]))
-    with pytest.raises(VPTError, match="labels are names in train, numbers in test"):
+    with pytest.raises(
+        VPTError, match="all numbers or all names; they begin with a name in train, a number"
+    ):
         open_task(name)
 
 
@@ -563,9 +568,7 @@ def test_hugging_face_splits_of_other_columns_or_none(tmp_path: Path) -> None:
     for empty in ("train", "test"):
         parts: dict[str, Saved] = {"train": (kind, [0, 1] * 4), "test": (kind, [0, 1])}
         name = hub(tmp_path / f"no {empty}", **parts | {empty: (kind, [])})
-        with pytest.raises(
-            VPTError, match=f"no {empty}/{empty} has no rows; save the dataset with"
-        ):
+        with pytest.raises(VPTError, match="datasets cannot read it"):
             open_task(name)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -54,7 +53,7 @@ def open_dataset(source: str) -> Found:
     # What a builder raises is its own affair: connection, parsing, scripts, missing configs.
     except Exception as error:
         problem = f"datasets cannot read it: {type(error).__name__}: {error}"
-        raise VPTError(_CALL, problem, _empty_splits(path), path=source) from error
+        raise VPTError(_CALL, problem, path=source) from error
     whole = loaded if hasattr(loaded, "keys") else {"train": loaded}
     # A format that was saved too would give arrays in the place of images and numbers.
     parts = {
@@ -80,19 +79,6 @@ def _load(datasets: Any, name: str, path: Path) -> Any:
         return datasets.load_dataset("imagefolder", data_dir=str(path))
     owner, _, config = name.partition(":")
     return datasets.load_dataset(owner, config or None)
-
-
-def _empty_splits(path: Path) -> str:
-    """Return what to do about saved splits without rows, over which datasets stumbles."""
-    found = []
-    for file in sorted([*path.glob("state.json"), *path.glob("*/state.json")]):
-        try:
-            if json.loads(file.read_text("utf-8"))["_data_files"] == []:
-                found.append(str(file.parent))
-        except (OSError, ValueError, LookupError, TypeError):
-            continue
-    advice = "has no rows; save the dataset with some, or without that split"
-    return f"What is saved in {listing(found)} {advice}" if found else ""
 
 
 def _columns(source: str, datasets: Any, parts: Mapping[str, Any]) -> tuple[str, str]:

@@ -376,7 +376,18 @@ def number_labels(
     everything: set[Any] = {label for values in (*labels.values(), pool) for label in values}
     by_number = {isinstance(label, int) for label in everything}
     if len(by_number) > 1:
-        raise _mixed(labels, source)
+        kinds = {
+            name: "a number" if isinstance(values[0], int) else "a name"
+            for name, values in labels.items()
+            if values
+        }
+        begin = ", ".join(f"{kind} in {name}" for name, kind in kinds.items())
+        raise VPTError(
+            _CALL,
+            f"labels must be all numbers or all names; they begin with {begin}",
+            "use one of the two (of a dataset: cast_column, save_to_disk, open 'hf:<its folder>')",
+            path=source,
+        )
     if classes is None:
         known: Sequence[Any] = sorted({*labels["train"], *pool})
         classes = tuple(str(label) for label in known)
@@ -394,20 +405,6 @@ def number_labels(
                 path=source,
             )
     return classes, {name: tuple(index[v] for v in values) for name, values in labels.items()}
-
-
-def _mixed(labels: Mapping[str, Sequence[Any]], source: str | Path) -> VPTError:
-    kinds = {
-        name: " and ".join(sorted({"numbers" if isinstance(v, int) else "names" for v in values}))
-        for name, values in labels.items()
-    }
-    told = ", ".join(f"{kind} in {name}" for name, kind in kinds.items())
-    return VPTError(
-        _CALL,
-        f"labels are {told}",
-        "use one of the two (of a dataset: cast_column, save_to_disk, open 'hf:<its folder>')",
-        path=source,
-    )
 
 
 def read_classes(folder: Path, call: str = _CALL) -> tuple[str, ...] | None:

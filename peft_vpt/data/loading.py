@@ -82,7 +82,13 @@ def loader(
     integer(1).check("loader", "batch_size", batch_size)
     integer(0).check("loader", "workers", workers)
     SEED.check("loader", "seed", seed)
-    split.check_transform(transform, batch_size)
+    if (transform is None) != getattr(split, "decoded", False):
+        raise SpecError(
+            "loader",
+            "None goes with a split of `decode()`, whose images are pixels, and a transform with "
+            "every other split",
+            given={"transform": ...},
+        )
     if not len(split):
         raise VPTError("loader", "the split is empty", "there is nothing to load")
     broken = split.broken() if check or skip_broken else {}

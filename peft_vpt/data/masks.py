@@ -72,20 +72,6 @@ class SegmentationSplit:
 
         return faults(verdict, self, progress, what="checking masks")
 
-    def check_transform(self, transform: SegmentationTransform, batch_size: int) -> None:
-        """Raise unless a loader may make such batches.
-
-        Raises:
-            SpecError: Several images at their own sizes.
-        """
-        if transform.mode == "full" and batch_size != 1:
-            raise SpecError(
-                "segmentation_loader",
-                "images at their own size come one by one",
-                "use `batch_size=1`",
-                given={"batch_size": batch_size},
-            )
-
     def sample(self, index: int, transform: SegmentationTransform) -> tuple[Tensor, Tensor]:
         """Return the pixels of an image and its mask, transformed."""
         return transform(*self.read(index))
@@ -310,37 +296,6 @@ def _classes(
 ) -> tuple[tuple[str, ...], list[str]]:
     """Return class names, and a note on those that are in no training mask."""
     names = read_classes(root, _CALL)
-    labels, whole = _labels(pairs, reduce_zero_label, names is None)
-    there = labels - {IGNORE}
-    if whole and len(there) < 2:
-        beside = f" beside {IGNORE}, which is ignored" if IGNORE in labels else ""
-        one = f"one class, {min(there)}" if there else "no class"
-        raise VPTError(
-            _CALL,
-            f"the training masks have {one}{beside}; segmentation needs two at least",
-            f"In masks of 0 and {IGNORE}, write 1 in the place of {IGNORE}",
-            path=root,
-        )
-    known = names or tuple(str(index) for index in range(max(there) + 1))
-    absent = [name for index, name in enumerate(known) if index not in there]
-    if names is None and len(absent) > len(there):
-        raise VPTError(
-            _CALL,
-            f"the training masks have the labels {listing([str(n) for n in sorted(there)])}, so "
-            f"that {len(absent)} of {len(known)} classes never occur",
-            "Number the classes from 0 without gaps, or name every one in classes.txt",
-            path=root,
-        )
-    note = f"{len(absent)} of {len(known)} classes are in no training mask: {listing(absent)}"
-    return known, [note] if whole and absent else []
-
-
-def _labels(pairs: Sequence[Pair], reduce_zero_label: bool, needed: bool) -> tuple[set[int], bool]:
-    """Return the labels of all masks, and whether all could be read.
-
-    Raises:
-        VPTError: One cannot be read, and `needed` says that all have to be.
-    """
 
     def read(index: int) -> set[int] | None:
         path = pairs[index][1]
@@ -348,15 +303,36 @@ def _labels(pairs: Sequence[Pair], reduce_zero_label: bool, needed: bool) -> tup
             counts = torch.bincount(read_mask(path, reduce_zero_label).flatten())
         # Decoders raise whatever a damaged file leads them to.
         except Exception as error:
-            if needed:
-                reason = f"the mask cannot be read: {type(error).__name__}: {error}"
-                raise VPTError(_CALL, reason, path=path) from error
-            return None  # the loader lists it
+            if names:
+                return None  # The loader lists it.
+            reason = f"the mask cannot be read: {type(error).__name__}: {error}"
+            raise VPTError(_CALL, reason, path=path) from error
         return set(counts.nonzero().flatten().tolist())
 
     found = each(read, pairs, True, what="reading masks")
-    sets = [labels for labels in found if labels is not None]
-    return set().union(*sets), len(sets) == len(found)
+    labels: set[int] = set().union(*(part for part in found if part is not None))
+    there, whole = sorted(labels - {IGNORE}), None not in found
+    if whole and len(there) < 2:
+        beside = f" beside {IGNORE}, which is ignored" if IGNORE in labels else ""
+        one = f"one class, {there[0]}" if there else "no class"
+        raise VPTError(
+            _CALL,
+            f"the training masks have {one}{beside}; segmentation needs two at least",
+            f"In masks of 0 and {IGNORE}, write 1 in the place of {IGNORE}",
+            path=root,
+        )
+    known = names or tuple(str(index) for index in range(there[-1] + 1))
+    absent = [name for index, name in enumerate(known) if index not in labels]
+    if names is None and len(absent) > len(there):
+        raise VPTError(
+            _CALL,
+            f"the training masks have the labels {listing([str(n) for n in there])}, so that "
+            f"{len(absent)} of {len(known)} classes never occur",
+            "Number the classes from 0 without gaps, or name every one in classes.txt",
+            path=root,
+        )
+    note = f"{len(absent)} of {len(known)} classes are in no training mask: {listing(absent)}"
+    return known, [note] if whole and absent else []
 
 
 def segmentation_loader(
@@ -380,7 +356,15 @@ def segmentation_loader(
         VPTError: An empty split; pairs that cannot be read, differ in size, or have labels out of
             range: all counted, ten named.
     """
-    with renamed("segmentation_loader"):
+    call = "segmentation_loader"
+    if transform.mode == "full" and batch_size != 1:
+        raise SpecError(
+            call,
+            "images at their own size come one by one",
+            "use `batch_size=1`",
+            given={"batch_size": batch_size},
+        )
+    with renamed(call):
         return loader(split, transform, batch_size=batch_size, **options)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checks import integer
-from ..errors import SpecError, VPTError, is_text, listing
+from ..errors import VPTError, is_text, listing
 from ..preprocessing import load_image, upright_rgb
 from .reading import faults, remembered
 
@@ -101,20 +101,6 @@ class Split:
             return read(index) if held else remembered([self.paths[index]], lambda: read(index))
 
         return {} if self.decoded else faults(verdict, self, progress, what="checking images")
-
-    def check_transform(self, transform: Any, batch_size: int) -> None:
-        """Raise unless a loader may use a transform with these images.
-
-        Raises:
-            SpecError: There is none, or one for pixels that are transformed already.
-        """
-        if (transform is None) != self.decoded:
-            raise SpecError(
-                "loader",
-                "None goes with a split of `decode()`, whose images are pixels, and a transform "
-                "with every other split",
-                given={"transform": ...},
-            )
 
     def sample(self, index: int, transform: Any) -> tuple[Tensor, int]:
         """Return the pixels of an image and its label; None: they are transformed already."""
