@@ -165,3 +165,41 @@ def mae_noise(image: Tensor) -> Tensor:
     """Return rising noise, which leaves the patches of an 8-pixel grid in order."""
     patches = (image.shape[-1] // 8) ** 2
     return torch.arange(patches, dtype=torch.float32).expand(image.shape[0], -1) / patches
+
+
+def put_head(bare: nn.Module, leaves: dict[str, Tensor]) -> nn.Module:
+    """Give a bare model the head's leaves, so that the oracle's gradients reach them."""
+    bare.requires_grad_(False)
+    for name, leaf in leaves.items():
+        if not name.startswith("prompts."):
+            owner, _, last = name.rpartition(".")
+            module = bare.get_submodule(owner)
+            delattr(module, last)
+            setattr(module, last, leaf)
+    return bare
+
+
+def same_gradients(
+    ours: Tensor,
+    theirs: Tensor,
+    parameters: dict[str, nn.Parameter],
+    leaves: dict[str, Tensor],
+    rtol: float,
+    atol: float,
+) -> None:
+    """Go backward from both outputs; compare every gradient, none zero; `atol` of its largest."""
+    weights = torch.linspace(0.5, 1.5, ours.numel(), dtype=ours.dtype).reshape(ours.shape)
+    (ours * weights).sum().backward()
+    (theirs * weights).sum().backward()
+    for name, parameter in parameters.items():
+        grad = parameter.grad
+        assert grad is not None, name
+        assert grad.abs().max() > 0, name
+        largest = float(grad.abs().max())
+        torch.testing.assert_close(
+            grad,
+            leaves[name].grad,
+            rtol=rtol,
+            atol=atol * largest,
+            msg=lambda text, n=name: f"{n}: {text}",
+        )
