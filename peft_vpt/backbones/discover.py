@@ -3,37 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import nn
 
 from .anatomy import Attention, Block
-from .projection import Fused, Projection, Separate, in_width, join
+from .projection import Fused, Projection, Separate, in_width, join, reach
+
+_FUSED = Fused()
+_PLAIN = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"), ("qkv",))
 
 
 @dataclass(frozen=True)
 class Row:
-    """What a table says about a class of attention modules; see `Attention` for the fields.
+    """What a table says about a class of attention modules.
 
     Args:
-        projection: How keys and values come about.
+        attention: What is known of it; path and norm are those of the block that it is found in.
         norms: Names beside the attention or on the block, the first that exists is in front of
             the attention; empty in post-norm blocks.
         up: Levels from the attention up to its block.
-        at: Name of the level that meets the softmax: "attention" or "block".
     """
 
-    projection: Projection = field(default_factory=Fused)
+    attention: Attention
     norms: tuple[str, ...] = ("norm1", "norm")
     up: int = 1
-    at: str = "attention"
-    rotates: str = ""
-    behind: bool = False
-    reduces: str = ""
-    many: bool = False
-    scores: str = "lengthen"
-    heads_axis: int = 1
+
+    def but(self, **facts: Any) -> Row:
+        """Return the same row with other facts of the attention."""
+        return replace(self, attention=replace(self.attention, **facts))
+
+
+def row(
+    projection: Projection = _FUSED, norms: tuple[str, ...] = Row.norms, up: int = 1, **facts: Any
+) -> Row:
+    """Return a row by the fields of `Attention`: at="" is the block."""
+    return Row(Attention("", None, projection, **facts), norms, up)
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Found:
         """Return the path of a block without attention in the first list of blocks, or ""."""
         known = tuple(f"{block.path}." for block in self.blocks)
         for name in lists:
-            if _has(model, name):
+            if reach(model, name) is not None:
                 for index, _ in enumerate(model.get_submodule(name).children()):
                     block = join(path, name, str(index))
                     if not any(found.startswith(f"{block}.") for found in known):
@@ -103,24 +109,8 @@ def find_blocks(model: nn.Module, path: str, rule: Rule) -> Found:
 
 def _attention(block: nn.Module, inside: str, row: Row) -> Attention:
     beside = [join(inside.rpartition(".")[0], n) for n in row.norms]
-    return Attention(
-        path=inside,
-        norm=next((n for n in (*beside, *row.norms) if _has(block, n)), None),
-        projection=row.projection,
-        at="" if row.at == "block" else None,
-        rotates=row.rotates,
-        behind=row.behind,
-        reduces=row.reduces,
-        many=row.many,
-        scores=row.scores,
-        heads_axis=row.heads_axis,
-    )
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    for name in path.split("."):
-        module = getattr(module, name, None)  # type: ignore[assignment]
-    return isinstance(module, nn.Module)
+    norms = (name for name in (*beside, *row.norms) if reach(block, name) is not None)
+    return replace(row.attention, path=inside, norm=next(norms, None))
 
 
 def _width(block: nn.Module, attention: Attention) -> int:
@@ -148,20 +138,7 @@ def _stages(paths: list[str], widths: list[int]) -> list[int]:
 
 def plain_layers(module: nn.Module) -> Projection | None:
     """Recognise ordinary projections by the names of a module's layers."""
-    for projection in _PLAIN:
-        names = (
-            (projection.layer,)
-            if isinstance(projection, Fused)
-            else (projection.query or "", projection.key, projection.value)
-        )
-        if all(isinstance(getattr(module, name, None), nn.Module) for name in names):
-            return projection
+    for names in _PLAIN:
+        if all(reach(module, name) is not None for name in names):
+            return Separate(*names) if len(names) > 1 else Fused(*names)
     return None
-
-
-_PLAIN = (
-    Separate("q_proj", "k_proj", "v_proj"),
-    Separate("query", "key", "value"),
-    Separate("q", "k", "v"),
-    Fused("qkv"),
-)

@@ -1,9 +1,9 @@
-"""How keys and values come out of an attention's normed input, as plain values."""
+"""How keys and values come out of an attention's normed input, as plain values: `Projection`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,37 +17,73 @@ _KEY_HEADS = ("num_key_value_heads", "num_kv_heads", *_HEADS)
 _MAP_NAMES = ("2d", "2dNoBias", "GroupNorm1")
 
 
-class Projection(Protocol):
-    """How keys and values come out of an attention module's normed input."""
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """How keys and values come out of an attention module's normed input.
+
+    Args:
+        key_norm: Name of the norm of keys, over a head or over all of them; may be absent.
+        value_norm: The same for values.
+        unit_keys: Whether keys are scaled to length one (cosine attention).
+        before: Modules between the attention's input and its layers, those that act on tokens.
+    """
+
+    key_norm: str = "k_norm"
+    value_norm: str = "v_norm"
+    unit_keys: bool = False
+    before: tuple[str, ...] = ()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers that keys and values come from, that of keys first."""
+        raise NotImplementedError
 
     def prepare(self, attention: nn.Module, hidden: Tensor) -> Tensor:
         """Apply what stands between the attention's input `(batch, tokens, dim)` and its layers."""
+        for module in filter(None, (reach(attention, name) for name in self.before)):
+            hidden = per_token(module, hidden)
+        return hidden
 
     def keys_values(self, attention: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Project `(batch, tokens, dim)` to keys and values `(batch, heads, tokens, head_dim)`."""
+        keys, values = self._keys_values(attention, hidden)
+        # Normed before or behind the split, by the width of the norm.
+        keys = _norm_and_split(attention, self.key_norm, keys)
+        if self.unit_keys:
+            keys = F.normalize(keys, dim=-1)
+        return keys, _norm_and_split(attention, self.value_norm, values, like=keys)
 
     def queries(self, attention: nn.Module, hidden: Tensor) -> Tensor:
         """Project `(batch, tokens, dim)` to queries `(batch, heads, tokens, head_dim)`."""
+        query = self._queries(attention, hidden)
+        query = _norm_and_split(attention, self.key_norm.replace("k", "q", 1), query)
+        return F.normalize(query, dim=-1) if self.unit_keys else query
 
     def rows(self, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         """Return the weights of queries, keys and values, in any shape."""
+        raise NotImplementedError
 
     def modules(self, attention: nn.Module) -> list[nn.Module]:
         """Return the modules that keys and values go through, the key layer first."""
+        names = (*self.layers, self.key_norm, self.value_norm, *self.before)
+        found = (reach(attention, name) for name in names)
+        return [m for m in found if m is not None and not isinstance(m, nn.Identity)]
+
+    def _keys_values(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def _queries(self, attention: Any, hidden: Tensor) -> Tensor:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
-class Separate:
+class Separate(Projection):
     """One layer each for queries, keys and values.
 
     Args:
         query: Name of the layer; None where queries do not come from tokens.
         key: Name of the layer.
         value: Name of the layer.
-        key_norm: Name of the norm of keys, over a head or over all of them; may be absent.
-        value_norm: The same for values.
-        unit_keys: Whether keys are scaled to length one (cosine attention).
-        before: Modules between the attention's input and these layers, those that act on tokens.
         key_half: Whether the key layer gives queries and keys, in this order.
         value_gate: Name of an activation behind a value layer that gives values and gates.
     """
@@ -55,75 +91,58 @@ class Separate:
     query: str | None = "q_proj"
     key: str = "k_proj"
     value: str = "v_proj"
-    key_norm: str = "k_norm"
-    value_norm: str = "v_norm"
-    unit_keys: bool = False
-    before: tuple[str, ...] = ()
     key_half: bool = False
     value_gate: str = ""
 
-    def prepare(self, attention: nn.Module, hidden: Tensor) -> Tensor:
-        """Call the modules of `before`."""
-        return _through(attention, self.before, hidden)
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The key and the value layer."""
+        return self.key, self.value
 
-    def keys_values(self, attention: nn.Module, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Call the two layers and split the heads."""
-        keys, values = (
-            per_token(attention.get_submodule(n), hidden) for n in (self.key, self.value)
-        )
+    def rows(self, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the three weights."""
+        names = (self.query or self.key, *self.layers)
+        query, key, value = (weight_of(attention.get_submodule(name)) for name in names)
+        return query if self.query else query[:0], key, value
+
+    def _keys_values(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = (per_token(attention.get_submodule(n), hidden) for n in self.layers)
         if self.key_half:
             keys = keys.chunk(2, dim=-1)[1]
         if self.value_gate:
             values = attention.get_submodule(self.value_gate)(values).chunk(2, dim=-1)[0]
-        return _finish(self, attention, keys, values)
+        return keys, values
 
-    def queries(self, attention: nn.Module, hidden: Tensor) -> Tensor:
-        """Call the query layer and split the heads."""
+    def _queries(self, attention: Any, hidden: Tensor) -> Tensor:
         assert self.query is not None
-        return _as_queries(self, attention, per_token(attention.get_submodule(self.query), hidden))
-
-    def rows(self, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the three weights."""
-        query, key, value = (
-            weight_of(attention.get_submodule(name))
-            for name in (self.query or self.key, self.key, self.value)
-        )
-        return query if self.query else query[:0], key, value
-
-    def modules(self, attention: nn.Module) -> list[nn.Module]:
-        """Return the key and the value layer, norms, and what stands before."""
-        names = (self.key, self.value, self.key_norm, self.value_norm, *self.before)
-        return _present(attention, names)
+        return per_token(attention.get_submodule(self.query), hidden)
 
 
 @dataclass(frozen=True)
-class Fused:
+class Fused(Projection):
     """One layer for queries, keys and values, or for keys and values alone.
 
     Args:
         layer: Its name.
         order: Of its output channels: "qkv", the last ones in three equal parts; "kv", in two;
             "head", each head's query, key and value together.
-        key_norm: Name of the norm of keys, over a head or over all of them; may be absent.
-        value_norm: The same for values.
-        unit_keys: Whether keys are scaled to length one (cosine attention).
-        before: Modules between the attention's input and this layer, those that act on tokens.
         value_width: Attribute with the width of all values, where it is not that of keys.
     """
 
     layer: str = "qkv"
     order: str = "qkv"
-    key_norm: str = "k_norm"
-    value_norm: str = "v_norm"
-    unit_keys: bool = False
-    before: tuple[str, ...] = ()
     value_width: str = ""
 
-    def prepare(self, attention: nn.Module, hidden: Tensor) -> Tensor:
-        """Call the modules of `before`."""
-        return _through(attention, self.before, hidden)
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The one layer."""
+        return (self.layer,)
 
-    def keys_values(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def rows(self, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the parts of the fused weight that queries, keys and values come from."""
+        return self._split(attention, weight_of(attention.get_submodule(self.layer)).t())
+
+    def _keys_values(self, attention: Any, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Project with the rows of keys and values only, where the layer is a plain one."""
         layer: Any = attention.get_submodule(self.layer)
         width = self._inner_width(attention, layer)
@@ -137,29 +156,18 @@ class Fused:
             # The layer has no bias of its own then; EVA, BEiT and SwinV2 keep it beside.
             k_bias = getattr(attention, "k_bias", None)
             keys, values = keys if k_bias is None else keys + k_bias, values + attention.v_bias
-        return _finish(self, attention, keys, values)
+        return keys, values
 
-    def queries(self, attention: Any, hidden: Tensor) -> Tensor:
-        """Call the fused layer and keep the queries."""
+    def _queries(self, attention: Any, hidden: Tensor) -> Tensor:
         query = self._split(attention, per_token(attention.get_submodule(self.layer), hidden))[0]
-        if getattr(attention, "q_bias", None) is not None:
-            query = query + attention.q_bias
-        return _as_queries(self, attention, query)
-
-    def rows(self, attention: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the parts of the fused weight that queries, keys and values come from."""
-        return self._split(attention, weight_of(attention.get_submodule(self.layer)).t())
-
-    def modules(self, attention: nn.Module) -> list[nn.Module]:
-        """Return the fused layer, norms, and what stands before."""
-        return _present(attention, (self.layer, self.key_norm, self.value_norm, *self.before))
+        bias = getattr(attention, "q_bias", None)
+        return query if bias is None else query + bias
 
     def _inner_width(self, attention: Any, layer: nn.Module) -> int:
         """Return the width of all key heads together, 0 where the attention does not say."""
-        size = next((getattr(attention, n) for n in _HEAD_DIMS if hasattr(attention, n)), None)
-        heads = _heads(attention, _KEY_HEADS)
-        if size and any(hasattr(attention, n) for n in _KEY_HEADS):
-            return int(size) * heads
+        size, heads = _number(attention, _HEAD_DIMS), _number(attention, _KEY_HEADS)
+        if size and heads:
+            return size * heads
         weight = getattr(layer, "weight", None)
         return 0 if weight is None else int(weight.shape[0]) // 3
 
@@ -174,16 +182,15 @@ class Fused:
             query, key, value = torch.split(out, [width, width, last], dim=-1)
             return query, key, value
         if self.order == "qkv":
-            width = (
-                self._inner_width(attention, attention.get_submodule(self.layer))
-                or out.shape[-1] // 3
-            )
-            queries = width * _heads(attention) // _heads(attention, _KEY_HEADS)
+            layer = attention.get_submodule(self.layer)
+            width = self._inner_width(attention, layer) or out.shape[-1] // 3
+            heads, key_heads = (_number(attention, n) or 1 for n in (_HEADS, _KEY_HEADS))
+            queries = width * heads // key_heads
             keys, values = out[..., -2 * width :].chunk(2, dim=-1)
             return out[..., -2 * width - queries : -2 * width], keys, values
-        heads = out.reshape(*out.shape[:-1], _heads(attention), -1)
-        size = int(getattr(attention, "key_dim", heads.shape[-1] // 3))
-        query, keys, values = torch.split(heads, [size, size, heads.shape[-1] - 2 * size], dim=-1)
+        apart = out.reshape(*out.shape[:-1], _number(attention, _HEADS) or 1, -1)
+        size = int(getattr(attention, "key_dim", apart.shape[-1] // 3))
+        query, keys, values = torch.split(apart, [size, size, apart.shape[-1] - 2 * size], dim=-1)
         return query.flatten(-2), keys.flatten(-2), values.flatten(-2)
 
 
@@ -267,52 +274,25 @@ def is_plain_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear and is_plain(module) and type(module.weight) is nn.Parameter
 
 
-def _present(attention: nn.Module, names: tuple[str, ...]) -> list[nn.Module]:
-    found = [reach(attention, name) for name in names]
-    return [m for m in found if m is not None and not isinstance(m, nn.Identity)]
-
-
-def _through(attention: nn.Module, names: tuple[str, ...], hidden: Tensor) -> Tensor:
-    for name in names:
-        module = reach(attention, name)
-        hidden = hidden if module is None else per_token(module, hidden)
-    return hidden
-
-
-def _heads(attention: Any, names: tuple[str, ...] = _HEADS) -> int:
-    return int(next((getattr(attention, n) for n in names if hasattr(attention, n)), 1))
-
-
-def _finish(
-    steps: Separate | Fused, attention: nn.Module, keys: Tensor, values: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Split heads, and norm keys and values before or behind that, by the width of the norm."""
-    keys = _norm_and_split(attention, steps.key_norm, keys)
-    if steps.unit_keys:
-        keys = F.normalize(keys, dim=-1)
-    return keys, _norm_and_split(attention, steps.value_norm, values, like=keys)
-
-
-def _as_queries(steps: Separate | Fused, attention: nn.Module, query: Tensor) -> Tensor:
-    query = _norm_and_split(attention, steps.key_norm.replace("k", "q", 1), query)
-    return F.normalize(query, dim=-1) if steps.unit_keys else query
+def _number(attention: Any, names: tuple[str, ...]) -> int:
+    """Return what an attention says under the first of these names that it has, or 0."""
+    return int(next((getattr(attention, n) for n in names if hasattr(attention, n)), 0) or 0)
 
 
 def _norm_and_split(
     attention: Any, name: str, hidden: Tensor, like: Tensor | None = None
 ) -> Tensor:
-    size = next((getattr(attention, n) for n in _HEAD_DIMS if hasattr(attention, n)), None)
-    heads = _heads(attention)
+    size = _number(attention, _HEAD_DIMS)
     if like is not None:
         # Values may be of another width than keys, never in another number of heads.
         size = hidden.shape[-1] // like.shape[1]
-    elif size is None or hidden.shape[-1] % int(size):
-        size = hidden.shape[-1] // heads
+    elif not size or hidden.shape[-1] % size:
+        size = hidden.shape[-1] // (_number(attention, _HEADS) or 1)
     norm = getattr(attention, name, None) or nn.Identity()
     weight = getattr(norm, "weight", None)
     if weight is not None and weight.numel() == hidden.shape[-1] != size:
-        return split_heads(norm(hidden), int(size))
-    normed: Tensor = norm(split_heads(hidden, int(size)))
+        return split_heads(norm(hidden), size)
+    normed: Tensor = norm(split_heads(hidden, size))
     return normed
 
 

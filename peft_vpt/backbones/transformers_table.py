@@ -7,12 +7,12 @@ holds all of them against the model at hand.
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
+from dataclasses import replace
 
 from torch import nn
 
-from .discover import Refused, Row, plain_layers
+from .discover import Refused, Row, plain_layers, row
 from .projection import Fused, Separate
 
 NORMS = (
@@ -35,14 +35,14 @@ _REDUCED = Separate("query", "key", "value", before=("layer_norm",))
 _CHANNEL = Refused("channel attention: its softmax runs over channels, not over tokens")
 _LINEAR = Refused("linear attention: no softmax over keys that prompts could join")
 _DEFORMABLE = Refused("deformable attention: weights over sampled points, not over keys")
-_DENSE = Row(Fused("qkv"), NORMS, at="block", scores="late", rotates="yes")
+_DENSE = row(Fused("qkv"), NORMS, at="", scores="late", rotates="yes")
 ROWS: dict[str, Row | Refused] = {
-    "SwinAttention": Row(Separate(), NORMS, at="block"),
-    "SwinSelfAttention": Row(_PLAIN_NAMES, NORMS, at="block"),  # up to some transformers 5.x
-    "Swinv2SelfAttention": Row(_UNIT, (), at="block"),
-    "Swin2SRSelfAttention": Row(_UNIT, (), at="block"),
-    "DonutSwinSelfAttention": Row(_PLAIN_NAMES, NORMS, at="block"),
-    "MaskFormerSwinSelfAttention": Row(_PLAIN_NAMES, NORMS, at="block"),
+    "SwinAttention": row(Separate(), NORMS, at=""),
+    "SwinSelfAttention": row(_PLAIN_NAMES, NORMS, at=""),  # up to some transformers 5.x
+    "Swinv2SelfAttention": row(_UNIT, (), at=""),
+    "Swin2SRSelfAttention": row(_UNIT, (), at=""),
+    "DonutSwinSelfAttention": row(_PLAIN_NAMES, NORMS, at=""),
+    "MaskFormerSwinSelfAttention": row(_PLAIN_NAMES, NORMS, at=""),
     "SamVisionAttention": _DENSE,
     "SamHQVisionAttention": _DENSE,
     "VitDetAttention": _DENSE,
@@ -52,29 +52,29 @@ ROWS: dict[str, Row | Refused] = {
     "PPFormulaNetVisionAttention": _DENSE,
     "DeepseekOcr2SamVisionAttention": _DENSE,
     "UnlimitedOcrSamVisionAttention": _DENSE,
-    "Sam2MultiScaleAttention": Row(norms=NORMS, at="block", scores="unused"),
-    "EdgeTamVideoMultiScaleAttention": Row(norms=NORMS, at="block", scores="unused"),
-    "SegformerAttention": Row(
+    "Sam2MultiScaleAttention": row(norms=NORMS, at="", scores="unused"),
+    "EdgeTamVideoMultiScaleAttention": row(norms=NORMS, at="", scores="unused"),
+    "SegformerAttention": row(
         Separate(before=("sequence_reduction.layer_norm",)), NORMS, reduces="input"
     ),
-    "SegformerEfficientSelfAttention": Row(_REDUCED, NORMS, reduces="input"),
-    "PvtEfficientSelfAttention": Row(_REDUCED, NORMS, reduces="input"),
-    "GLPNEfficientSelfAttention": Row(_REDUCED, NORMS, reduces="input"),
-    "PvtV2SelfAttention": Row(
+    "SegformerEfficientSelfAttention": row(_REDUCED, NORMS, reduces="input"),
+    "PvtEfficientSelfAttention": row(_REDUCED, NORMS, reduces="input"),
+    "GLPNEfficientSelfAttention": row(_REDUCED, NORMS, reduces="input"),
+    "PvtV2SelfAttention": row(
         Separate("query", "key", "value", before=("layer_norm", "act")), NORMS, reduces="input"
     ),
-    "CvtSelfAttention": Row(
+    "CvtSelfAttention": row(
         Separate("projection_query", "projection_key", "projection_value"), NORMS, reduces="output"
     ),
-    "LevitAttention": Row(Fused("queries_keys_values", order="head"), ()),
-    "VJEPA2RopeAttention": Row(_PLAIN_NAMES, NORMS, rotates="skewed"),
-    "Llama4VisionAttention": Row(Separate(), NORMS, rotates="skewed"),
-    "XCLIPAttention": Row(Separate(), NORMS, behind=True),
-    "TimesformerSelfAttention": Row(norms=NORMS, behind=True),
-    "GroupViTAttention": Row(Separate(), NORMS, scores="late"),
+    "LevitAttention": row(Fused("queries_keys_values", order="head"), ()),
+    "VJEPA2RopeAttention": row(_PLAIN_NAMES, NORMS, rotates="skewed"),
+    "Llama4VisionAttention": row(Separate(), NORMS, rotates="skewed"),
+    "XCLIPAttention": row(Separate(), NORMS, behind=True),
+    "TimesformerSelfAttention": row(norms=NORMS, behind=True),
+    "GroupViTAttention": row(Separate(), NORMS, scores="late"),
     "GroupViTAssignAttention": Refused("assigns tokens to groups; no self-attention"),
-    "HieraMaskUnitAttention": Row(norms=NORMS, at="block"),
-    "Florence2VisionWindowAttention": Row(norms=NORMS, at="block", behind=True),
+    "HieraMaskUnitAttention": row(norms=NORMS, at=""),
+    "Florence2VisionWindowAttention": row(norms=NORMS, at="", behind=True),
     "Florence2VisionChannelAttention": _CHANNEL,
     "MobileViTV2LinearSelfAttention": _LINEAR,
     "SwiftFormerEfficientAdditiveAttention": _LINEAR,
@@ -115,10 +115,10 @@ def rule(path: str, module: nn.Module, parent: nn.Module) -> Row | Refused | Non
         return None
     for cls in type(module).__mro__:
         if cls.__name__ in ROWS:
-            row = ROWS[cls.__name__]
-            if isinstance(row, Row) and name in _WRAPPERS and hasattr(module, "self"):
+            known = ROWS[cls.__name__]
+            if isinstance(known, Row) and name in _WRAPPERS and hasattr(module, "self"):
                 return None  # its part `self` attends
-            return row if isinstance(row, Refused) else _placed(path, row)
+            return known if isinstance(known, Refused) else _placed(path, known)
     if "ttention" not in name:
         return None
     refused = next((r for part, r in _REFUSED_NAMES.items() if part in name), None)
@@ -126,13 +126,13 @@ def rule(path: str, module: nn.Module, parent: nn.Module) -> Row | Refused | Non
     if refused is not None or projection is None:
         return refused if projection is not None else None
     called_with = inspect.signature(type(module).forward).parameters
-    row = Row(projection, NORMS, rotates="yes", many="cu_seqlens" in called_with)
-    return _placed(path, row)
+    found = row(projection, NORMS, rotates="yes", many="cu_seqlens" in called_with)
+    return _placed(path, found)
 
 
-def _placed(path: str, row: Row) -> Row:
+def _placed(path: str, found: Row) -> Row:
     """Find the block: the attention's parent, or that of the wrapper it shares a name with."""
     parts = path.split(".")
     nested = len(parts) > 1 and parts[-1] in ("self", "attention") and parts[-2] == "attention"
     nested = nested or parts[-2:-1] == ["attn"]
-    return dataclasses.replace(row, up=2 if nested else 1)
+    return replace(found, up=2 if nested else 1)
