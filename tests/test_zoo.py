@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 from zoo import perturb
 
 from peft_vpt import inject_prompts
+from peft_vpt.errors import UnsupportedArchitectureError
 
 LENGTH = 3
 EXACT = 1e-9
@@ -335,6 +336,9 @@ UNFUSED = (
     "coatnet_rmlp_1_rw_224 nest_base hiera_base_224 samvit_base_patch16 twins_svt_base "
     "fastvit_ma36 visformer_small"
 )
+EAGER = """ViTForImageClassification SwinForImageClassification Dinov2ForImageClassification
+Qwen2_5_VisionTransformerPretrainedModel SegformerForImageClassification SamVisionModel
+Sam2VisionModel HieraForImageClassification"""
 # Samples of these are frames of one video.
 VIDEOS = ("VideomtForUniversalSegmentation", "XCLIPVisionModel")
 
@@ -402,10 +406,42 @@ def test_padded_sequence_of_naflex() -> None:
     check("naflex", model, inputs, oracle_of("naflexvit_base_patch16_gap"))
 
 
-@pytest.mark.parametrize("name", UNFUSED.split())
+def few(names: Any, quick: Any) -> list[Any]:
+    """Mark all names slow but some."""
+    return [n if n in quick else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@pytest.mark.parametrize("name", few(TIMM, UNFUSED.split()))
 def test_timm_unfused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pytest.importorskip("timm.layers.config"), "_USE_FUSED_ATTN", 0)
     test_timm(name)
+
+
+@pytest.mark.parametrize("name", few(TIMM, ("swin_base_patch4_window7_224", "davit_base")))
+def test_timm_fused_where_timm_calls_that_experimental(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pytest.importorskip("timm.layers.config"), "_USE_FUSED_ATTN", 2)
+    test_timm(name)
+
+
+# The wrapper of timm models has no choice of attention.
+@pytest.mark.parametrize("name", few((n for n in TRANSFORMERS if "Timm" not in n), EAGER.split()))
+def test_transformers_eager(name: str) -> None:
+    """Eager attention has its softmax in float32, so it runs with float64 there."""
+    pytest.importorskip("transformers")
+    from matrix import small_transformers
+
+    model, inputs = small_transformers.build(name)
+    model.set_attn_implementation("eager")
+    inputs = {k: double(v) for k, v in inputs.items()}
+    if name == "Sam2VisionModel":
+        # It computes scores twice; which of the two counts cannot be told without SDPA.
+        with pytest.raises(UnsupportedArchitectureError, match="set_attn_implementation"):
+            inject_prompts(prepare(model, inputs), LENGTH)
+        return
+    with Double():
+        compare(model, inputs, oracle_of(name), single=name not in VIDEOS)
 
 
 def wrong_rotation(rope: Tensor, length: int) -> Tensor:
