@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -23,16 +23,12 @@ from .options import (
     begins_as_tokens,
     build,
     counts,
-    find_broken,
     need_folder,
-    need_outside,
     need_packages,
     need_size,
     numbers,
-    open_images,
+    open_three,
     preprocessing_of,
-    tell_copies,
-    without_broken,
 )
 from .output import CALL, Offline, complain, complain_once, in_the_shell, write_facts
 
@@ -42,8 +38,11 @@ if TYPE_CHECKING:
     from ..experiments.records import Record
     from ..experiments.variants import Variant
 
-
-_SPLITS = ("train", "val", "test")
+_BEGINNINGS = {
+    "random": "at random",
+    "tokens": "as tokens of training images",
+    "prototypes": "as class prototypes",
+}
 
 
 def list_ablations(value: str | None) -> str | None:
@@ -116,11 +115,9 @@ def compare(
     _check_numbers(length, lengths, ensemble, seeds)
     output = need_folder(output)
     chosen, tell = tuple(numbers(factors, "--factors")), complain_once()
-    task = _open(data, skip_broken, tell, output)
+    task = open_three(data, output, skip_broken, tell)
     backbone = Backbone(model, weights, size, offline, pool)
-    bare, transform = backbone.make(), backbone.transform(size)
-    need_size(bare, transform.preprocessing["size"])
-    complain(f"{transform.describe()}\n{backbone.describe()}")
+    bare, transform = backbone.told()
     edge, classes = transform.preprocessing["size"][0], len(task.classes)
     named = with_options(
         named_rows(protocols, ablation, bare, edge, classes), length, lengths, fraction
@@ -131,7 +128,7 @@ def compare(
         rows = as_tokens(rows, backbone, task, asked=init is not None)
     # All images are read before anything is written.
     wanted = {row.fraction for row in rows} - {1.0}
-    shares = {share: _open(data, skip_broken, tell, output, share) for share in sorted(wanted)}
+    shares = {share: open_three(data, output, skip_broken, tell, share) for share in sorted(wanted)}
     own = bool(ablation or lengths is not None or fraction < 1)
     plan = Plan(
         **rows_of_plan(rows, own),
@@ -153,18 +150,6 @@ def compare(
     for page in write_pages(records, rows, ablation, output, intro, suffix, lengths is not None):
         print(page.read_text(encoding="utf-8"))
         complain(f"written: {page}")
-
-
-def _open(
-    data: str, skip: bool, tell: Callable[[str], None], output: Path, fraction: float = 1.0
-) -> Task:
-    """Return a task of images that can all be read, among which nothing will be written."""
-    task = open_images(data, *_SPLITS, tell=tell, fraction=fraction)
-    need_outside(output, data, task)
-    task = without_broken(task, find_broken(task, _SPLITS), skip, tell)
-    tell_copies(task, ["train"], ["val", "test"], tell)
-    tell_copies(task, ["val"], ["test"], tell)
-    return task
 
 
 def _check_words(
@@ -215,13 +200,6 @@ def _shows_test(ablation: str | None) -> bool:
     from ..experiments.variants import ABLATIONS
 
     return ablation is None or ABLATIONS[ablation].final
-
-
-_BEGINNINGS = {
-    "random": "at random",
-    "tokens": "as tokens of training images",
-    "prototypes": "as class prototypes",
-}
 
 
 def named_rows(
@@ -372,6 +350,13 @@ class Backbone:
         from ..data import eval_transform
 
         return eval_transform(self.preprocessing, edge)
+
+    def told(self) -> tuple[Any, Any]:
+        """Build it with the transform of its images, which it must take, and tell of both."""
+        found, transform = self.make(), self.transform(self.size)
+        need_size(found, transform.preprocessing["size"])
+        complain(f"{transform.describe()}\n{self.describe()}")
+        return found, transform
 
     def at(self, edge: int) -> tuple[Any, Any]:
         """Return transform and builder for another size."""

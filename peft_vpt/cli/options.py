@@ -340,6 +340,19 @@ def open_images(data: str, *names: str, tell: Tell = complain, **options: Any) -
     return task
 
 
+def open_three(
+    data: str, output: Path, skip: bool, tell: Tell = complain, fraction: float = 1.0
+) -> Task:
+    """Return a task of images that can all be read, among which nothing will be written."""
+    names = ("train", "val", "test")
+    task = open_images(data, *names, tell=tell, fraction=fraction)
+    need_outside(output, data, task)
+    task = without_broken(task, find_broken(task, names), skip, tell)
+    tell_copies(task, ["train"], ["val", "test"], tell)
+    tell_copies(task, ["val"], ["test"], tell)
+    return task
+
+
 def split_of(task: Task, name: str) -> Split:
     """Return a split, or several joined: "trainval", "all"."""
     first, *rest = (task.split(part) for part in parts_of(task, name))

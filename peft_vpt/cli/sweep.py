@@ -27,15 +27,10 @@ from .options import (
     begins_as_tokens,
     counts,
     describe_images,
-    find_broken,
     need_folder,
-    need_outside,
     need_packages,
-    need_size,
-    open_images,
+    open_three,
     protocol_options,
-    tell_copies,
-    without_broken,
 )
 from .output import CALL, Offline, complain, quiet_stdout
 
@@ -46,6 +41,10 @@ if TYPE_CHECKING:
     from ..experiments.records import Record
     from ..experiments.run import Pixels
     from ..training import Recipe, SweepResult
+
+RECORDS = "records.jsonl"
+_OPTIONS = ("length", "reduction")
+Settings = dict[str, Any]
 
 
 class Grid(str, Enum):
@@ -123,22 +122,8 @@ def _pixels(data: str, backbone: Backbone, skip_broken: bool, output: Path) -> P
     """Return the task's images, all of which can be read, as the backbone wants them."""
     from ..experiments.run import Pixels
 
-    names = ("train", "val", "test")
-    task = open_images(data, *names)
-    need_outside(output, data, task)
-    task = without_broken(task, find_broken(task, names), skip_broken)
-    tell_copies(task, ["train"], ["val", "test"], complain)
-    tell_copies(task, ["val"], ["test"], complain)
-    model = backbone.make()
-    transform = backbone.transform(backbone.size)
-    need_size(model, transform.preprocessing["size"])
-    complain(f"{transform.describe()}\n{backbone.describe()}")
-    return Pixels(task, transform)
-
-
-RECORDS = "records.jsonl"
-_OPTIONS = ("length", "reduction")
-Settings = dict[str, Any]
+    task = open_three(data, output, skip_broken)
+    return Pixels(task, backbone.told()[1])
 
 
 @dataclasses.dataclass(frozen=True)

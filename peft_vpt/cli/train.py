@@ -76,6 +76,22 @@ class Part(str, Enum):
     trainval = "trainval"
 
 
+class Measured(str, Enum):
+    """What is evaluated at the end."""
+
+    val = "val"
+    test = "test"
+    none = "none"
+
+
+class Precision(str, Enum):
+    """Numbers that a forward pass computes with."""
+
+    no = "no"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
 def train(
     data: Data,
     model: Model,
@@ -155,22 +171,6 @@ def train(
         found = work(plan, recipe)
     if found is not None:
         write_json(found) if as_json else write_facts(_facts(found))
-
-
-class Measured(str, Enum):
-    """What is evaluated at the end."""
-
-    val = "val"
-    test = "test"
-    none = "none"
-
-
-class Precision(str, Enum):
-    """Numbers that a forward pass computes with."""
-
-    no = "no"
-    bf16 = "bf16"
-    fp16 = "fp16"
 
 
 def _measured(split: Part, evaluate: Measured | None) -> str:
