@@ -228,7 +228,7 @@ def test_lengths_are_tried_against_the_tokens_of_all_training_images() -> None:
     def reason(images: int, *lengths: int) -> str:
         choices = tuple({"length": length} for length in lengths)
         row = Variant("deep", "vpt-deep", {"init": "tokens"}, choices=choices)
-        return refusal(row, build("timm/cls", torch.float32), 2, (32, 32), images)
+        return str(refusal(row, build("timm/cls", torch.float32), 2, (32, 32), images) or "")
 
     # An image has 16 tokens.
     assert reason(2, 20, 32) == ""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import listing
+from ..errors import AdapterError, AdapterMismatchError, UnsupportedArchitectureError, listing
 from .output import (
     CALL,
     Json,
@@ -70,7 +70,6 @@ def check(
     """
     from ..adapter.schema import is_segmenter
     from ..adapter.verbs import load_task_adapter
-    from ..errors import AdapterError, AdapterMismatchError, UnsupportedArchitectureError
     from ..hub.verbs import backbone_for
 
     adapter = find(source, revision, offline)
@@ -124,7 +123,6 @@ def need_classes(adapter: Adapter) -> None:
         AdapterError: It has no head, or a decoder.
     """
     from ..adapter.schema import is_segmenter
-    from ..errors import AdapterError
     from ..undo import READS
 
     head = adapter.metadata["head"]
@@ -275,7 +273,6 @@ def pull(
     """Copy an adapter from the Hub into a folder, whole or not at all, and print its path."""
     from ..adapter.file import FILE_NAME, read_adapter
     from ..adapter.source import download
-    from ..errors import AdapterError
     from ..files import replace_file
 
     target = (Path(hub_id.rpartition("/")[2]) if to is None else to).expanduser()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import VPTError
 from .options import (
     LENGTH,
     Data,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from ..experiments.compare import Plan
     from ..experiments.records import Record
     from ..experiments.variants import Variant
+
 
 _BEGINNINGS = {
     "random": "at random",
@@ -276,7 +278,6 @@ def write_pages(
 
     `report.md` is of the task whose records came first into the folder.
     """
-    from ..errors import VPTError
     from ..experiments.compare import RECORDS
     from ..experiments.records import file_name, read_records
     from ..experiments.report import like, write_ablation, write_report
@@ -381,11 +382,10 @@ def taken(rows: list[Variant], backbone: Backbone, task: Task, asked: str | None
     Raises:
         VPTError: It refuses all of them, or one that was asked for.
     """
-    from ..errors import VPTError
     from ..experiments.variants import distinct
 
     reasons = {row.label: _reason(row, backbone, task) for row in distinct(rows)}
-    told = [f"{label}: {reason}" for label, reason in reasons.items() if reason]
+    told = [f"{label}: {in_the_shell(why)}" for label, why in reasons.items() if why]
     if told and asked:
         raise VPTError(CALL, f"{asked}: {'; '.join(told)}")
     for line in told:
@@ -407,24 +407,24 @@ def as_tokens(rows: list[Variant], backbone: Backbone, task: Task, *, asked: boo
     Raises:
         VPTError: It was asked for, and a row cannot.
     """
-    from ..errors import VPTError
     from ..experiments.variants import with_tokens
 
     changed = []
     for row in rows:
         variant = with_tokens(row)
-        reason = "" if variant is row else _reason(variant, backbone, task)
+        reason = None if variant is row else _reason(variant, backbone, task)
         if reason and asked:
-            raise VPTError(CALL, f"{variant.label}: {reason}", given={"init": "tokens"})
+            told = f"{variant.label}: {in_the_shell(reason)}"
+            raise VPTError(CALL, told, given={"init": "tokens"})
         if reason:
-            complain(f"{variant.label}: prompts begin at random: {reason}")
+            complain(f"{variant.label}: prompts begin at random: {in_the_shell(reason)}")
             variant = row
         changed.append(variant)
     return changed
 
 
-def _reason(variant: Variant, backbone: Backbone, task: Task) -> str:
-    """Return why a backbone refuses a variant, "" where it takes it."""
+def _reason(variant: Variant, backbone: Backbone, task: Task) -> VPTError | None:
+    """Return why a backbone refuses a variant, None where it takes it."""
     from ..backbones.find import says_its_size
     from ..experiments.backbones import refusal
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import UnsupportedArchitectureError, VPTError
 from .options import Model, Size, counts, need_folder
 from .output import CALL, Json, complain, in_the_shell, write_json
 from .predict import find_device
@@ -144,7 +145,6 @@ def _measure(
     batch: Any,
     rounds: int,
 ) -> list[dict[str, Any]]:
-    from ..errors import VPTError
     from ..experiments.cost import against_length
 
     def make(kind: str, length: int) -> nn.Module:
@@ -161,8 +161,6 @@ def _measure(
 
 def _taken(name: str, make: Callable[[str], nn.Module]) -> bool:
     """Tell whether a backbone takes a row, and say so where it does not."""
-    from ..errors import UnsupportedArchitectureError
-
     try:
         make(name)
     except UnsupportedArchitectureError as error:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import SpecError, VPTError, cut, listing
 from .output import CALL, complain
 
 if TYPE_CHECKING:
@@ -116,7 +117,6 @@ def build(
     known = "/" not in name or name.startswith(("timm/", "hf-hub:"))
     edges = (size, size) if isinstance(size, int) else size
     if weights is not None:
-        from ..errors import VPTError
         from ..hub.backbone import build_from_file
 
         if not known:
@@ -139,7 +139,6 @@ def preprocessing_of(model: Any, offline: bool = False) -> Any:
     """
     from ..adapter.source import hub_errors
     from ..backbones.identity import describe_timm_config
-    from ..errors import VPTError
 
     config = getattr(model, "pretrained_cfg", None)
     if config:
@@ -163,7 +162,6 @@ def need_size(model: Any, size: Sequence[int]) -> None:
     """
     import torch
 
-    from ..errors import VPTError
     from ..rehearsal import rehearse
 
     height, width = size
@@ -182,7 +180,6 @@ def protocol_options(protocol: str, length: int | None, reduction: int | None) -
     Raises:
         SpecError: An unknown protocol, or an option of another one.
     """
-    from ..errors import SpecError
     from ..protocols.options import PROMPTED, Protocol
 
     chosen = Protocol(protocol, reduction=reduction)
@@ -203,8 +200,6 @@ def need_packages(*names: str) -> None:
     Raises:
         VPTError: Some are not.
     """
-    from ..errors import VPTError
-
     absent = [name for name in names if find_spec(name) is None]
     if absent:
         raise VPTError(CALL, f"needs {', '.join(absent)}", "pip install peft-vpt[train]")
@@ -216,8 +211,6 @@ def need_folder(folder: Path) -> Path:
     Raises:
         VPTError: It cannot.
     """
-    from ..errors import VPTError
-
     spot = folder.expanduser().absolute()
     while not os.path.lexists(spot):
         spot = spot.parent
@@ -237,7 +230,6 @@ def need_outside(folder: Path, data: str, task: Task) -> None:
     """
     from ..data.layouts import FLAT, SPLIT
     from ..data.splits import split_of
-    from ..errors import VPTError
 
     spot, root = folder.resolve(), Path(data).expanduser().resolve()
     if task.layout not in (FLAT, SPLIT) or root not in (spot, *spot.parents):
@@ -320,7 +312,6 @@ def open_images(data: str, *names: str, tell: Tell = complain, **options: Any) -
         VPTError: There is no task, it lacks a split, or it has one class to train on.
     """
     from ..data import open_task
-    from ..errors import VPTError
 
     if not data:
         raise VPTError(CALL, "it is empty", "give a folder of images", given={"data": ...})
@@ -375,8 +366,6 @@ def without_broken(
     Raises:
         VPTError: There are some and `skip` is False, or a split or a class of train has no others.
     """
-    from ..errors import VPTError, cut, listing
-
     if not broken:
         return task
     number = sum(map(len, broken.values()))

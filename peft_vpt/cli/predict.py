@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import AdapterError, VPTError, listing
 from .adapters import find, need_classes
 from .options import (
     Data,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 
     from ..adapter.file import Adapter
     from ..data import Split, Task, Transform
+
 
 _COLUMNS = ("file", "label", "probability")
 Best = list[dict[str, Any]]
@@ -100,8 +102,6 @@ def predict(
 
 def _expand(names: Sequence[str]) -> tuple[list[str], int]:
     """Return the files behind names of files and folders, each once, and how many led to none."""
-    from ..errors import VPTError
-
     found: dict[str, None] = {}
     missing = 0
     for name in names:
@@ -293,8 +293,6 @@ def _numbers(adapter: Adapter, task: Task) -> list[int]:
     Raises:
         AdapterError: It has other classes.
     """
-    from ..errors import AdapterError, listing
-
     head, classes = adapter.metadata["head"], task.classes
     labels = head["labels"]
     if labels is None:
@@ -342,7 +340,6 @@ def model_of(adapter: Adapter, name: str | None, weights: Path | None, offline: 
     Raises:
         AdapterError: Neither the adapter nor the caller says which backbone it is.
     """
-    from ..errors import AdapterError
     from ..hub.verbs import load_backbone_with_adapter
 
     if weights is not None:
@@ -368,7 +365,6 @@ def from_weights(adapter: Adapter, name: str | None, weights: Path) -> tuple[nn.
     from ..adapter.verbs import load_task_adapter
     from ..backbones.find import says_its_size
     from ..data import Transform, eval_transform
-    from ..errors import AdapterError
     from ..hub.backbone import match_head
 
     made_for, images = adapter.metadata["backbone"], adapter.metadata["preprocessing"] or {}

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import UnsupportedArchitectureError, VPTError
 from .output import CALL, Json, in_the_shell, quiet_stdout, write_facts, write_json
 
 _ANSWERS = {"supported": "yes", "submodule": "yes, each of its encoders", "refused": "no"}
@@ -52,8 +53,6 @@ def _resolve(name: str) -> tuple[str, str]:
     Raises:
         UnsupportedArchitectureError: Neither library knows it; names that are close are named.
     """
-    from ..errors import UnsupportedArchitectureError
-
     own = name.removeprefix("hf-hub:").removeprefix("timm/").partition(".")[0]
     # Classes are capitalised, timm names are not; so only one library is imported most times.
     libraries = ("transformers", "timm") if name[:1].isupper() else ("timm", "transformers")
@@ -105,8 +104,6 @@ def _build(library: str, name: str) -> Any:
         UnsupportedArchitectureError: It cannot be built by its name alone.
     """
     import torch
-
-    from ..errors import UnsupportedArchitectureError
 
     def make() -> Any:
         if library == "timm":
@@ -173,7 +170,6 @@ def _ask(library: str, name: str) -> dict[str, Any]:
 
 def _refusal(model: Any, length: int = 2, *, keep: bool = False, **options: Any) -> Any:
     """Inject prompts, and take them out again unless told to keep them; return the refusal."""
-    from ..errors import VPTError
     from ..inject import inject_prompts, remove_prompts
 
     try:

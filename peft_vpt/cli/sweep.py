@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from ..experiments.run import Pixels
     from ..training import Recipe, SweepResult
 
+
 RECORDS = "records.jsonl"
 _OPTIONS = ("length", "reduction")
 Settings = dict[str, Any]

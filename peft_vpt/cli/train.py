@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import VPTError
 from .options import (
     BatchSize,
     Data,
@@ -255,7 +256,6 @@ def need_place(plan: Plan) -> None:
         VPTError: There is one.
     """
     from ..adapter.file import FILE_NAME
-    from ..errors import VPTError
     from ..training.checkpoint import CHECKPOINT
 
     file = plan.output / FILE_NAME
@@ -340,7 +340,6 @@ def _begin(
     """
     import torch
 
-    from ..errors import VPTError
     from ..training.from_tokens import begin_as_tokens
 
     if not plan.tokens:

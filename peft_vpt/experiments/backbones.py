@@ -61,8 +61,8 @@ def refusal(
     classes: int,
     size: Sequence[int],
     images: int,
-) -> str:
-    """Return why a backbone refuses a variant, "" where it takes it; the model is used up.
+) -> VPTError | None:
+    """Return why a backbone refuses a variant, None where it takes it; the model is used up.
 
     Args:
         variant: The row.
@@ -83,16 +83,19 @@ def refusal(
                 tokens = int(each * min(images, MOST_IMAGES))
                 longest = max(choice.get("length", 1) for choice in choices)
                 if tokens < longest:
-                    return (
+                    return VPTError(
+                        "compare",
                         f"the training images give a block {tokens} tokens, fewer than {longest} "
-                        "prompts"
+                        "prompts",
                     )
     except VPTError as error:
-        return str(error)
+        return error
     shown = rehearse(model, [torch.zeros(1, 3, *size)], hooks=True)
     if shown.error is not None:
-        return f"no forward of an image of {size[0]}x{size[1]} pixels: {shown.error}"
-    return ""
+        return VPTError(
+            "compare", f"no forward of an image of {size[0]}x{size[1]} pixels: {shown.error}"
+        )
+    return None
 
 
 def pooled(model: nn.Module, pool: str | None) -> nn.Module:
