@@ -339,12 +339,12 @@ def strange(world: Path) -> None:
 BAD: dict[str, tuple[Any, tuple[str, ...], int, str]] = {
     "no folder": (lambda world: without("task"), (), 1, "is not there"),
     "no classes": (flat, (), 1, "no classes"),
-    "a class that train lacks": (strange, (), 1, "not in train: grey"),
+    "a class that train lacks": (strange, (), 1, "unknown to train: grey"),
     "no test": (lambda world: without("task/test"), ("--evaluate", "test"), 1, "no split 'test'"),
     "protocol": (None, ("--protocol", "lora"), 1, "must be one of full"),
     "length of no prompts": (None, ("--protocol", "linear"), 1, "linear has none"),
     "reduction of prompts": (None, ("--reduction", "8"), 1, "only 'adapter'"),
-    "rate": (None, ("--lr", "-1"), 1, "base_lr"),
+    "rate": (None, ("--lr", "-1"), 1, "--lr -1.0: must be a finite number > 0"),
     "fraction": (None, ("--fraction", "0"), 1, "fraction"),
     "size": (None, ("--size", "50"), 1, "50x50"),
     "weights": (None, ("--weights", "none"), 1, "none is no file"),
@@ -995,5 +995,5 @@ def test_a_device_that_is_not_there_is_told(command: str, world: Path, capsys: C
 @pytest.mark.parametrize("factor", ["0", "1e300"])
 def test_rates_that_cannot_be_leave_nothing(factor: str, world: Path, capsys: Capture) -> None:
     words = ("compare", "--data", "task", *MODEL, "--output", "out", "--factors", factor)
-    assert "base_lr" in call(capsys, *words, code=1)[1]
+    assert "base lr" in call(capsys, *words, code=1)[1]
     assert not Path("out").exists()
