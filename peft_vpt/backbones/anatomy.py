@@ -31,6 +31,15 @@ def is_below(name: str, *paths: str) -> bool:
     return any(not path or name == path or name.startswith(f"{path}.") for path in paths)
 
 
+def as_pair(size: Any) -> tuple[int, int] | None:
+    """Return height and width of a size as models write it, one number or a list; None for none."""
+    if isinstance(size, int):
+        return size, size
+    if isinstance(size, tuple | list) and len(size) >= 2:
+        return int(size[-2]), int(size[-1])
+    return None
+
+
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return what a block or attention is called with first: its hidden states."""
     return args[0] if args else next(iter(kwargs.values()))

@@ -68,10 +68,11 @@ def refuse_cut_off(host: nn.Module, encoder: Encoder, index: int) -> None:
         )
     if enclosed:
         raise VPTError(
+            "",
             "reentrant gradient checkpointing would give prompts no gradient here, and no error: "
-            "nothing in front of the checkpoints can be made to require one. Use the other kind: "
-            "timm.layers.set_reentrant_ckpt(False), or in transformers "
-            "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            "nothing in front of the checkpoints can be made to require one",
+            "Use the other kind: `timm.layers.set_reentrant_ckpt(False)`, or in transformers "
+            "`gradient_checkpointing_kwargs={'use_reentrant': False}`",
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from ..errors import UnsupportedArchitectureError
 from .anatomy import Attention, Block
 from .projection import Fused, Projection, Separate, in_width, join, reach
 
@@ -66,6 +67,15 @@ class Found:
                     if not any(found.startswith(f"{block}.") for found in known):
                         return block
         return ""
+
+    def unsupported(self, name: str, reason: str = "") -> UnsupportedArchitectureError:
+        """Return the error of a model that holds nothing else than what was refused."""
+        reason = reason or "; ".join(f"{part}: {why}" for part, why in self.refused.items())
+        return UnsupportedArchitectureError(
+            "inject_prompts",
+            f"{name} has no attention that prompts could join as keys and values "
+            f"({reason or 'it holds no softmax attention over tokens'})",
+        )
 
     def one_list(self) -> bool:
         """Tell whether all blocks are of one list and one width, none of them cut into windows."""

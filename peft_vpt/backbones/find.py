@@ -1,7 +1,8 @@
-"""Any model that takes an image, as a whole: what a border of pixels needs to know of it.
+"""How the one encoder of a host is found: `encoder_for`.
 
-timm models, and transformers models that take `pixel_values` first. Nothing is said about
-blocks, so these descriptions serve `location="pad"` only.
+A vision transformer is described by the family that knows it. Where there is none, an image model
+of timm or transformers is described as a whole, without blocks: what a border of pixels needs to
+know. What a model says about its images is here too.
 """
 
 from __future__ import annotations
@@ -17,35 +18,17 @@ from torch import nn
 from ..errors import UnsupportedArchitectureError
 from ..spec import location as place_of
 from . import timm_table, timm_vit, transformers_table, transformers_vit
-from .anatomy import Encoder, Head, is_below, is_kind
+from .anatomy import Encoder, Head, as_pair, is_below, is_kind
 from .projection import join
 from .timm_vit import classifier_paths, is_simple
 
+Match = tuple[str, nn.Module, ModuleType]
+FAMILIES: tuple[ModuleType, ...] = (timm_vit, transformers_vit)
+_RULES = (timm_table.rule, transformers_table.rule)
 _DEFAULT_SIZE = (224, 224)
 _SIZES = (224, 256, 64, 32, 384)
 # A stem that folds pixels into channels has more; the image itself has not.
 _MOST = 15
-_HINT = "location='pad'"
-_RULES = (timm_table.rule, transformers_table.rule)
-
-
-@dataclass(frozen=True)
-class ImageFacts:
-    """What a model says about the images it takes.
-
-    Args:
-        channels: Of an image.
-        sizes: `(height, width)`, the likeliest first; the default one where it takes several.
-        fixed: Whether it takes no other size; None where only trying tells.
-        mean: Of the normalisation, per channel; 0.5 where nothing is said.
-        std: Likewise.
-    """
-
-    channels: int
-    sizes: tuple[tuple[int, int], ...]
-    fixed: bool | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 def encoder_for(host: nn.Module, location: str) -> Encoder:
@@ -55,25 +38,90 @@ def encoder_for(host: nn.Module, location: str) -> Encoder:
         UnsupportedArchitectureError: Nothing in the host is known, or there are several encoders.
     """
     try:
-        return find_encoder(host)
+        return _vision_transformer(host)
     except UnsupportedArchitectureError as error:
-        encoder = describe(host)
+        encoder = _image_model(host)
         if encoder is None:
             raise
         if place_of(location).whole_models:
             return encoder
-        if _HINT in str(error):
-            raise
         advice = f"{error.advice}. " if error.advice else ""
+        advice += "`location='pad'` works for every image model"
+        raise type(error)(error.call, error.problem, advice, **error.facts) from error
+
+
+def _vision_transformer(host: nn.Module) -> Encoder:
+    """Find and describe the one vision transformer of a host.
+
+    Raises:
+        UnsupportedArchitectureError: None is known, or there are several encoders.
+    """
+    found = _matching(host)
+    if not found:
         raise UnsupportedArchitectureError(
-            error.call,
-            error.problem,
-            f"{advice}{_HINT} works for every image model.",
-            **error.facts,
-        ) from error
+            "inject_prompts",
+            f"found no attention over image tokens that prompts could join in {_name(host)}",
+            "docs/supported-models.md lists what is known; `location='pad'` works for every image "
+            "model of timm and transformers",
+        )
+    others = _other_encoders(host, [path for path, _, _ in found])
+    if len(found) + len(others) > 1:
+        paths = [path for path, _, _ in found]
+        raise UnsupportedArchitectureError(
+            "inject_prompts",
+            f"{_name(host)} holds several encoders: "
+            f"{', '.join(repr(p) for p in sorted(paths + others))}",
+            "Pass the one to prompt, "
+            + " or ".join(f"`inject_prompts(model.{path})`" for path in paths)
+            + "; then only that submodule is frozen and counted",
+            paths=paths,
+        )
+    path, module, family = found[0]
+    encoder: Encoder = family.describe(host, path, module)
+    if not encoder.blocks:
+        raise UnsupportedArchitectureError(
+            "inject_prompts", f"{_name(host)} has no transformer blocks, so prompts have no place"
+        )
+    return encoder
 
 
-def describe(host: nn.Module) -> Encoder | None:
+def _name(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def _matching(host: nn.Module) -> list[Match]:
+    found = [
+        (path, module, family)
+        for path, module in host.named_modules()
+        for family in FAMILIES
+        if family.matches(module)
+    ]
+    return [match for match in found if not _is_spoken_for(match, found)]
+
+
+def _is_spoken_for(match: Match, found: list[Match]) -> bool:
+    """Tell whether another model describes the same encoder better.
+
+    A transformers model with a head is built around its encoder, which is then the one to take; a
+    timm model that holds another one is itself the encoder.
+    """
+    path, _, family = match
+    if family is timm_vit:
+        return any(o is timm_vit and p != path and is_below(path, p) for p, _, o in found)
+    return any(p != path and is_below(p, path) for p, _, _ in found)
+
+
+def _other_encoders(host: nn.Module, known: list[str]) -> list[str]:
+    """Return the paths of transformers models beside the known ones: text towers, decoders."""
+    others: list[str] = []
+    for path, module in host.named_modules():
+        related = is_below(path, *known, *others) or any(is_below(k, path) for k in known)
+        if not related and is_kind(module, "PreTrainedModel", "transformers"):
+            others.append(path)
+    return others
+
+
+def _image_model(host: nn.Module) -> Encoder | None:
     """Describe the one image model of a host, or return None."""
     models = list(_outermost(host))
     if len(models) != 1:
@@ -88,56 +136,6 @@ def describe(host: nn.Module) -> Encoder | None:
     if _is_timm(base):
         return _whole(base, inner, "timm", _timm_head(base, inner))
     return _whole(base, inner, "transformers", _transformers_head(model, path))
-
-
-def is_convnet(host: nn.Module, encoder: Encoder) -> bool:
-    """Tell whether a model mixes its pixels by convolutions alone.
-
-    That is, it has several whose windows overlap (patches that are cut out do not mix), and no
-    attention of any kind beside them.
-    """
-    if encoder.blocks:
-        return False
-    for path, module in host.named_modules():
-        parent = host.get_submodule(path.rpartition(".")[0])
-        if any(rule(path, module, parent) is not None for rule in _RULES):
-            return False
-    model = host.get_submodule(encoder.path)
-    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    return sum(c.kernel_size[0] > c.stride[0] for c in convs) > 1
-
-
-def image_path(host: nn.Module, encoder: Encoder) -> str:
-    """Return the path of the module that takes the image: the encoder, or the nearest around it.
-
-    What holds the blocks may be called with tokens, as the `...Encoder` classes of transformers.
-    """
-    path = encoder.path
-    takes = _is_timm if encoder.library == "timm" else takes_images
-    while True:
-        if takes(host.get_submodule(path)):
-            return path
-        if not path:
-            return encoder.path
-        path = path.rpartition(".")[0]
-
-
-def takes_images(module: nn.Module) -> bool:
-    """Tell whether a transformers model takes images as its first argument."""
-    if not is_kind(module, "PreTrainedModel", "transformers"):
-        return False
-    # Not `main_input_name`, which an inner part that takes tokens inherits.
-    return list(inspect.signature(type(module).forward).parameters)[1:2] == ["pixel_values"]
-
-
-def image_facts(model: Any, library: str) -> ImageFacts:
-    """Return what a model says about its images."""
-    if library == "timm":
-        return _timm_facts(model)
-    config = model.config
-    channels = int(getattr(config, "num_channels", None) or 3)
-    size = _pair(getattr(config, "image_size", None)) or _DEFAULT_SIZE
-    return ImageFacts(channels, (size,), None, (0.5,) * channels, (0.5,) * channels)
 
 
 def _outermost(host: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -198,6 +196,75 @@ def _transformers_head(model: nn.Module, path: str) -> Head | None:
     return Head((join(path, name),), "pooled", int(classifier.in_features))
 
 
+def is_convnet(host: nn.Module, encoder: Encoder) -> bool:
+    """Tell whether a model mixes its pixels by convolutions alone.
+
+    That is, it has several whose windows overlap (patches that are cut out do not mix), and no
+    attention of any kind beside them.
+    """
+    if encoder.blocks:
+        return False
+    for path, module in host.named_modules():
+        parent = host.get_submodule(path.rpartition(".")[0])
+        if any(rule(path, module, parent) is not None for rule in _RULES):
+            return False
+    model = host.get_submodule(encoder.path)
+    convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    return sum(c.kernel_size[0] > c.stride[0] for c in convs) > 1
+
+
+def image_path(host: nn.Module, encoder: Encoder) -> str:
+    """Return the path of the module that takes the image: the encoder, or the nearest around it.
+
+    What holds the blocks may be called with tokens, as the `...Encoder` classes of transformers.
+    """
+    path = encoder.path
+    takes = _is_timm if encoder.library == "timm" else takes_images
+    while True:
+        if takes(host.get_submodule(path)):
+            return path
+        if not path:
+            return encoder.path
+        path = path.rpartition(".")[0]
+
+
+def takes_images(module: nn.Module) -> bool:
+    """Tell whether a transformers model takes images as its first argument."""
+    if not is_kind(module, "PreTrainedModel", "transformers"):
+        return False
+    # Not `main_input_name`, which an inner part that takes tokens inherits.
+    return list(inspect.signature(type(module).forward).parameters)[1:2] == ["pixel_values"]
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What a model says about the images it takes.
+
+    Args:
+        channels: Of an image.
+        sizes: `(height, width)`, the likeliest first; the default one where it takes several.
+        fixed: Whether it takes no other size; None where only trying tells.
+        mean: Of the normalisation, per channel; 0.5 where nothing is said.
+        std: Likewise.
+    """
+
+    channels: int
+    sizes: tuple[tuple[int, int], ...]
+    fixed: bool | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def image_facts(model: Any, library: str) -> ImageFacts:
+    """Return what a model says about its images."""
+    if library == "timm":
+        return _timm_facts(model)
+    config = model.config
+    channels = int(getattr(config, "num_channels", None) or 3)
+    size = as_pair(getattr(config, "image_size", None)) or _DEFAULT_SIZE
+    return ImageFacts(channels, (size,), None, (0.5,) * channels, (0.5,) * channels)
+
+
 def _timm_facts(model: Any) -> ImageFacts:
     config = getattr(model, "pretrained_cfg", None) or {}
     embeds = [m for m in model.modules() if is_kind(m, "PatchEmbed", "timm.layers")]
@@ -208,7 +275,7 @@ def _timm_facts(model: Any) -> ImageFacts:
     else:
         fixed = bool(getattr(embed, "strict_img_size", True))
     known = tuple(config.get("input_size", None) or (3, *_DEFAULT_SIZE))
-    own = (_pair(getattr(m, "img_size", None)) for m in (model, embed, *model.children()))
+    own = (as_pair(getattr(m, "img_size", None)) for m in (model, embed, *model.children()))
     # Without repeats. Few models say which size they were built for, so later ones may be tried.
     sizes = tuple(dict.fromkeys([*(s for s in own if s), known[1:], *((n, n) for n in _SIZES)]))
     channels = _channels(model, known[0])
@@ -224,14 +291,6 @@ def _channels(model: nn.Module, default: int) -> int:
     return default if first is None or first.in_channels > _MOST else int(first.in_channels)
 
 
-def _pair(size: Any) -> tuple[int, int] | None:
-    if isinstance(size, int):
-        return size, size
-    if isinstance(size, tuple | list) and len(size) == 2:
-        return int(size[0]), int(size[1])
-    return None
-
-
 def says_its_size(model: Any, size: Sequence[int]) -> nn.Module:
     """Let a model that takes images of any size say which size these have: a border asks it."""
     config = getattr(model, "pretrained_cfg", None)
@@ -239,77 +298,3 @@ def says_its_size(model: Any, size: Sequence[int]) -> nn.Module:
         model.pretrained_cfg = {**config, "input_size": (config["input_size"][0], *size)}
     found: nn.Module = model
     return found
-
-
-Match = tuple[str, nn.Module, ModuleType]
-FAMILIES: tuple[ModuleType, ...] = (timm_vit, transformers_vit)
-
-
-def find_encoder(host: nn.Module) -> Encoder:
-    """Find and describe the one vision transformer of a host.
-
-    Raises:
-        UnsupportedArchitectureError: None is known, or there are several encoders.
-    """
-    found = _matching(host)
-    if not found:
-        raise UnsupportedArchitectureError(
-            f"inject_prompts: found no attention over image tokens that prompts could join in "
-            f"{_name(host)}. docs/supported-models.md lists what is known; location='pad' works "
-            "for every image model of timm and transformers."
-        )
-    others = _other_encoders(host, [path for path, _, _ in found])
-    if len(found) + len(others) > 1:
-        paths = [path for path, _, _ in found]
-        raise UnsupportedArchitectureError(
-            "inject_prompts",
-            f"{_name(host)} holds several encoders: "
-            f"{', '.join(repr(p) for p in sorted(paths + others))}",
-            "Pass the one to prompt, "
-            + " or ".join(f"`inject_prompts(model.{path})`" for path in paths)
-            + "; then only that submodule is frozen and counted",
-            paths=paths,
-        )
-    path, module, family = found[0]
-    encoder: Encoder = family.describe(host, path, module)
-    if not encoder.blocks:
-        raise UnsupportedArchitectureError(
-            f"inject_prompts: {_name(host)} has no transformer blocks, so prompts have no place."
-        )
-    return encoder
-
-
-def _name(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _matching(host: nn.Module) -> list[Match]:
-    found = [
-        (path, module, family)
-        for path, module in host.named_modules()
-        for family in FAMILIES
-        if family.matches(module)
-    ]
-    return [match for match in found if not _is_spoken_for(match, found)]
-
-
-def _is_spoken_for(match: Match, found: list[Match]) -> bool:
-    """Tell whether another model describes the same encoder better.
-
-    A transformers model with a head is built around its encoder, which is then the one to take; a
-    timm model that holds another one is itself the encoder.
-    """
-    path, _, family = match
-    if family is timm_vit:
-        return any(o is timm_vit and p != path and is_below(path, p) for p, _, o in found)
-    return any(p != path and is_below(p, path) for p, _, _ in found)
-
-
-def _other_encoders(host: nn.Module, known: list[str]) -> list[str]:
-    """Return the paths of transformers models beside the known ones: text towers, decoders."""
-    others: list[str] = []
-    for path, module in host.named_modules():
-        related = is_below(path, *known, *others) or any(is_below(k, path) for k in known)
-        if not related and is_kind(module, "PreTrainedModel", "transformers"):
-            others.append(path)
-    return others

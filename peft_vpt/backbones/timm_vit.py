@@ -7,10 +7,10 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedArchitectureError
-from .anatomy import Encoder, Head, is_kind
+from .anatomy import Encoder, Head, as_pair, is_kind
 from .discover import Found, find_blocks
 from .heads import can_replace
-from .projection import join
+from .projection import join, reach
 from .timm_table import MODELS, rule
 
 PACKAGE = "timm.models."
@@ -37,10 +37,11 @@ def describe(host: nn.Module, path: str, model: Any) -> Encoder:
     block = found.missing(model, path, ("blocks",)) if found.blocks else ""
     if block and any(is_kind(model, name, PACKAGE) for name in PLAIN):
         raise UnsupportedArchitectureError(
-            f"inject_prompts: no attention that is known was found in block {block!r} of "
-            f"{type(model).__name__}, so its prompts would have no effect. Its attention must be a "
-            "child `attn` with a fused `qkv` or separate `q_proj`, `k_proj`, `v_proj` layers and "
-            "meet one softmax."
+            "inject_prompts",
+            f"no attention that is known was found in block {block!r} of {type(model).__name__}, "
+            "so its prompts would have no effect",
+            "Its attention must be a child attn with a fused qkv or separate q_proj, k_proj, "
+            "v_proj layers and meet one softmax",
         )
     plain = next((name for name in PLAIN if is_kind(model, name, PACKAGE)), None)
     return Encoder(
@@ -66,22 +67,13 @@ def describe(host: nn.Module, path: str, model: Any) -> Encoder:
 
 
 def _refuse(model: nn.Module, found: Found) -> None:
-    name, reason = type(model).__name__, MODELS.get(type(model).__name__)
-    if reason is None and not found.blocks:
-        reason = "; ".join(f"{part}: {why}" for part, why in found.refused.items())
-    if reason is None:
-        return
-    raise UnsupportedArchitectureError(
-        f"inject_prompts: timm {name} has no attention that prompts could join as keys and values "
-        f"({reason or 'it holds no softmax attention over tokens'}). "
-        "location='pad' works for every image model."
-    )
+    name = type(model).__name__
+    if name in MODELS or not found.blocks:
+        raise found.unsupported(f"timm {name}", MODELS.get(name, ""))
 
 
-def _has_norm(model: Any, path: str) -> bool:
-    for name in path.split("."):
-        model = getattr(model, name, nn.Identity())
-    return not isinstance(model, nn.Identity)
+def _has_norm(model: nn.Module, path: str) -> bool:
+    return not isinstance(reach(model, path), nn.Identity | None)
 
 
 def _gate(model: Any, path: str) -> str | None:
@@ -162,13 +154,14 @@ def _input_size(model: Any) -> tuple[int, int, int]:
     if getattr(model, "dynamic_img_size", False) and embed is not None:
         # Any multiple of the patch will do, and a few tokens check as well as a thousand.
         ratio = embed.feat_ratio(as_scalar=False)
-        size = tuple(min(int(s), 4 * int(r)) for s, r in zip(size, ratio, strict=True))
-    return (channels, int(size[0]), int(size[1]))
+        height, width = (min(s, 4 * int(r)) for s, r in zip(size, ratio, strict=True))
+        return (channels, height, width)
+    return (channels, *size)
 
 
-def _fixed_size(model: nn.Module) -> tuple[int, ...] | None:
+def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
     for module in (model, *model.children()):
-        size = getattr(module, "img_size", None)
+        size = as_pair(getattr(module, "img_size", None))
         if size is not None:
-            return (size, size) if isinstance(size, int) else tuple(size)
+            return size
     return None

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedArchitectureError
-from .anatomy import Encoder, Head, is_kind
+from .anatomy import Encoder, Head, as_pair, is_kind
 from .discover import Found, find_blocks
 from .projection import join, reach
 from .transformers_table import ALSO, MODELS, rule
@@ -125,16 +125,12 @@ def _refuse(model: nn.Module, name: str, found: Found) -> None:
         reason = "it is an encoder-decoder"
     if reason is not None:
         raise UnsupportedArchitectureError(
-            f"inject_prompts: transformers {name}: {reason}; prompts belong to a backbone. Pass "
-            "its vision transformer, if it has one; location='pad' works for every image model."
+            "inject_prompts",
+            f"transformers {name}: {reason}; prompts belong to a backbone",
+            "Pass its vision transformer, if it has one",
         )
     if not found.blocks:
-        reasons = "; ".join(f"{part}: {why}" for part, why in found.refused.items())
-        raise UnsupportedArchitectureError(
-            f"inject_prompts: transformers {name} has no attention that prompts could join as keys "
-            f"and values ({reasons or 'it holds no softmax attention over tokens'}). "
-            "location='pad' works for every image model."
-        )
+        raise found.unsupported(f"transformers {name}")
 
 
 def _norm_after(model: Any, path: str, name: str) -> str | None:
@@ -196,7 +192,8 @@ def _reads(host: nn.Module, path: str) -> str:
 
 def _input_size(model: Any, row: Family | None) -> tuple[int, int, int]:
     config = model.config
-    size, patch = (_pair(getattr(config, name, 224)) for name in ("image_size", "patch_size"))
+    names = ("image_size", "patch_size")
+    size, patch = (as_pair(getattr(config, name, None)) or (224, 224) for name in names)
     if row is not None and row.any_size:
         size = (min(size[0], 4 * patch[0]), min(size[1], 4 * patch[1]))
     return (int(getattr(config, "num_channels", 3)), *size)
@@ -212,9 +209,3 @@ def _frames(model: Any) -> int:
     return int(
         getattr(model.config, "num_frames", 0) or getattr(model.config, "frames_per_clip", 0) or 0
     )
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    if isinstance(value, list | tuple) and len(value) >= 2:
-        return int(value[-2]), int(value[-1])
-    return (int(value), int(value)) if isinstance(value, int) else (224, 224)
