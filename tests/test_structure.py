@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import dataclasses
 import graphlib
 import inspect
@@ -111,6 +112,14 @@ def test_functions_are_short_and_the_package_is_small() -> None:
                 lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
                 assert lines <= BODY, f"{module}: {node.name} has {lines} lines"
     assert code_of(PACKAGE.rglob("*.py")) <= CODE + TO_GO["code"]
+
+
+def test_the_wheel_holds_every_file() -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    packed = config["options.package_data"]["peft_vpt"].split()
+    named = {path for pattern in packed for path in PACKAGE.glob(pattern)}
+    assert named == {p for p in PACKAGE.rglob("*.*") if p.suffix not in (".py", ".pyc")}
 
 
 def test_the_first_page_needs_a_small_part(tmp_path: Path) -> None:

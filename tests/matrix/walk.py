@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from peft_vpt.backbones.anatomy import Encoder
 from peft_vpt.errors import VPTError
 from peft_vpt.inject import inject_prompts, remove_prompts
+from peft_vpt.spec import LOCATIONS
 
 from . import small_timm, small_transformers
 
 # An effect of prompts below this is none; float64 arithmetic leaves about 1e-13.
 _EFFECT = 1e-11
-_BORDERS = (2, 4, 7, 8)
 # Their own code knows no float64.
 _FLOAT32 = ("Dots3NoteVisionModel",)
 
@@ -93,7 +93,7 @@ def try_one(
         # A border has to fit the patch grid of a model that does not resize it.
         kind = hash(type(model))
         if kind not in seen:
-            fits = any(_accepts(model, length, location="pad") for length in _BORDERS)
+            fits = any(_accepts(model, length, location="pad") for length in LOCATIONS["pad"].tries)
             seen[kind] = Result(library, name, pad=fits)
         result.pad = seen[kind].pad
     except Exception as error:
