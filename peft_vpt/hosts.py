@@ -124,11 +124,10 @@ def check_head(
         )
     if spec.pooling == "cls" and not encoder.has_cls:
         raise wrong("the model has no CLS token", "use 'image', 'prompt' or 'global'")
-    last = spec.spans(encoder.depth)[-1][1]
-    if spec.pooling in ("prompt", "global") and last < encoder.depth - 1:
+    end = max((leave for _, leave in spec.spans(encoder.depth)), default=0)
+    if spec.pooling in ("prompt", "global") and end < encoder.depth - 1:
         raise wrong(
-            "no prompts are left behind the last block, since the last span ends with block "
-            f"{last}",
+            f"no prompts are left behind the last block, since the last span ends with block {end}",
             f"let layers reach block {encoder.depth - 1}",
         )
     width = encoder.blocks[-1].width

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones.anatomy import Encoder, first_floating
-from ..backbones.find import takes_images
+from ..backbones.find import ImageFacts, takes_images
 from ..backbones.projection import join
 from ..errors import SpecError, UnsupportedArchitectureError, VPTError
 from ..prompts import Place, Prompts
@@ -38,13 +38,11 @@ class PixelPlace(Place):
 
     Args:
         image: `(channels, height, width)` of the images that the user gives.
-        mean: Of the model's normalisation, per channel.
-        std: Likewise.
+        facts: What the model says about its images.
     """
 
     image: tuple[int, int, int] = (0, 0, 0)
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    facts: ImageFacts
 
     def draw(
         self, name: str, blank: Tensor, patch: tuple[int, int], generator: torch.Generator | None
@@ -52,7 +50,8 @@ class PixelPlace(Place):
         """Fill the zeros of a stored prompt with first values."""
         if self.spec.init == "xavier":
             # Channels come first in borders, second in patches; two spatial dimensions follow.
-            mean, std = (torch.tensor(x).view(-1, 1, 1).to(blank) for x in (self.mean, self.std))
+            both = (self.facts.mean, self.facts.std)
+            mean, std = (torch.tensor(x).view(-1, 1, 1).to(blank) for x in both)
             return self.normalised(blank.uniform_(generator=generator), mean, std)
         return blank.normal_(generator=generator) if self.spec.init == "normal" else blank
 
@@ -66,27 +65,22 @@ class PixelPlace(Place):
         Raises:
             VPTError: They have not; the message names both and what to do.
         """
-        channels, height, width = self.image
-        where = f"`location={self.spec.location!r}`"
+        channels, *size = self.image
         if not isinstance(image, Tensor) or image.dim() != 4:
-            shape = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
-            raise VPTError(
-                "", f"{where}: needs images (batch, channels, height, width), got {shape}"
+            got = tuple(image.shape) if isinstance(image, Tensor) else type(image).__name__
+            problem, advice = f"needs images (batch, channels, height, width), got {got}", ""
+        elif image.shape[1] != channels:
+            problem = f"got images of {image.shape[1]} channels, needs {channels}"
+            advice = "convert them to RGB"
+        elif list(image.shape[2:]) != size:
+            problem = f"got images of {_by(image.shape[2:])}, needs {_by(size)}{self.grows()}"
+            advice = (
+                f"Resize the images to {_by(size)}, or remove_prompts and inject again into a "
+                "model built for another image size"
             )
-        if image.shape[1] != channels:
-            raise VPTError(
-                "",
-                f"{where}: got images of {image.shape[1]} channels, needs {channels}",
-                "convert them to RGB",
-            )
-        if tuple(image.shape[2:]) != (height, width):
-            raise VPTError(
-                "",
-                f"{where}: got images of {_by(image.shape[2:])}, needs {_by((height, width))}"
-                + self.grows(),
-                f"Resize the images to {_by((height, width))}, or remove_prompts and inject again "
-                "into a model built for another image size",
-            )
+        else:
+            return
+        raise VPTError("", f"`location={self.spec.location!r}`: {problem}", advice)
 
     def grows(self) -> str:
         """Say what becomes of an image's size, if anything."""
@@ -140,8 +134,7 @@ class Border(PixelPlace):
             spec,
             encoder,
             image=(3, height, width),
-            mean=facts.mean,
-            std=facts.std,
+            facts=facts,
             sees=trial.size,
             module=trials.path,
             entrances=tuple(entrances) if trial.entered == 1 else ("forward",),
@@ -219,8 +212,7 @@ class ConvPlace(PixelPlace):
             trials.spec,
             trials.encoder,
             image=(facts.channels, *trial.size),
-            mean=facts.mean,
-            std=facts.std,
+            facts=facts,
             conv=join(trials.path, trial.convs[0]),
             kernel=tuple(conv.kernel_size),
             width=int(conv.out_channels),
