@@ -146,29 +146,33 @@ def test_bad_lists(tmp_path: Path, name: str, old: str, new: str, message: str) 
         open_task(tmp_path)
 
 
-def test_more_bad_lists(tmp_path: Path) -> None:
-    folder = vtab(tmp_path / "range")
-    (folder / "classes.txt").write_text("a\nb\n")
-    with pytest.raises(VPTError, match=r"1 classes of 'train' are unknown .*: 2\. Train has 2"):
-        open_task(folder)
-    (folder / "classes.txt").write_text("a\nb\nb\n")
-    with pytest.raises(VPTError, match="names b twice"):
-        open_task(folder)
-    (folder / "classes.txt").write_text("\n")
-    with pytest.raises(VPTError, match=r"classes\.txt: is empty"):
-        open_task(folder)
-    for name in ("train800", "val200", "test"):
-        empty = vtab(tmp_path / name)
-        (empty / "train800val200.txt").unlink()
-        (empty / f"{name}.txt").write_text("\n")
-        with pytest.raises(VPTError, match=rf"{name}\.txt: is empty"):
-            open_task(empty)
-    (empty / "test.txt").unlink()
-    with pytest.raises(VPTError, match=r"test\.txt: is missing"):
-        open_task(empty)
-    (empty / "test.txt").write_bytes(b"\xff\xfe\x00a 1")
-    with pytest.raises(VPTError, match="cannot be read as UTF-8"):
-        open_task(empty)
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("classes", "a\nb\n", r"1 classes of 'train' are unknown .*: 2\. Train has 2"),
+        ("classes", "a\nb\nb\n", r"classes\.txt: names b twice"),
+        ("classes", "\n", r"classes\.txt: is empty"),
+        ("classes", "a\n\nb\nc\n", r"classes\.txt: line 2 is empty"),
+        ("classes", "\na\nb\nc", r"classes\.txt: line 1 is empty"),
+        ("classes", "a\nb\n \nc", r"classes\.txt: line 3 is empty"),
+        ("train800", "\n", r"train800\.txt: is empty"),
+        ("val200", "\n", r"val200\.txt: is empty"),
+        ("test", "\n", r"test\.txt: is empty"),
+        ("test", None, r"test\.txt: is missing"),
+        ("test", b"\xff\xfe\x00a 1", r"test\.txt: cannot be read as UTF-8"),
+    ],
+)
+def test_bad_files_of_lists(
+    tmp_path: Path, file: str, content: str | bytes | None, message: str
+) -> None:
+    place = vtab(tmp_path) / f"{file}.txt"
+    (tmp_path / "train800val200.txt").unlink()
+    if content is None:
+        place.unlink()
+    else:
+        place.write_bytes(content.encode() if isinstance(content, str) else content)
+    with pytest.raises(VPTError, match=message):
+        open_task(tmp_path)
 
 
 @pytest.mark.parametrize("label", [6, 1_000_000, int("9" * 60)])
@@ -188,14 +192,9 @@ def test_a_label_beyond_the_number_of_images_is_a_mistake(tmp_path: Path, label:
     assert len(open_task(folder).classes) == 8
 
 
-def test_an_empty_line_of_classes_shifts_no_name(tmp_path: Path) -> None:
-    folder = vtab(tmp_path)
-    (folder / "classes.txt").write_text("a\nb\nc\n\n \n")
-    assert open_task(folder).classes == ("a", "b", "c")
-    for text, line in (("a\n\nb\nc\n", 2), ("\na\nb\nc", 1), ("a\nb\n \nc", 3)):
-        (folder / "classes.txt").write_text(text)
-        with pytest.raises(VPTError, match=rf"classes\.txt: line {line} is empty"):
-            open_task(folder)
+def test_empty_lines_behind_the_classes_are_none(tmp_path: Path) -> None:
+    (vtab(tmp_path) / "classes.txt").write_text("a\nb\nc\n\n \n")
+    assert open_task(tmp_path).classes == ("a", "b", "c")
 
 
 def test_missing_images_are_counted_and_ten_are_named(tmp_path: Path) -> None:
@@ -337,33 +336,29 @@ def test_missing_splits_are_cut_from_train(tmp_path: Path) -> None:
     assert both.split("trainval") == both.trainval()
 
 
-def test_bad_folders(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("counts", "message"),
+    [
+        ({"val/a": 1}, "no classes or no training images found; it has val"),
+        ({"train": 1}, "train: has no class folders"),
+        ({"train/a": 2, "val/a": 1, "val/c": 1}, "1 classes of 'val' are unknown to train: c"),
+        ({"train/a": 2, "train/b": 0}, "train: 1 of 2 class folders have no images: b"),
+        ({"train/a": 2, "test/a": 0}, "split 'test' is empty"),
+        ({"a": 1, "b": 1}, "no split 'test', and none can be cut from 2"),
+    ],
+)
+def test_bad_folders(tmp_path: Path, counts: Mapping[str, int], message: str) -> None:
+    with pytest.raises(VPTError, match=message):
+        open_task(fill(tmp_path, counts))
+
+
+def test_what_is_no_folder(tmp_path: Path) -> None:
     with pytest.raises(VPTError, match="is not there; give a folder"):
         open_task(tmp_path / "nothing")
     with pytest.raises(VPTError, match="is a file"):
         open_task(save(tmp_path / "a.png"))
     with pytest.raises(VPTError, match=r"no classes or no training images found; it has a\.png"):
         open_task(tmp_path)
-    save(tmp_path / "flat/train/a.png")
-    with pytest.raises(VPTError, match="has no class folders"):
-        open_task(tmp_path / "flat")
-    fill(tmp_path / "stray/val", {"a": 1})
-    with pytest.raises(VPTError, match="no classes or no training images"):
-        open_task(tmp_path / "stray")
-    fill(tmp_path / "strange/train", {"a": 2, "b": 2})
-    fill(tmp_path / "strange/val", {"a": 1, "c": 1})
-    with pytest.raises(VPTError, match="1 classes of 'val' are unknown to train: c"):
-        open_task(tmp_path / "strange")
-    fill(tmp_path / "empty/train", {"a": 2, "b": 0})
-    with pytest.raises(VPTError, match=r"empty/train: 1 of 2 class folders have no images: b\."):
-        open_task(tmp_path / "empty")
-    fill(tmp_path / "none/train", {"a": 2})
-    fill(tmp_path / "none/test", {"a": 0})
-    with pytest.raises(VPTError, match="split 'test' is empty"):
-        open_task(tmp_path / "none")
-    fill(tmp_path / "few", {"a": 1, "b": 1})
-    with pytest.raises(VPTError, match="no split 'test', and none can be cut from 2"):
-        open_task(tmp_path / "few")
 
 
 def fgvc(folder: Path, root: str = "", names: tuple[Any, ...] = ("owl", "jay")) -> Path:
@@ -548,28 +543,30 @@ def test_hugging_face_labels_that_are_missing(tmp_path: Path, kind: Any) -> None
         assert "test has no labels (all -1) and is left out" in open_task(hidden).notes
 
 
-def test_hugging_face_splits_of_other_columns_or_none(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    kind = ["n", "m"]
-    name = hub(tmp_path / "a", train=(kind, [0, 1] * 4), test=(kind, [0, 1]))
-    held = datasets.load_from_disk(tmp_path / "a")
-    for number, (change, match) in enumerate(
-        (
-            (("rename_column", "label", "kind"), "columns image and label of train, but image and"),
-            (("remove_columns", "label"), "its split 'test' needs one label column, found none"),
-        )
-    ):
-        held["test"] = getattr(datasets.load_from_disk(tmp_path / "a")["test"], change[0])(
-            *change[1:]
-        )
-        held.save_to_disk(tmp_path / f"{number}")
-        with pytest.raises(VPTError, match=match):
-            open_task(f"hf:{tmp_path / str(number)}")
-    for empty in ("train", "test"):
-        parts: dict[str, Saved] = {"train": (kind, [0, 1] * 4), "test": (kind, [0, 1])}
-        name = hub(tmp_path / f"no {empty}", **parts | {empty: (kind, [])})
-        with pytest.raises(VPTError, match="datasets cannot read it"):
-            open_task(name)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("rename_column", "label", "kind"), "columns image and label of train, but image and"),
+        (("remove_columns", "label"), "its split 'test' needs one label column, found none"),
+    ],
+)
+def test_hugging_face_splits_of_other_columns(
+    tmp_path: Path, change: tuple[str, ...], message: str
+) -> None:
+    part: Saved = (["n", "m"], [0, 1] * 4)
+    hub(tmp_path / "a", train=part, test=part)
+    held = pytest.importorskip("datasets").load_from_disk(tmp_path / "a")
+    held["test"] = getattr(held["test"], change[0])(*change[1:])
+    held.save_to_disk(tmp_path / "b")
+    with pytest.raises(VPTError, match=message):
+        open_task(f"hf:{tmp_path / 'b'}")
+
+
+@pytest.mark.parametrize("empty", ["train", "test"])
+def test_hugging_face_splits_without_rows(tmp_path: Path, empty: str) -> None:
+    parts: dict[str, Saved] = dict.fromkeys(("train", "test"), (["n", "m"], [0, 1] * 4))
+    with pytest.raises(VPTError, match="datasets cannot read it"):
+        open_task(hub(tmp_path, **parts | {empty: (["n", "m"], [])}))
 
 
 @pytest.mark.parametrize("form", ["numpy", "torch"])
@@ -585,23 +582,12 @@ def test_a_format_saved_with_a_dataset_changes_nothing(tmp_path: Path, form: str
 
 
 def test_hugging_face_splits_by_other_names(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    schema = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["n", "m"])}
-    )
-
-    def write(*names: str) -> str:
-        rows = {"image": [Image.new("L", (4, 4))] * 4, "label": [0, 1] * 2}
-        part = datasets.Dataset.from_dict(rows, features=schema)
-        folder = tmp_path / "-".join(names)
-        datasets.DatasetDict(dict.fromkeys(names, part)).save_to_disk(folder)
-        return f"hf:{folder}"
-
-    task = open_task(write("Training", "dev", "testing", "extra"))
+    part: Saved = (["n", "m"], [0, 1] * 2)
+    task = open_task(hub(tmp_path / "a", Training=part, dev=part, testing=part, extra=part))
     assert sizes(task) == {"train": 4, "val": 4, "test": 4}
     assert task.notes == ("splits that are not used: extra",)
     with pytest.raises(VPTError, match="has dev and validation, both of which may be 'val'"):
-        open_task(write("train", "dev", "validation"))
+        open_task(hub(tmp_path / "b", train=part, dev=part, validation=part))
 
 
 def test_hugging_face_without_datasets(monkeypatch: Any) -> None:
