@@ -16,11 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SpecError, VPTError, cut
-from ..files import __version__, plain, replace_file, write_json, write_lines
+from ..files import __version__, replace_file, write_json, write_lines
 from ..hosts import unwrap
 from ..inject import count_parameters
 from .optim import owner_of
-from .recipes import Recipe
 
 CHECKPOINT = "checkpoint.pt"
 _FORMAT = 1
@@ -145,40 +144,6 @@ _LIBRARIES = ("torch", "timm", "transformers", "accelerate")
 _FREE = ("versions", "machine")
 
 
-def describe_run(
-    model: nn.Module,
-    recipe: Recipe,
-    accelerator: Any,
-    *,
-    trained: Mapping[str, Tensor],
-    loader: Mapping[str, Any],
-    data: Mapping[str, Any] | None,
-    weights: bool,
-) -> dict[str, Any]:
-    """Return the resolved configuration of a run as plain JSON values.
-
-    Args:
-        model: The model, not wrapped.
-        recipe: Its recipe.
-        accelerator: accelerate's.
-        trained: The tensors that change.
-        loader: Facts about the batches.
-        data: The caller's own description.
-        weights: Whether to take a checksum of the backbone, which reads all of it.
-    """
-    found: dict[str, Any] = {
-        "recipe": recipe.to_dict(),
-        "model": _model(model, trained) | ({"backbone": _sum(model, trained)} if weights else {}),
-        "data": dict(data or {}),
-        "loader": dict(loader),
-        "mixed_precision": str(accelerator.mixed_precision),
-        "versions": library_versions(),
-        "machine": _machine(accelerator),
-    }
-    result: dict[str, Any] = plain(found)
-    return result
-
-
 def _refuse_other(kept: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
     """Raise unless a checkpoint is of this configuration and data; name what differs."""
     old, new = _flat(kept), _flat(now)
@@ -193,7 +158,16 @@ def _refuse_other(kept: Mapping[str, Any], now: Mapping[str, Any], path: Path) -
         raise SpecError("fit", problem, advice, path=path)
 
 
-def _model(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, Any]:
+def describe_model(
+    model: nn.Module, trained: Mapping[str, Tensor], weights: bool
+) -> dict[str, Any]:
+    """Return what a run depends on of its model.
+
+    Args:
+        model: The model, not wrapped.
+        trained: The tensors that change.
+        weights: Whether to take a checksum of the backbone, which reads all of it.
+    """
     host = unwrap(model)
     prompts = getattr(host, "prompts", None)
     spec = getattr(prompts, "spec", None)
@@ -206,17 +180,17 @@ def _model(model: nn.Module, trained: Mapping[str, Tensor]) -> dict[str, Any]:
         "trainable": count.trainable,
         "total": count.total,
         "tensors": {name: list(tensor.shape) for name, tensor in trained.items()},
+        **({"backbone": _sum(host, trained)} if weights else {}),
     }
 
 
-def _sum(model: nn.Module, trained: Mapping[str, Tensor]) -> str:
+def _sum(host: nn.Module, trained: Mapping[str, Tensor]) -> str:
     """Return a checksum of the backbone as a run finds it: weights and statistics.
 
     What is new for every task is left out, since its first values may differ and a checkpoint has
     later ones: prompts and head; in a model without prompts all that trains.
     """
-    host, total = unwrap(model), 0
-    prompted = hasattr(host, "prompts")
+    total, prompted = 0, hasattr(host, "prompts")
     for name, tensor in host.state_dict().items():
         if owner_of(host, name) == "backbone" if prompted else name not in trained:
             raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
@@ -235,7 +209,8 @@ def library_versions() -> dict[str, Any]:
     return found
 
 
-def _machine(accelerator: Any) -> dict[str, Any]:
+def describe_machine(accelerator: Any) -> dict[str, Any]:
+    """Return where a run takes place; it may be resumed elsewhere."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {

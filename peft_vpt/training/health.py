@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 from ..errors import VPTError
@@ -26,7 +27,7 @@ class LossWatch:
 
     Args:
         steps_per_epoch: Optimizer steps in an epoch.
-        state: What `state` returned earlier.
+        state: The `state` of an earlier one.
         total: Optimizer steps of the run; a run of fewer than five is told by all of them.
     """
 
@@ -39,43 +40,34 @@ class LossWatch:
     ) -> None:
         self._few = min(_SHORTEST, total)
         self._window = min(max(steps_per_epoch, _SHORTEST), _LONGEST)
-        self._first: list[float] = list(state["first"]) if state else []
-        self._last: list[float] = list(state["last"]) if state else []
-        self._warned = bool(state["warned"]) if state else False
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """Plain values from which a watch goes on."""
-        return {"first": self._first, "last": self._last, "warned": self._warned}
+        # Plain values, from which another watch goes on.
+        self.state: dict[str, Any] = dict(state or {"first": [], "last": [], "warned": False})
 
     def see(self, loss: float) -> str | None:
         """Take the loss of a step, and return a warning the first time it has risen."""
-        if len(self._first) < self._window:
-            self._first.append(loss)
-            told = self._leapt(self._first)
+        first, told = self.state["first"], None
+        if len(first) < self._window:
+            first.append(loss)
+            told = self._leapt(first)
         else:
-            self._last = [*self._last, loss][-self._window :]
-            told = self._risen() or self._leapt(self._last)
-        if self._warned or told is None:
+            last = self.state["last"] = [*self.state["last"], loss][-self._window :]
+            told = self._risen(last) or self._leapt(last)
+        if self.state["warned"] or told is None:
             return None
-        self._warned = True
+        self.state["warned"] = True
         return (
             f"fit: the mean loss of {told}: the learning rate is most likely too high. Lower "
             "base_lr, or use preset(protocol, kind='default')."
         )
 
-    def _risen(self) -> str | None:
-        start, now, window = _mean(self._first), _mean(self._last), self._window
-        if len(self._last) < window or now <= start * _MARGIN:
+    def _risen(self, losses: list[float]) -> str | None:
+        start, now, window = fmean(self.state["first"]), fmean(losses), self._window
+        if len(losses) < window or now <= start * _MARGIN:
             return None
         return f"the last {window} steps is {now:.4g}, above the {start:.4g} of the first ones"
 
     def _leapt(self, losses: list[float]) -> str | None:
-        start, now = self._first[0], _mean(losses[-self._few :])
+        start, now = self.state["first"][0], fmean(losses[-self._few :])
         if len(losses) < self._few or now <= start * _LEAP + _NATS:
             return None
         return f"the last {self._few} steps is {now:.4g}, above the {start:.4g} of the first one"
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)

@@ -21,13 +21,15 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 from ..backbones.anatomy import first_floating
 from ..checks import instance, integer, one_of, or_none
 from ..errors import SpecError
-from ..files import write_lines
+from ..files import plain, write_lines
 from ..randomness import derive
 from .batches import check_last_batch, check_shown_labels, pair_of, shown_labels, training_loader
 from .checkpoint import (
     Position,
     begin_folder,
-    describe_run,
+    describe_machine,
+    describe_model,
+    library_versions,
     load_checkpoint,
     read_checkpoint,
     save_checkpoint,
@@ -168,29 +170,30 @@ class _Run:
     def begin(self, folder: str | Path | None, resume: bool, data: Any) -> None:
         """Take up the checkpoint, if there is one; nothing is written."""
         self.folder = None if folder is None else Path(folder)
-        self.config = describe_run(
-            self.host,
-            self.recipe,
-            self.accelerator,
-            trained=self.tensors,
-            loader=self._about(self.given["train"]),
-            data=data,
-            weights=folder is not None,
+        self.config: dict[str, Any] = plain(
+            {
+                "recipe": self.recipe.to_dict(),
+                "model": describe_model(self.host, self.tensors, folder is not None),
+                "data": dict(data or {}),
+                "loader": self._about(self.given["train"]),
+                "mixed_precision": str(self.accelerator.mixed_precision),
+                "versions": library_versions(),
+                "machine": describe_machine(self.accelerator),
+            }
         )
         content = None
         if self.folder is not None:
             content = read_checkpoint(self.folder, self.config) if resume else None
             # Nobody may write before everybody has read.
             self.accelerator.wait_for_everyone()
-        scaler, self.resumed = self.accelerator.scaler, content is not None
-        self.at = (
-            Position()
-            if content is None
-            else load_checkpoint(content, self.tensors, self.optimizer, scaler)
-        )
+        self.resumed, self.at = content is not None, Position()
+        if content is not None:
+            scaler = self.accelerator.scaler
+            self.at = load_checkpoint(content, self.tensors, self.optimizer, scaler)
         self.first = self.at.step + 1
         total = self.steps * self.recipe.epochs
         self.watch = LossWatch(self.steps, self.at.watch, total=total)
+        self.at.watch = self.watch.state
         self.began = time.perf_counter() - self.at.seconds
 
     def _about(self, loader: Any) -> dict[str, Any]:
@@ -308,7 +311,6 @@ class _Run:
         self.at.step += 1
         self.at.loss_sum += loss
         message = self.watch.see(loss)
-        self.at.watch = self.watch.state
         self.bars.show(self.at.step, self.steps, f"loss {loss:.4f}")
         if message and self.accelerator.is_main_process:
             warnings.warn(message, UserWarning, stacklevel=4)

@@ -85,14 +85,20 @@ def sweep(
 
     Source: Jia et al. 2022, section A.1 (grid search on val).
     """
+    from rich.console import Console
+    from rich.progress import Progress
+
     points = grid_points(grid)
     _check_options(folder, storage, name)
-    with _quiet(), _bar(name, len(points), progress) as show:
+    console = Console(stderr=True)
+    bar = Progress(console=console, disable=not (progress and console.is_terminal))
+    with _quiet(), bar:
+        task = bar.add_task(name, total=len(points))
         study = _open(folder, storage, name, grid, settings)
         while len(done := _settled(study)) < len(points):
-            show(len(done))
+            bar.update(task, completed=len(done))
             _run(study, objective, grid)
-        show(len(points))
+        bar.update(task, completed=len(points))
     return _result([(params, done[_key(params)]) for params in points], grid, name)
 
 
@@ -135,9 +141,9 @@ def _result(
         )
         for params, trial in done
     ]
-    keys = sorted(grid, key=lambda key: key != _FIRST_TIE)
 
     def rank(trial: SweepTrial) -> tuple[float, ...]:
+        keys = sorted(grid, key=lambda key: key != _FIRST_TIE)
         return (-(trial.value or 0.0), *(_size(trial.params[key], grid[key]) for key in keys))
 
     valued = [trial for trial in trials if trial.value is not None]
@@ -220,17 +226,6 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         optuna.logging.set_verbosity(before)
-
-
-@contextmanager
-def _bar(name: str, total: int, wanted: bool) -> Iterator[Callable[[int], None]]:
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not (wanted and console.is_terminal)) as progress:
-        task = progress.add_task(name, total=total)
-        yield lambda done: progress.update(task, completed=done)
 
 
 def grid_points(grid: Any) -> list[dict[str, Any]]:
