@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -114,42 +114,59 @@ def _by_other_ties(
     return []
 
 
+def _scaled(tensor: Tensor, by: float) -> Tensor:
+    return tensor.detach().float() * by
+
+
 @torch.no_grad()
 def _read(
     host: nn.Module, encoder: Encoder, view: Callable[[Tensor], Tensor] = Tensor.detach
 ) -> Fingerprint:
     _refuse_unreadable(host, encoder)
-    seen: list[Weight] = []
-    rows = [_row(host, encoder, index, view, seen) for index in range(max(encoder.depth, 1))]
-    beside = _beside(host, encoder)
+    rows, dtypes, quantized = [], [], False
+    for weights, projected in _parts(host, encoder):
+        rows.append(_by_shape(weights, view))
+        rows[-1] += [
+            sum((_sum(_rounded(w, view).square_()) for w in part), 0.0) for part in projected
+        ]
+        # Noted here: dequantized weights of all blocks would not fit where the packed ones do.
+        dtypes += [str(w.values.dtype).removeprefix("torch.") for w in weights]
+        quantized |= any(w.quantized for w in weights)
+    final, beside = encoder.norm_weights, _beside(host, encoder)
     result = {
-        "dtype": _precision(seen),
+        # That of the first weight; float16 if any of them was.
+        "dtype": "float16" if "float16" in dtypes else (dtypes or ["float32"])[0],
         "blocks": rows,
-        "norm": _moments(_final_norm(host, encoder), view),
+        "norm": _moments(weights_below(host.get_submodule(final)) if final else [], view),
     }
     if beside:
         result["rest"] = _by_shape(beside, view)
     for place, _, *numbers in _numbers(result):
         if not all(map(math.isfinite, numbers)):
             raise UnreadableWeightsError(f"{place} holds weights that are not finite")
-    return result | {"quantized": True} if any(w.quantized for w in seen) else result
+    return result | {"quantized": True} if quantized else result
 
 
-def _row(
-    host: nn.Module,
-    encoder: Encoder,
-    index: int,
-    view: Callable[[Tensor], Tensor],
-    seen: list[Weight],
-) -> list[float]:
-    """Return the nine numbers of one block, and note how its weights are stored."""
-    if encoder.blocks:
-        weights = weights_below(host.get_submodule(encoder.blocks[index].path))
-    else:
-        weights = weights_below(*_whole(host, encoder))
-    # Empty ones: dequantized weights of all blocks would not fit where the packed ones do.
-    seen.extend(Weight(w.values.new_empty(0), w.quantized) for w in weights)
-    return _by_shape(weights, view) + _rows(host, encoder, index, view)
+def _parts(
+    host: nn.Module, encoder: Encoder
+) -> Iterator[tuple[list[Weight], list[tuple[Tensor, ...]]]]:
+    """Yield the weights of each block, and those that queries, keys and values come from.
+
+    An encoder without known blocks is one block, without projections.
+    """
+    for block in encoder.blocks:
+        module = host.get_submodule(block.path)
+        rows = [a.projection.rows(module.get_submodule(a.path)) for a in block.attentions]
+        yield weights_below(module), list(zip(*rows, strict=True))
+    if not encoder.blocks:
+        apart = ("prompts", *_inside(encoder, encoder.head_paths))
+        yield weights_below(host.get_submodule(encoder.path), apart), [(), (), ()]
+
+
+def _inside(encoder: Encoder, paths: Iterable[str]) -> list[str]:
+    """Return those of the host's paths that lead into the encoder, from there on."""
+    below = f"{encoder.path}." if encoder.path else ""
+    return [path.removeprefix(below) for path in paths if path.startswith(below)]
 
 
 def _by_shape(weights: Sequence[Weight], view: Callable[[Tensor], Tensor]) -> list[float]:
@@ -163,10 +180,9 @@ def _beside(host: nn.Module, encoder: Encoder) -> list[Weight]:
     if not encoder.blocks:
         return []
     root = host.get_submodule(encoder.path)
-    below = f"{encoder.path}." if encoder.path else ""
-    heads = encoder.head_paths
-    taken = [*(block.path for block in encoder.blocks), encoder.norm_weights or "prompts", *heads]
-    apart = [path.removeprefix(below) for path in taken if path.startswith(below)]
+    blocks = [block.path for block in encoder.blocks]
+    norm = encoder.norm_weights or "prompts"
+    apart = _inside(encoder, [*blocks, norm, *encoder.head_paths])
     convs = [path for path, module in root.named_modules() if isinstance(module, nn.Conv2d)]
     first = convs[0] if convs else ""
     if _EMBEDDING.fullmatch(_last(first.rpartition(".")[0])):
@@ -206,57 +222,19 @@ def _refuse_unreadable(host: nn.Module, encoder: Encoder) -> None:
                 )
 
 
-def _whole(host: nn.Module, encoder: Encoder) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return the encoder's module, and what in it is not the backbone."""
-    head = encoder.head_paths
-    below = f"{encoder.path}." if encoder.path else ""
-    apart = ("prompts", *(path.removeprefix(below) for path in head if path.startswith(below)))
-    return host.get_submodule(encoder.path), apart
-
-
-def _final_norm(host: nn.Module, encoder: Encoder) -> list[Weight]:
-    if encoder.norm_weights is None:
-        return []
-    return weights_below(host.get_submodule(encoder.norm_weights))
-
-
-def _precision(weights: Sequence[Weight]) -> str:
-    """Return the dtype that weights were stored in; float16 if any of them was."""
-    names = [str(w.values.dtype).removeprefix("torch.") for w in weights]
-    return "float16" if "float16" in names else (names or ["float32"])[0]
-
-
-def _rows(
-    host: nn.Module, encoder: Encoder, index: int, view: Callable[[Tensor], Tensor]
-) -> list[float]:
-    """Return the sums of w^2 over the rows of queries, keys and values of one block."""
-    totals = [0.0, 0.0, 0.0]
-    for attention in encoder.blocks[index].attentions if encoder.blocks else ():
-        path = join(encoder.blocks[index].path, attention.path)
-        rows = attention.projection.rows(host.get_submodule(path))
-        squares = (_sum(_rounded(view(w)).square_()) for w in rows)
-        totals = [total + square for total, square in zip(totals, squares, strict=True)]
-    return totals
-
-
 def _moments(weights: Sequence[Weight], view: Callable[[Tensor], Tensor]) -> list[float]:
     """Return the sums of |w|, w^2 and w^4."""
     totals = [0.0, 0.0, 0.0]
     for weight in weights:
-        values = _rounded(view(weight.values))
-        totals[0] += _sum(values.abs_())
-        totals[1] += _sum(values.square_())
-        totals[2] += _sum(values.square_())
+        values = _rounded(weight.values, view)
+        for index, step in enumerate((values.abs_, values.square_, values.square_)):
+            totals[index] += _sum(step())
     return totals
 
 
-def _rounded(tensor: Tensor) -> Tensor:
+def _rounded(tensor: Tensor, view: Callable[[Tensor], Tensor]) -> Tensor:
     # In float32 a bf16 number and its square are exact, its fourth power good to 1e-7.
-    return tensor.detach().to(torch.bfloat16).to(torch.float32)
-
-
-def _scaled(tensor: Tensor, by: float) -> Tensor:
-    return tensor.detach().float() * by
+    return view(tensor).detach().to(torch.bfloat16).to(torch.float32)
 
 
 def _sum(values: Tensor) -> float:
