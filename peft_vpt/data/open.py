@@ -84,7 +84,7 @@ def open_task(
         notes.append(f"train is {len(splits['train'])} images of train_{percent}.json")
     elif fraction < 1:
         train = splits["train"]
-        splits["train"] = reduced(train, fraction, seed)
+        splits["train"] = share_of(train, fraction, seed)
         kept = f"{len(splits['train'])} of {len(train)}"
         notes.append(f"train is {kept} images (stratified, seed {seed})")
     ordered: dict[str, Split] = {
@@ -93,7 +93,7 @@ def open_task(
     return Task(name or title, found.classes, ordered, tuple(notes), found.layout)
 
 
-def reduced(train: Split, fraction: float, seed: int) -> Split:
+def share_of(train: Split, fraction: float, seed: int) -> Split:
     """Return a stratified share of training images, at least one per class."""
     return train.subset(stratified(train.labels, fraction, seed, least=1)[0])
 

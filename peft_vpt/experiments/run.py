@@ -13,7 +13,7 @@ from torch import nn
 
 from ..adapter.verbs import save_task_adapter
 from ..data import Split, Task, decode, loader
-from ..data.drawing import stratified
+from ..data.open import share_of
 from ..inject import count_parameters
 from ..protocols.apply import apply_protocol
 from ..training import DivergedError, Recipe, evaluate, fit
@@ -68,8 +68,7 @@ def reduced(task: Task, fraction: float, seed: int = 0) -> Task:
     """Return a task with a stratified share of its training images, as `open_task` draws it."""
     if fraction == 1:
         return task
-    drawn, _ = stratified(task.split("train").labels, fraction, seed, least=1)
-    splits = {**task.splits, "train": task.split("train").subset(drawn)}
+    splits = {**task.splits, "train": share_of(task.split("train"), fraction, seed)}
     return dataclasses.replace(task, splits=splits)
 
 
