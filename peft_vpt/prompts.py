@@ -375,7 +375,7 @@ class Prompts(nn.Module):
         if spec.location == NOWHERE:
             return "no prompts"
         kind = "deep" if spec.deep else "shallow"
-        if spec.location != "prepend":
+        if spec.location != PromptSpec.location:
             kind += f", location={spec.location}"
         if self.place.image is not None and not self.entries:
             _, height, width = self.place.image

@@ -18,6 +18,8 @@ import pytest
 
 import peft_vpt
 from peft_vpt import PromptSpec
+from peft_vpt.protocols.options import PROMPTED
+from peft_vpt.spec import LOCATIONS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "peft_vpt"
@@ -112,6 +114,16 @@ def test_functions_are_short_and_the_package_is_small() -> None:
                 lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
                 assert lines <= BODY, f"{module}: {node.name} has {lines} lines"
     assert code_of(PACKAGE.rglob("*.py")) <= CODE + TO_GO["code"]
+
+
+def test_nobody_compares_the_name_of_a_location_or_protocol() -> None:
+    """Of those that are no other word too; where the paper's columns are told apart, it is data."""
+    names = {*LOCATIONS, *PROMPTED, "sidetune"}
+    for module in MODULES.keys() - {"spec", "protocols.options"}:
+        if module.partition(".")[0] in ROOMS[ROOMS.index("training") + 1 :]:
+            compared = [n for n in ast.walk(MODULES[module]) if isinstance(n, ast.Compare)]
+            words = {n.value for c in compared for n in ast.walk(c) if isinstance(n, ast.Constant)}
+            assert not words & names, module
 
 
 def test_the_wheel_holds_every_file() -> None:
