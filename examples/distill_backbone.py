@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 
 from peft_vpt.data import open_task
 from peft_vpt.experiments.backbones import device
-from peft_vpt.hub.backbone import build_from_file
+from peft_vpt.hub.backbone import build_backbone
 
 DEVICE = device()
 
@@ -151,7 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> Path:
     chosen = STUDENTS[args.student]
     model_args = {**chosen.args, "num_classes": 0}
     student = timm.create_model(chosen.name, img_size=args.size, **model_args).to(DEVICE).train()
-    teacher = build_from_file(args.teacher, args.weights, args.size).to(DEVICE)
+    teacher = build_backbone("timm", args.teacher, weights=args.weights, image_size=args.size).to(
+        DEVICE
+    )
     images = read_images(args.data)
     count = sum(p.numel() for p in student.parameters())
     print(f"{len(images)} images; {chosen.name} with {count:,} parameters", flush=True)

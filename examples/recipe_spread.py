@@ -31,7 +31,7 @@ from peft_vpt.experiments.report import markdown_table
 from peft_vpt.experiments.run import Pixels, Run, fitted, run_once
 from peft_vpt.experiments.sums import file_sum
 from peft_vpt.experiments.variants import Variant
-from peft_vpt.hub.backbone import build_from_file
+from peft_vpt.hub.backbone import build_backbone
 from peft_vpt.protocols.options import Protocol
 from peft_vpt.training import DivergedError, Recipe, preset
 
@@ -56,7 +56,12 @@ class Measurement:
         self.args = args
         self.file = args.output / "records.jsonl"
         self.build = partial(
-            build_from_file, args.model, args.weights, args.size, **args.model_args
+            build_backbone,
+            "timm",
+            args.model,
+            weights=args.weights,
+            image_size=args.size,
+            options=args.model_args,
         )
         self.task = open_task(args.data)
         self.train = "train" if args.split == "val" else "trainval"

@@ -98,6 +98,15 @@ def short(value: Any) -> str:
     return cut(str(value) if isinstance(value, Exception) else repr(value), 400)
 
 
+def reason(error: Exception) -> str:
+    """Return what is wrong without the call, for the error of a call around it."""
+    if not isinstance(error, VPTError) or not error.problem:
+        return short(error)
+    given = (error.facts.get("given") or {}).items()
+    values = ", ".join(f"{name}={shown(value)}" for name, value in given if value is not ...)
+    return f"{values}: {error.problem}" if values else error.problem
+
+
 @contextmanager
 def renamed(call: str, **facts: Any) -> Iterator[None]:
     """Raise errors of the body again as those of another call, with further facts or others."""

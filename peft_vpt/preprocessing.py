@@ -3,25 +3,60 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .adapter.schema import IMAGE_FIELDS
 from .backbones.identity import describe_timm_config
-from .errors import AdapterError, VPTError
+from .checks import integer, list_of, number, one_of, optional, or_none
+from .errors import AdapterError, VPTError, short
 
+INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")
+# A bound that no adapter reaches: it keeps a small file from asking for gigabytes.
+_MOST_PIXELS = 2**12
+# The words in which an adapter file says what images went through. Each may be absent.
+IMAGE_RULES = {
+    "size": optional(
+        list_of(integer(1, _MOST_PIXELS), f"[height, width], each from 1 to {_MOST_PIXELS}", 2)
+    ),
+    "mean": optional(list_of(number(), "a list of numbers")),
+    "std": optional(list_of(number(0, above=True), "a list of numbers above 0")),
+    "interpolation": optional(one_of(*INTERPOLATIONS)),
+    "crop": optional(or_none(number(0.1, 10), "null")),
+}
 # A tag of TIFF; its value 0 means that 0 is white.
 _PHOTOMETRIC = 262
 _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _USUAL = "bicubic"
 # Mean difference of normalised pixels: torchvision and Pillow differ by 0.005, a crop by 0.2.
 _ALIKE = 0.05
-_GIVE = f"give a dict with {', '.join(IMAGE_FIELDS)}"
-_RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}
+_GIVE = f"give a dict with {', '.join(IMAGE_RULES)}"
+# By the number that Pillow gives to each.
+_RESAMPLE = dict(enumerate(INTERPOLATIONS))
+
+
+def check_images(values: Mapping[str, Any], fail: Callable[..., AdapterError]) -> None:
+    """Refuse descriptions that contradict themselves, or ask for images of gigabytes.
+
+    Args:
+        values: Fields that fit `IMAGE_RULES`.
+        fail: Makes the error from a problem.
+    """
+    size, crop = values.get("size", [1, 1]), values.get("crop")
+    if len(size) != 2:
+        raise fail(f"preprocessing: its size {short(size)} is not [height, width]")
+    if len(values.get("mean", [])) != len(values.get("std", [])):
+        raise fail("preprocessing: it has unlike numbers of means and stds")
+    # What an image is resized to before the middle is cut out of it.
+    edge = max(size) / (crop or 1)
+    if edge > _MOST_PIXELS:
+        raise fail(
+            f"preprocessing: size {size} and crop {crop} make an edge of {edge:.0f} pixels; it may "
+            f"be {_MOST_PIXELS} at most"
+        )
 
 
 def from_processor(processor: Any) -> dict[str, Any]:
@@ -44,8 +79,10 @@ def from_processor(processor: Any) -> dict[str, Any]:
         edges, share = [size["height"], size["width"]], None
     else:
         raise AdapterError(
-            f"preprocessing: {type(processor).__name__} resizes to {size} and crops to {crop}, "
-            f"which the file cannot say; {_GIVE}."
+            "preprocessing",
+            f"{type(processor).__name__} resizes to {size} and crops to {crop}, which the file "
+            "cannot say",
+            _GIVE,
         )
     plain = processor.do_normalize is False
     found = {
@@ -70,8 +107,10 @@ def _check_alike(processor: Any, ours: Any) -> None:
     theirs, own = (to_batch(p, [image]).float() for p in (processor, ours))
     if theirs.shape != own.shape or float((theirs - own).abs().mean()) > _ALIKE:
         raise AdapterError(
-            f"preprocessing: {type(processor).__name__} does something to images that size, mean, "
-            "std, interpolation and crop do not say; give a dict with these, or None."
+            "preprocessing",
+            f"{type(processor).__name__} does something to images that size, mean, std, "
+            "interpolation and crop do not say",
+            "give a dict with these, or None",
         )
 
 
@@ -87,8 +126,11 @@ def describe_preprocessing(preprocessing: Any, call: str = "save_task_adapter") 
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(
-            f"{call}(preprocessing=...): {type(preprocessing).__name__} lacks what the "
-            f"file needs ({type(error).__name__}: {error}); {_GIVE}."
+            call,
+            f"{type(preprocessing).__name__} lacks what the file needs "
+            f"({type(error).__name__}: {error})",
+            _GIVE,
+            given={"preprocessing": ...},
         ) from error
 
 
@@ -99,22 +141,28 @@ def _describe(preprocessing: Any, call: str) -> dict[str, Any]:
         if hasattr(preprocessing, "image_mean"):
             return from_processor(preprocessing)
         raise AdapterError(
-            f"{call}(preprocessing={type(preprocessing).__name__}): {_GIVE}, a timm data config, "
-            "or a transformers image processor."
+            call,
+            f"{_GIVE}, a timm data config, or a transformers image processor",
+            given={"preprocessing": preprocessing},
         )
     values = dict(preprocessing)
     if "input_size" not in values:
-        unknown = ", ".join(sorted(str(name) for name in values if name not in IMAGE_FIELDS))
+        unknown = ", ".join(sorted(str(name) for name in values if name not in IMAGE_RULES))
         if unknown:
             raise AdapterError(
-                f"{call}(preprocessing=...): the file has no field for {unknown:.200}; {_GIVE}."
+                call,
+                f"the file has no field for {unknown:.200}",
+                _GIVE,
+                given={"preprocessing": ...},
             )
         return values
     described = describe_timm_config(values)
     if described is None:
         raise AdapterError(
-            f"{call}(preprocessing=...): timm's crop_mode {values.get('crop_mode')!r} "
-            f"cannot be said in the file; {_GIVE}."
+            call,
+            f"timm's crop_mode {values.get('crop_mode')!r} cannot be said in the file",
+            _GIVE,
+            given={"preprocessing": ...},
         )
     return described
 
@@ -166,15 +214,18 @@ def per_channel(values: Mapping[str, Any]) -> tuple[list[float], list[float]]:
     Raises:
         AdapterError: The file does not say enough for a transform of images.
     """
-    advice = "build the transform yourself, and use load_task_adapter."
+    advice = "build the transform yourself, and use `load_task_adapter`"
     missing = [name for name in ("size", "mean", "std") if name not in values]
     if missing:
-        raise AdapterError(f"preprocessing: the file does not say {', '.join(missing)}; {advice}")
+        problem = f"the file does not say {', '.join(missing)}"
+        raise AdapterError("preprocessing", problem, advice)
     counts = {len(values["mean"]), len(values["std"])}
     if counts not in ({1}, {3}):
         raise AdapterError(
-            f"preprocessing: the file says {len(values['mean'])} means and {len(values['std'])} "
-            f"stds, and an image is read as RGB, with one for each of 3 channels; {advice}"
+            "preprocessing",
+            f"the file says {len(values['mean'])} means and {len(values['std'])} stds, and an "
+            "image is read as RGB, with one for each of 3 channels",
+            advice,
         )
     # One number is that of every channel.
     times = 3 // counts.pop()
@@ -270,8 +321,10 @@ def output_logits(output: Any, call: str) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         shape = tuple(logits.shape) if isinstance(logits, Tensor) else "none"
         raise VPTError(
-            f"{call}: the model returns {type(output).__name__}, logits {shape}; it must be "
-            "(batch, classes); give it a head, for transformers a model ...ForImageClassification."
+            call,
+            f"the model returns {type(output).__name__}, logits {shape}; it must be (batch, "
+            "classes)",
+            "give it a head, for transformers a model ...ForImageClassification",
         )
     return logits
 

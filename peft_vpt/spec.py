@@ -205,8 +205,9 @@ class PromptSpec:
         layers = self.layers
         if layers is None:
             layers = tuple(range(depth)) if self.deep else (0,)
-        if layers[-1] >= depth:
-            problem = f"block {layers[-1]} is outside the model, whose blocks are 0 to {depth - 1}"
+        if not layers or layers[-1] >= depth:
+            named = f"block {layers[-1]}" if layers else "every block"
+            problem = f"{named} is outside the model, whose blocks are 0 to {depth - 1}"
             raise _wrong("layers", layers, problem)
         dropout = (0.1 if self.deep else 0.0) if self.dropout is None else self.dropout
         spec = dataclasses.replace(self, layers=layers, dropout=dropout)

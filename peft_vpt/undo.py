@@ -157,11 +157,6 @@ def unchanged_on_error(host: nn.Module, changing: Iterable[Tensor]) -> Iterator[
         raise
 
 
-# `head.reads` of the format: what the encoder gives, all of it.
-READS = "encoder"
-_PREFIX = "head.module."
-
-
 def decoder_names(host: nn.Module, encoder: Encoder) -> list[str]:
     """Return parameters and buffers outside the encoder and its classifier."""
     if not encoder.path:
@@ -190,28 +185,6 @@ def kept(tensor: Tensor) -> Tensor:
 def has_decoder(prompts: Prompts) -> bool:
     """Tell whether a decoder trains beside the prompts."""
     return "decoder" in prompts.undo
-
-
-def decoder_tensors(host: nn.Module, encoder: Encoder) -> dict[str, Tensor]:
-    """Return the decoder's tensors, and a classifier's, under their names in the file."""
-    heads = tuple(f"{path}." for path in encoder.head_paths)
-    names, state = set(decoder_names(host, encoder)), _state(host)
-    names |= {name for name in state if heads and name.startswith(heads)}
-    return {f"{_PREFIX}{n}": t for n, t in state.items() if n in names and t.is_floating_point()}
-
-
-def describe_decoder(host: nn.Module, encoder: Encoder) -> dict[str, Any]:
-    """Return `head` of the metadata: sizes are those of the first and the last weight."""
-    state = _state(host)
-    weights = [state[n] for n in decoder_names(host, encoder) if state[n].dim() > 1]
-    first, last = (weights[0].shape[1], weights[-1].shape[0]) if weights else (1, 1)
-    classes = getattr(getattr(host, "config", None), "num_labels", last)
-    return {
-        "classes": int(classes),
-        "in_features": int(first),
-        "reads": READS,
-        "class": type(host).__name__,
-    }
 
 
 @torch.no_grad()

@@ -248,11 +248,14 @@ def edited(path: Path, target: Path, **changes: Any) -> Path:
 BAD_EDITS: list[tuple[dict[str, Any], str]] = [
     ({"metadata": {"format_version": 2}}, "has format version 2; this release reads version 1"),
     ({"metadata": {"format_version": True}}, "has format version True"),
-    ({"metadata": {"spec": {"length": 3}}}, "its prompt options are wrong"),
+    ({"metadata": {"spec": {"length": 3, "strange": 1}}}, "its prompt options are wrong"),
     ({"metadata": {"spec.length": 0}}, "must be an integer from 1 to 65536"),
     ({"metadata": {"spec.layers": [0, 1, 5]}}, "is outside the model"),
     ({"metadata": {"backbone": []}}, "metadata field 'backbone' is missing or of the wrong type"),
-    ({"metadata": {"backbone.fingerprint": {"blocks": "x"}}}, "is not a table of numbers"),
+    (
+        {"metadata": {"backbone.fingerprint": {"blocks": "x"}}},
+        "metadata field 'backbone.fingerprint.dtype'",
+    ),
     ({"metadata": {"head.labels": ["one"]}}, "classes, features and labels do not fit"),
     ({"metadata": {"head.classes": 9}}, "tensor head.weight has shape (4, 32)"),
     ({"tensors": {"prompts.1": None}}, "tensors missing: prompts.1"),

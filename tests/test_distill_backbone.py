@@ -15,7 +15,7 @@ from support.images import draw_task
 timm = pytest.importorskip("timm")
 pytest.importorskip("torchvision")
 
-from peft_vpt.hub.backbone import build_from_file  # noqa: E402
+from peft_vpt.hub.backbone import build_backbone  # noqa: E402
 
 script: Any = importlib.import_module("examples.distill_backbone")
 TEACHER = "test_vit.r160_in1k"
@@ -47,7 +47,13 @@ def test_what_is_written_loads(
     with safe_open(out, "pt") as file:
         assert file.metadata()["model"] == chosen.name
         written = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    loaded = build_from_file(chosen.name, out, 112, num_classes=0, **SMALL[student]).state_dict()
+    loaded = build_backbone(
+        "timm",
+        chosen.name,
+        weights=out,
+        image_size=112,
+        options={"num_classes": 0, **SMALL[student]},
+    ).state_dict()
     assert all(torch.equal(loaded[name], tensor) for name, tensor in written.items())
 
 

@@ -69,18 +69,21 @@ def test_swapped_arguments(saved: Path) -> None:
     ("options", "words"),
     [
         ({"model": None}, "model must be a prompted model, or the path of a saved adapter"),
-        ({"repo_id": 5}, "(repo_id=5): a repository is named 'owner/name'"),
-        ({"repo_id": {"a": torch.zeros(99)}}, "(repo_id=<dict>)"),
-        ({"base_model": "vit"}, "(base_model='vit'): give the backbone's Hub id"),
-        ({"base_model": "a/b", "base_revision": "../x"}, "(base_revision='../x'): give a commit"),
+        ({"repo_id": 5}, "(repo_id=5): must be the name of a repository"),
+        ({"repo_id": {"a": torch.zeros(99)}}, "(repo_id={'a': tensor("),
+        ({"base_model": "vit"}, "(base_model='vit'): must be the name of a repository"),
+        (
+            {"base_model": "a/b", "base_revision": "../x"},
+            "(base_revision='../x'): must be a branch, tag or commit",
+        ),
         ({"revision": 5}, "(revision=5): give the name of a branch or tag, or a commit"),
         ({"revision": ""}, "(revision=''): "),
         ({"token": 5}, "(token=...): got a int; give the token as text"),
-        ({"task": 5}, "(task=5): give the name of the task as text"),
+        ({"task": 5}, "(task=5): must be the name of the task as text"),
         ({"labels": torch.zeros(3)}, "(labels=<Tensor>): give a list of names"),
         ({"labels": ["a"]}, "(labels=...): 1 names, and the adapter has 3 classes"),
-        ({"datasets": 5}, "(datasets=5): give a Hub id"),
-        ({"datasets": ["a/b", 5]}, "(datasets=<list>): give a Hub id"),
+        ({"datasets": 5}, "(datasets=5): must be a Hub id"),
+        ({"datasets": ["a/b", 5]}, "(datasets=['a/b', 5]): must be a Hub id"),
         ({"metrics": {"x": object()}}, "(metrics=...): must be a dict of plain, finite JSON"),
         ({"metrics": {"x": float("nan")}}, "(metrics=...): must be a dict of plain, finite JSON"),
         ({"preprocessing": {"sise": 3}}, "the file has no field for sise"),
@@ -195,7 +198,7 @@ def test_the_loopback_hub_answers_a_stranger(saved: Path, hub: Hub) -> None:
 def test_somebody_committed_in_between(
     saved: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import peft_vpt.hub as module
+    import peft_vpt.hub.verbs as module
 
     push_task_adapter(saved, REPO)
     original = module._former_card

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from torch import nn
 from zoo import build, image, logits
 
 from peft_vpt import (
+    PromptSpec,
     VPTError,
     apply_protocol,
     inject_prompts,
@@ -26,9 +30,11 @@ from peft_vpt import (
     save_task_adapter,
     trainable_parameters,
 )
+from peft_vpt import spec as spec_module
 from peft_vpt.adapter import install as adapter_install
+from peft_vpt.adapter import schema as adapter_schema
 from peft_vpt.adapter.file import read_adapter
-from peft_vpt.adapter.head import head_tensors
+from peft_vpt.adapter.head import LINEAR
 from peft_vpt.errors import AdapterError, AdapterMismatchError
 
 NAMES = ("timm/cls", "transformers/vit", "transformers/dinov2")
@@ -267,9 +273,9 @@ def test_prompts_alone_leave_head_and_label_names(name: str, tmp_path: Path) -> 
     save_task_adapter(trained(name), tmp_path / "first", labels=labels)
     save_task_adapter(trained(name, classes=6, deep=False), tmp_path / "second")
     model = load_task_adapter(build(name), tmp_path / "first")
-    head = head_tensors(model, model.prompts.encoder)["head.weight"].clone()
+    head = LINEAR.tensors(model, model.prompts.encoder)["head.weight"].clone()
     load_task_adapter(model, tmp_path / "second", strict="prompts")
-    assert torch.equal(head_tensors(model, model.prompts.encoder)["head.weight"], head)
+    assert torch.equal(LINEAR.tensors(model, model.prompts.encoder)["head.weight"], head)
     saved = read_adapter(save_task_adapter(model, tmp_path / "both"))
     assert saved.metadata["head"]["labels"] == labels
 
@@ -343,5 +349,67 @@ def test_what_a_file_asks_for_is_not_built_before_it_is_compared(tmp_path: Path)
     one = read_adapter(save_task_adapter(border, tmp_path / "border"))
     long = {"spec": one.metadata["spec"] | {"length": 500}}
     path.write_bytes(damage.signed(one.tensors, one.metadata | long))
-    with pytest.raises(AdapterError, match="no border of 500 pixels"):
+    with pytest.raises(AdapterError, match="is not of 500 prompts"):
         load_task_adapter(build("timm/cls-dynamic"), path)
+
+
+def stays(call: Callable[[], object]) -> list[str]:
+    """Return the modules of `adapter` that a file passes in a call: its path, metadata, tensors."""
+    found: list[str] = []
+    handed = {"adapter", "path", "source", "values", "metadata", "tensors", "about"}
+
+    def watch(frame: Any, event: str, _: object) -> None:
+        code, file = frame.f_code, Path(frame.f_code.co_filename)
+        if event != "call" or file.parent.name != "adapter" or code.co_name.startswith("<"):
+            return
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        if handed & set(names) and found[-1:] != [file.stem]:
+            found.append(file.stem)
+
+    sys.setprofile(watch)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def test_a_file_goes_the_way_that_the_page_shows(tmp_path: Path) -> None:
+    page = (Path(__file__).parent.parent / "docs" / "how-it-works.md").read_text()
+    way = re.findall(r"^\| \d+ \| `(\w+)` \|", page, re.MULTILINE)
+    saving = re.findall(r"`(\w+)`", page.partition("Saving goes ")[2].partition(":")[0])
+    model, bare = trained("timm/cls"), build("timm/cls")
+    assert stays(lambda: save_task_adapter(model, tmp_path)) == saving
+    assert stays(lambda: load_task_adapter(bare, tmp_path)) == way
+    # From the bottom up, in the order of imports.
+    order = ["schema", "file", "source", "layout", "head", "match", "install", "verbs"]
+    heights = [order.index(module) for module in way]
+    assert sum(a < b for a, b in pairwise(heights)) <= 4
+    assert all(way.count(module) <= 2 for module in order)
+
+
+def test_an_option_to_come_loads_old_files_and_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new field of `PromptSpec` with a default is all that the format needs of an option."""
+    model = trained("timm/cls")
+    old = save_task_adapter(model, tmp_path / "old")
+
+    @dataclasses.dataclass(frozen=True)
+    class Later(PromptSpec):
+        temperature: float = 1.0
+
+    with monkeypatch.context() as release:
+        for module in (adapter_schema, spec_module):
+            release.setattr(module, "PromptSpec", Later)
+        read = read_adapter(old)
+        assert read.spec.temperature == 1.0
+        assert read.metadata["spec"]["temperature"] == 1.0
+        assert torch.equal(out(load_task_adapter(build("timm/cls"), old)), out(model))
+        one = read_adapter(old)
+        values = one.metadata | {"spec": one.metadata["spec"] | {"temperature": 2.0}}
+        new = tmp_path / "new.safetensors"
+        new.write_bytes(damage.signed(one.tensors, values))
+        assert read_adapter(new).spec.temperature == 2.0
+    with pytest.raises(AdapterError, match="temperature"):
+        load_task_adapter(build("timm/cls"), new)

@@ -689,7 +689,7 @@ def test_what_a_loader_refuses(tmp_path: Path) -> None:
 
 def test_what_a_save_refuses(tmp_path: Path) -> None:
     model = segmenter("timm/cls", "vpt-deep", length=3)
-    with pytest.raises(AdapterError, match="2 names for 4 classes"):
+    with pytest.raises(AdapterError, match="2 names for a head of 4 classes"):
         save_segmenter(model, tmp_path, labels=["a", "b"])
     with pytest.raises(NotPromptedError):
         save_segmenter(segmenter("timm/cls", None), tmp_path)

@@ -1,6 +1,7 @@
-"""The task adapter file, format version 1: names, metadata, checksum, atomic writes.
+"""The task adapter file, format version 1: bytes, checksum, atomic writes.
 
-`docs/adapter-format.md` describes every byte.
+`docs/adapter-format.md` describes every byte. Which tensors a file must hold for a model is
+decided in `layout`; here their prefixes alone count.
 """
 
 from __future__ import annotations
@@ -8,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,8 +24,8 @@ from torch import Tensor
 from ..errors import AdapterError, cut, listing
 from ..files import replace_file
 from ..protocols.options import Protocol
-from ..spec import NOWHERE, PromptSpec
-from .schema import FORMAT_VERSION, check_metadata
+from ..spec import PromptSpec
+from .schema import FORMAT_VERSION, Content, Fail, check_metadata
 
 FILE_NAME = "adapter.safetensors"
 _DTYPES = {
@@ -33,15 +34,6 @@ _DTYPES = {
     torch.float16: "F16",
     torch.bfloat16: "BF16",
 }
-_NAME = re.compile(
-    r"prompts\.([0-9]+|shared\.[0-9]+|project\.[0-9]+\.(weight|bias))"
-    r"|prompts\.pixel\.(patches|channels|weight|tb|lr)"
-    r"|delta\.[0-9]+\.(q|k|v|proj|norm1|norm2|fc1|fc2)\.[A-Za-z0-9_-]+"
-    r"|delta\.[0-9]+\.(bias_table|ls1|ls2|adapter\.(down|up)\.(weight|bias))"
-    r"|delta\.((norm|patch)\.[A-Za-z0-9_-]+|cls|pos)"
-    r"|delta\.(([0-9]+\.)?path|side)(\.[A-Za-z0-9_-]+)+"
-    r"|head(_dist)?\.(weight|bias|module(\.[A-Za-z0-9_-]+)+)"
-)
 
 
 @dataclass(frozen=True)
@@ -52,32 +44,12 @@ class Adapter:
     tensors: dict[str, Tensor]
     metadata: dict[str, Any]
     spec: PromptSpec
+    # What it was made by, None where it holds prompts and head alone.
+    protocol: Protocol | None
 
-    @property
-    def protocol(self) -> Protocol | None:
-        """The protocol it was made by, None where it holds prompts and head alone."""
-        values = self.metadata.get("protocol")
-        return None if values is None else Protocol.from_dict(values)
-
-    def expect(self, shapes: Mapping[str, tuple[int, ...]], *, prefix: str) -> None:
-        """Raise unless the tensors whose names start with `prefix` are exactly these.
-
-        Raises:
-            AdapterError: One is missing, left over, or has another shape.
-        """
-        have = {n: tuple(t.shape) for n, t in self.tensors.items() if n.startswith(prefix)}
-        missing, extra = set(shapes) - set(have), set(have) - set(shapes)
-        if missing or extra:
-            raise AdapterError(
-                f"load_task_adapter: {self.path}: tensors missing: {_few(missing)}; "
-                f"not expected: {_few(extra)}."
-            )
-        for name, shape in shapes.items():
-            if have[name] != shape:
-                raise AdapterError(
-                    f"load_task_adapter: {self.path}: tensor {name} has shape {have[name]}, "
-                    f"its metadata calls for {shape}."
-                )
+    def size_of_head(self) -> int:
+        """Return how many numbers the head in the file has."""
+        return sum(t.numel() for name, t in self.tensors.items() if name.startswith("head"))
 
 
 def read_adapter(path: Path, call: str = "load_task_adapter") -> Adapter:
@@ -90,52 +62,48 @@ def read_adapter(path: Path, call: str = "load_task_adapter") -> Adapter:
     Raises:
         AdapterError: Not a safetensors file, another format, damaged, or not finite.
     """
-    where = f"{call}: {path}"
-    text, tensors = open_container(path, where)
+    fail = partial(AdapterError, call, path=path)
+    text, tensors = _open_container(path, fail)
     try:
-        metadata = json.loads(text)
-        if canonical(metadata) != text:
+        values = json.loads(text)
+        if canonical(values) != text:
             raise ValueError("it is not in canonical form")
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{where}: its metadata is not canonical JSON: {error}") from error
-    spec = check_metadata(metadata, where)
-    _check_types(tensors, where)
-    _check_names(tensors, spec, where, protocol="protocol" in metadata)
-    if metadata["checksum"] != checksum(tensors, metadata):
-        raise AdapterError(f"{where}: the checksum does not fit; the file was damaged or edited.")
-    _check_finite(tensors, where)
-    return Adapter(path, tensors, metadata, spec)
+        raise fail(f"its metadata is not canonical JSON: {error}") from error
+    content = check_metadata(values, fail)
+    _check_tensors(tensors, content, fail)
+    if values["checksum"] != checksum(tensors, values):
+        raise fail("the checksum does not fit; the file was damaged or edited")
+    return Adapter(path, tensors, *content)
 
 
-def write_adapter(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> Path:
+def write_adapter(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: dict[str, Any],
+    call: str = "save_task_adapter",
+) -> Path:
     """Write a file atomically: temporary file beside it, fsync, rename.
 
     Raises:
         AdapterError: Values are not finite, metadata is not JSON, or the folder cannot be written.
     """
-    where = f"save_task_adapter: {path}"
-    _check_types(tensors, where)
-    _check_finite(tensors, where)
-    cpu = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
-    full = {"format_version": FORMAT_VERSION, **metadata}
+    fail = partial(AdapterError, call, path=path)
+    full = {**metadata, "format_version": FORMAT_VERSION, "checksum": "0" * 64}
     try:
         # Through JSON once, so that the checksum is over what a reader will parse.
         full = json.loads(canonical(full))
-        spec = check_metadata(full | {"checksum": "0" * 64}, where)
-        _check_names(cpu, spec, where, protocol="protocol" in metadata)
-        full["checksum"] = checksum(cpu, full)
-        data = save(cpu, {METADATA_KEY: canonical(full)})
     except (TypeError, ValueError, RecursionError) as error:
-        if isinstance(error, AdapterError):
-            raise
-        raise AdapterError(
-            f"{where}: metadata must be plain, finite JSON values: {error}"
-        ) from error
+        raise fail(f"metadata must be plain, finite JSON values: {error}") from error
+    _check_tensors(tensors, check_metadata(full, fail), fail)
+    cpu = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+    full["checksum"] = checksum(cpu, full)
     try:
+        data = save(cpu, {METADATA_KEY: canonical(full)})
         path.parent.mkdir(parents=True, exist_ok=True)
         replace_file(path, data)
     except (OSError, ValueError) as error:
-        raise AdapterError(f"{where}: cannot be written: {error}") from error
+        raise fail(f"cannot be written: {error}") from error
     return path
 
 
@@ -156,60 +124,43 @@ def checksum(tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _check_types(tensors: Mapping[str, Tensor], where: str) -> None:
+def _check_tensors(tensors: Mapping[str, Tensor], content: Content, fail: Fail) -> None:
+    """Refuse tensors of a part that the metadata does not name, or without sound values."""
+    if not tensors:
+        raise fail("it holds no tensors")
+    parts = {
+        "prompts.": content.metadata["spec"],
+        "delta.": content.protocol,
+        "head.": content.metadata["head"],
+        "head_dist.": content.metadata["head"],
+    }
+    named = tuple(prefix for prefix, part in parts.items() if part is not None)
+    stray = {name for name in tensors if not name.startswith(named)}
+    if stray:
+        raise fail(f"tensors not expected: {few(stray)}")
+    # An image with a border of that size would go through the model before shapes are compared.
+    for name, (axis, times) in content.spec.where.tensors.items():
+        shape = tuple(tensors[f"prompts.{name}"].shape) if f"prompts.{name}" in tensors else ()
+        if shape[axis : axis + 1] != (times * content.spec.length,):
+            raise fail(
+                f"tensor prompts.{name} of shape {shape} is not of {content.spec.length} prompts, "
+                "as its metadata says"
+            )
     for name, tensor in tensors.items():
         if tensor.dtype not in _DTYPES:
-            raise AdapterError(
-                f"{where}: tensor {name} is of type {tensor.dtype}, not floating point."
-            )
-
-
-def _check_names(
-    tensors: Mapping[str, Tensor], spec: PromptSpec, where: str, *, protocol: bool
-) -> None:
-    if not tensors:
-        raise AdapterError(f"{where}: it holds no tensors.")
-    stray = {name for name in tensors if not _NAME.fullmatch(name)}
-    if not protocol:
-        stray |= {name for name in tensors if name.startswith("delta.")}
-    missing: set[str] = set()
-    shared = spec.sharing in ("inter", "all")
-    if spec.is_pixel or shared:
-        kinds = ["pixel"] if spec.is_pixel else ["shared"]
-    else:
-        kinds = [str(layer) for layer in spec.layers or ()]
-        missing = {f"prompts.{layer}" for layer in kinds} - set(tensors)
-    kinds += ["project"] if spec.project else []
-    stray |= {n for n in tensors if n.startswith("prompts.") and n.split(".")[1] not in kinds}
-    if stray or missing:
-        raise AdapterError(
-            f"{where}: tensors missing: {_few(missing)}; not expected: {_few(stray)}."
-        )
-    if spec.location == NOWHERE:
-        return
-    # A length that the file does not hold would be built before shapes are compared.
-    stored = 1 if spec.sharing in ("intra", "all") else spec.length
-    numbers = sum(t.numel() for name, t in tensors.items() if name.startswith("prompts."))
-    if numbers < stored:
-        raise AdapterError(f"{where}: prompts of length {spec.length} in {numbers} numbers.")
-
-
-def _few(names: Iterable[str]) -> str:
-    """Return some names in words, however many and long they are."""
-    return listing([cut(name, 80) for name in sorted(names)], most=5) or "none"
-
-
-def _check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    for name, tensor in tensors.items():
+            raise fail(f"tensor {cut(name, 80)} is of type {tensor.dtype}, not floating point")
         if tensor.is_meta:
-            raise AdapterError(
-                f"{where}: tensor {name} is on the meta device, where it has no values; "
-                "materialise the model first."
+            raise fail(
+                f"tensor {name} is on the meta device, where it has no values",
+                "materialise the model first",
             )
         if not bool(torch.isfinite(tensor).all()):
-            raise AdapterError(
-                f"{where}: tensor {name} holds values that are not finite (NaN, inf)."
-            )
+            raise fail(f"tensor {cut(name, 80)} holds values that are not finite (NaN, inf)")
+
+
+def few(names: Iterable[str]) -> str:
+    """Return some names in words, however many and long they are."""
+    return listing([cut(name, 80) for name in sorted(names)], most=5) or "none"
 
 
 METADATA_KEY = "peft_vpt"
@@ -228,23 +179,15 @@ _UNREADABLE = (
 )
 _PICKLE = (b"PK\x03\x04", *(bytes([0x80, protocol]) for protocol in range(2, 6)))
 STATE_DICT = (
-    "a plain state dict does not say how its prompts are put in: call inject_prompts(model, ...) "
-    "with the options it was trained with, then model.load_state_dict(...), with strict=False if "
-    "it holds only what trains (trainable_parameters, a Trainer checkpoint), and "
-    "save_task_adapter to get a task adapter"
+    "a plain state dict does not say how its prompts are put in: call `inject_prompts(model, ...)` "
+    "with the options it was trained with, then `model.load_state_dict(...)`, with `strict=False` "
+    "if it holds only what trains (`trainable_parameters`, a Trainer checkpoint), and "
+    "`save_task_adapter` to get a task adapter"
 )
 
 
-def open_container(path: Path, where: str) -> tuple[str, dict[str, Tensor]]:
-    """Return the metadata text and the tensors of a file that says it is ours.
-
-    Args:
-        path: The file.
-        where: The call and the file, for messages.
-
-    Raises:
-        AdapterError: It is no readable safetensors file, or another library's.
-    """
+def _open_container(path: Path, fail: Fail) -> tuple[str, dict[str, Tensor]]:
+    """Return the metadata text and the tensors of a file that says it is ours."""
     try:
         if not path.is_file():
             raise ValueError("it is not a file")
@@ -253,7 +196,7 @@ def open_container(path: Path, where: str) -> tuple[str, dict[str, Tensor]]:
             start = _read_header(file)
             raw, ends = _parse_header(start[8:])
             if set(raw) != {METADATA_KEY}:
-                raise _foreign(raw, list(ends), where)
+                raise _foreign(raw, list(ends), fail)
             _check_size(file, len(start), max(ends.values(), default=0))
             tensors = load(start + file.read())
         if not isinstance(raw[METADATA_KEY], str):
@@ -265,9 +208,9 @@ def open_container(path: Path, where: str) -> tuple[str, dict[str, Tensor]]:
         # The first line: torch adds its C++ stack.
         reason = str(error).partition("\n")[0]
         reason = f"unknown dtype {reason}" if isinstance(error, LookupError) else reason
-        hint = f" It looks like a pickle, which is never opened; {STATE_DICT}."
-        raise AdapterError(
-            f"{where}: not a readable safetensors file: {reason}.{hint if _pickled(path) else ''}"
+        hint = f"It looks like a pickle, which is never opened; {STATE_DICT}"
+        raise fail(
+            f"not a readable safetensors file: {reason}", hint if _pickled(path) else ""
         ) from error
 
 
@@ -298,12 +241,12 @@ def _check_size(file: BinaryIO, header: int, end: int) -> None:
         raise ValueError(f"it has {size} bytes, its header calls for {header + end}")
 
 
-def _foreign(raw: Mapping[str, Any], names: list[str], where: str) -> AdapterError:
+def _foreign(raw: Mapping[str, Any], names: list[str], fail: Fail) -> AdapterError:
     prompted = any("prompts." in name for name in names)
-    hint = f" It looks like the weights of a prompted model; {STATE_DICT}." if prompted else ""
-    return AdapterError(
-        f"{where}: not a peft_vpt task adapter: its metadata must hold exactly the key "
-        f"{METADATA_KEY!r}, it holds {sorted(raw)[:20]!s:.400}.{hint}"
+    return fail(
+        "not a peft_vpt task adapter: its metadata must hold exactly the key "
+        f"{METADATA_KEY!r}, it holds {sorted(raw)[:20]!s:.400}",
+        f"It looks like the weights of a prompted model; {STATE_DICT}" if prompted else "",
     )
 
 

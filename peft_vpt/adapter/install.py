@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..backbones.anatomy import Encoder
 from ..backbones.heads import FormerHead, class_count, head_owner, set_labels
 from ..backbones.identity import label_names
-from ..errors import AdapterMismatchError, SpecError, UnsupportedArchitectureError
+from ..errors import AdapterMismatchError, SpecError, UnsupportedArchitectureError, reason
 from ..hosts import carries, host_and_prompts
 from ..inject import freeze, inject_spec, remove_prompts
 from ..prompts import Prompts
@@ -18,11 +18,11 @@ from ..protocols.apply import apply_delta
 from ..protocols.delta import given_features
 from ..protocols.options import Protocol
 from ..spec import PromptSpec
-from ..undo import claim_decoder, decoder_names, decoder_tensors, has_decoder, unchanged_on_error
+from ..undo import claim_decoder, has_decoder, unchanged_on_error
 from .file import Adapter
-from .head import HEAD_NAMES, head_tensors, new_classes, trains_decoder
-
-_CALL = "load_task_adapter"
+from .head import LINEAR, kind_in
+from .layout import stored_tensors
+from .match import CALL, Fit
 
 
 class Structure(NamedTuple):
@@ -43,105 +43,89 @@ class Structure(NamedTuple):
     decoder: bool
 
 
-def install(
-    host: nn.Module,
-    adapter: Adapter,
-    spec: PromptSpec,
-    encoder: Encoder,
-    *,
-    prompts_only: bool,
-    parallel: str | None,
-) -> None:
+def install(host: nn.Module, adapter: Adapter, fit: Fit, parallel: str | None) -> None:
     """Bring a model to an adapter that fits it; one that raises all the same is left as it was.
 
     Args:
         host: The model, not wrapped.
         adapter: The file.
-        spec: Its resolved options.
-        encoder: Anatomy of the model.
-        prompts_only: Keep the model's own head.
+        fit: How it goes into the model.
         parallel: Class of a wrapper that has counted the model's parameters already.
 
     Raises:
         AdapterMismatchError: The model cannot take this structure.
     """
-    wanted = _wanted(host, adapter, spec, encoder, prompts_only)
-    same = carries(host) and _carried(host, wanted, encoder)
+    wanted = _wanted(host, adapter, fit)
+    same = carries(host) and _carried(host, wanted, fit.encoder)
     if not same and parallel is not None:
         raise AdapterMismatchError(
-            f"{_CALL}: {adapter.path}: this model would get other parameters, which the "
-            f"{parallel} around it does not know, so that its replicas would drift apart. Load "
-            "into the bare model first, then wrap it."
+            CALL,
+            f"this model would get other parameters, which the {parallel} around it does not know, "
+            "so that its replicas would drift apart",
+            "Load into the bare model first, then wrap it",
+            path=adapter.path,
         )
-    changing = (
-        stored_tensors(host, with_head=True) if carries(host) else head_tensors(host, encoder)
-    )
+    kind = fit.kind if fit.with_head else LINEAR
+    changing = _present(host) if carries(host) else kind.tensors(host, fit.encoder)
     try:
         with unchanged_on_error(host, changing.values()):
-            _install(host, adapter, wanted, encoder, prompts_only=prompts_only, same=same)
+            _install(host, adapter, wanted, fit, same=same)
     except (SpecError, UnsupportedArchitectureError) as error:
-        raise AdapterMismatchError(
-            f"{_CALL}: {adapter.path}: does not fit this model: {error}"
-        ) from error
+        problem = f"does not fit this model: {reason(error)}"
+        raise AdapterMismatchError(CALL, problem, error.advice, path=adapter.path) from error
 
 
-def _install(
-    host: nn.Module,
-    adapter: Adapter,
-    wanted: Structure,
-    encoder: Encoder,
-    *,
-    prompts_only: bool,
-    same: bool,
-) -> None:
-    names = _labels(host, adapter, encoder, prompts_only)
-    kept: dict[str, Tensor] = {}
+def _install(host: nn.Module, adapter: Adapter, wanted: Structure, fit: Fit, *, same: bool) -> None:
+    names = _labels(host, adapter, fit)
+    source = dict(adapter.tensors)
+    if not fit.with_head:
+        present = _present(host).items() if carries(host) and not same else ()
+        own = {n: t.detach().clone() for n, t in present if n.startswith("head")}
+        source = {n: t for n, t in source.items() if not n.startswith("head")} | own
     if not same:
-        if prompts_only and carries(host):
-            present = stored_tensors(host, with_head=True).items()
-            kept = {n: t.detach().clone() for n, t in present if n.startswith("head")}
-        _build(host, wanted, encoder)
-    prompts = host_and_prompts(host, _CALL)[1]
-    source = adapter.tensors | kept
-    with_head = bool(kept) or not prompts_only
-    targets = stored_tensors(host, with_head=with_head).items()
-    _copy(host, encoder, {n: (target, source[n]) for n, target in targets if n in source})
-    freeze(host, encoder)
+        _build(host, wanted, fit.encoder)
+    prompts = host_and_prompts(host, CALL)[1]
+    kind = kind_in(host, prompts)
+    targets = stored_tensors(host, prompts, kind.tensors(host, fit.encoder))
+    _copy(host, kind.names(host, fit.encoder), targets, source)
+    freeze(host, fit.encoder)
     for parameter in host.parameters():
         # Of the task before, which a step of an optimizer would still apply.
         parameter.grad = None
     prompts.clear_cache()
     prompts.info = {n: adapter.metadata[n] for n in ("task", "preprocessing", "metrics")}
     prompts.info["labels"] = names
-    if with_head and _has_task_head(prompts) and wanted.classes:
-        _name_labels(host, encoder, names)
+    if _has_task_head(prompts) and wanted.classes:
+        _name_labels(host, fit.encoder, names)
 
 
-def _wanted(
-    host: nn.Module, adapter: Adapter, spec: PromptSpec, encoder: Encoder, prompts_only: bool
-) -> Structure:
+def _present(host: nn.Module) -> dict[str, Tensor]:
+    """Return what a file would hold of a prompted model as it is."""
+    prompts = host_and_prompts(host, CALL)[1]
+    head = kind_in(host, prompts).tensors(host, prompts.encoder)
+    return stored_tensors(host, prompts, head)
+
+
+def _wanted(host: nn.Module, adapter: Adapter, fit: Fit) -> Structure:
     """Return what the model shall carry."""
-    head = adapter.metadata["head"]
-    classes, bias = new_classes(adapter, encoder, with_head=not prompts_only), True
-    decoder = trains_decoder(adapter) and not prompts_only
-    if prompts_only and carries(host):
-        prompts = host_and_prompts(host, _CALL)[1]
+    about, encoder = adapter.metadata["head"], fit.encoder
+    classes, bias, decoder = None, True, False
+    if fit.with_head:
+        classes, decoder = fit.classes, fit.kind.decoder
+        bias = (about or {}).get("bias", True)
+    elif carries(host):
+        prompts = host_and_prompts(host, CALL)[1]
         decoder = has_decoder(prompts)
         if _has_task_head(prompts) and encoder.head is not None:
             classes = class_count(host, encoder.head)
-            bias = "head.bias" in head_tensors(host, encoder) or not classes
-    elif not prompts_only and head is None and encoder.head and encoder.head.simple:
-        classes = 0 if _own_classes(host, encoder) else None
-    elif head is not None:
-        bias = head.get("bias", True)
-    decoder = decoder and bool(decoder_names(host, encoder))
-    return Structure(adapter.protocol, spec, classes, bias, decoder)
+            bias = "head.bias" in LINEAR.names(host, encoder) or not classes
+    return Structure(adapter.protocol, fit.spec, classes, bias, decoder)
 
 
 def _carried(host: nn.Module, wanted: Structure, encoder: Encoder) -> bool:
     """Tell whether a model carries such a structure already."""
-    prompts = host_and_prompts(host, _CALL)[1]
-    present = _protocol(prompts)
+    prompts = host_and_prompts(host, CALL)[1]
+    present = None if prompts.delta is None else prompts.delta.protocol
     same = present is None if wanted.protocol is None else wanted.protocol.same(present)
     if prompts.spec != wanted.spec or not same or has_decoder(prompts) != wanted.decoder:
         return False
@@ -155,7 +139,7 @@ def _carried(host: nn.Module, wanted: Structure, encoder: Encoder) -> bool:
 
 def _build(host: nn.Module, wanted: Structure, encoder: Encoder) -> None:
     """Take away what a model carries, and put in what is wanted, without its values."""
-    former = host_and_prompts(host, _CALL)[1].delta if carries(host) else None
+    former = host_and_prompts(host, CALL)[1].delta if carries(host) else None
     if carries(host):
         remove_prompts(host)
     # Every value is overwritten afterwards, so the global random state is left alone.
@@ -170,72 +154,43 @@ def _build(host: nn.Module, wanted: Structure, encoder: Encoder) -> None:
         features = given_features(former)
         apply_delta(host, wanted.protocol, wanted.spec, encoder, features=features, **options)
     if wanted.decoder:
-        claim_decoder(host, host_and_prompts(host, _CALL)[1])
-
-
-def stored_tensors(host: nn.Module, *, with_head: bool) -> dict[str, Tensor]:
-    """Return what a file holds of a prompted model, under the names there."""
-    prompts = host_and_prompts(host, "save_task_adapter")[1]
-    found: dict[str, Tensor] = {f"prompts.{n}": p for n, p in prompts.own_parameters().items()}
-    if prompts.delta is not None:
-        found |= prompts.delta.tensors(host)
-    find = decoder_tensors if has_decoder(prompts) else head_tensors
-    return found | (find(host, prompts.encoder) if with_head else {})
+        claim_decoder(host, host_and_prompts(host, CALL)[1])
 
 
 @torch.no_grad()
-def _copy(host: nn.Module, encoder: Encoder, pairs: dict[str, tuple[Tensor, Tensor]]) -> None:
-    """Copy values into parameters; into ones on `meta`, which hold nothing, put the values."""
+def _copy(
+    host: nn.Module, inside: dict[str, str], targets: dict[str, Tensor], source: dict[str, Tensor]
+) -> None:
+    """Copy values into parameters; into ones on `meta`, which hold nothing, put the values.
+
+    Args:
+        host: The model.
+        inside: Names in the model of tensors of the head.
+        targets: Tensors of the model by their names in a file.
+        source: The values.
+    """
     meta = {}
-    decoder = has_decoder(host_and_prompts(host, _CALL)[1])
-    for name, (target, value) in pairs.items():
+    for name in targets.keys() & source.keys():
+        target, value = targets[name], source[name]
         if target.is_meta:
-            meta[_host_name(encoder, name, decoder)] = value.to(target.dtype)
+            meta[inside.get(name, name)] = value.to(target.dtype)
         else:
             target.copy_(value)
     if meta:
         host.load_state_dict(meta, strict=False, assign=True)
 
 
-def _host_name(encoder: Encoder, name: str, decoder: bool) -> str:
-    """Turn a tensor's name in the file into its name in the host."""
-    kind, _, rest = name.partition(".")
-    if decoder and kind == "head":
-        return rest.removeprefix("module.")
-    if encoder.head is None or kind not in HEAD_NAMES:
-        return name
-    return f"{encoder.head.paths[HEAD_NAMES.index(kind)]}.{rest.removeprefix('module.')}"
-
-
-def _protocol(prompts: Prompts) -> Protocol | None:
-    found: Protocol | None = None if prompts.delta is None else prompts.delta.protocol
-    return found
-
-
 def _has_task_head(prompts: Prompts) -> bool:
     return isinstance(prompts.undo["head"], FormerHead)
 
 
-def _own_classes(host: nn.Module, encoder: Encoder) -> int:
-    """Return the classes of the head that the model has without any adapter."""
-    assert encoder.head is not None
-    if carries(host):
-        former = host_and_prompts(host, _CALL)[1].undo["head"]
-        if isinstance(former, FormerHead):
-            return former.classes
-    return class_count(host, encoder.head)
-
-
-def _labels(
-    host: nn.Module, adapter: Adapter, encoder: Encoder, prompts_only: bool
-) -> list[str] | None:
+def _labels(host: nn.Module, adapter: Adapter, fit: Fit) -> list[str] | None:
     """Return the names of the classes of the head that the model will have."""
-    head = adapter.metadata["head"]
-    if not prompts_only:
-        names: list[str] | None = None if head is None else head["labels"]
+    if fit.with_head:
+        names: list[str] | None = (adapter.metadata["head"] or {}).get("labels")
         return names
-    own = label_names(host, encoder)
-    return own or (host_and_prompts(host, _CALL)[1].info.get("labels") if carries(host) else None)
+    own = label_names(host, fit.encoder)
+    return own or (host_and_prompts(host, CALL)[1].info.get("labels") if carries(host) else None)
 
 
 def _name_labels(host: nn.Module, encoder: Encoder, labels: list[str] | None) -> None:

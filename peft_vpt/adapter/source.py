@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ def file_at(path: str | Path, call: str) -> Path:
     try:
         target = Path(path).expanduser()
     except (RuntimeError, TypeError) as error:
-        raise AdapterError(f"{call}: {shown(path)}: not a path: {error}") from error
+        raise AdapterError(call, f"{shown(path)}: not a path: {error}") from error
     return target if target.suffix == ".safetensors" else target / FILE_NAME
 
 
@@ -96,7 +97,7 @@ def find_adapter(
             refuses; huggingface_hub's own exception is its `__cause__`.
     """
     if not isinstance(source, str | Path):
-        raise AdapterError(f"{call}: {_no_source(source)}")
+        raise AdapterError(call, *_no_source(source))
     check_hub_options(call, revision, token)
     try:
         if is_hub_id(source):
@@ -115,13 +116,15 @@ def find_adapter(
     except (RuntimeError, ValueError, OSError) as error:
         if isinstance(error, VPTError):
             raise
-        raise AdapterError(
-            f"{call}: {_whole(source)}: cannot be looked up: {cut(str(error), 80)}"
-        ) from error
+        problem = f"cannot be looked up: {cut(str(error), 80)}"
+        raise AdapterError(call, problem, path=_whole(source)) from error
     if not found:
         raise AdapterError(
-            f"{call}: {_whole(source)}: no such adapter; give a folder that holds {FILE_NAME}, "
-            f"the file itself, or a Hub id 'owner/name'.{_held(path)}"
+            call,
+            "no such adapter",
+            f"give a folder that holds {FILE_NAME}, the file itself, or a Hub id "
+            f"'owner/name'.{_held(path)}",
+            path=_whole(source),
         )
     if revision is not None:
         warnings.warn(
@@ -139,18 +142,22 @@ def check_hub_options(call: str, revision: Any = None, token: Any = None) -> Non
         AdapterError: One is of the wrong type, or the token could not be sent. It is not quoted.
     """
     if revision is not None and not (isinstance(revision, str) and revision):
-        raise AdapterError(
-            f"{call}(revision={shown(revision)}): give the name of a branch or tag, or a commit."
-        )
+        problem = "give the name of a branch or tag, or a commit"
+        raise AdapterError(call, problem, given={"revision": revision})
     if token is not None and not isinstance(token, bool | str):
         raise AdapterError(
-            f"{call}(token=...): got a {type(token).__name__}; give the token as text, True for "
-            "the one that is logged in, or False for none."
+            call,
+            f"got a {type(token).__name__}",
+            "give the token as text, True for the one that is logged in, or False for none",
+            given={"token": ...},
         )
     if isinstance(token, str) and not _TOKEN.fullmatch(token):
         raise AdapterError(
-            f"{call}(token=...): it is empty, or holds white space or characters that no token "
-            "has, a line break at its end perhaps; pass token.strip()."
+            call,
+            "it is empty, or holds white space or characters that no token has, a line break at "
+            "its end perhaps",
+            "pass `token.strip()`",
+            given={"token": ...},
         )
 
 
@@ -159,16 +166,16 @@ def _whole(source: str | Path) -> str:
     return cut(repr(str(source)))
 
 
-def _no_source(source: Any) -> str:
+def _no_source(source: Any) -> tuple[str, str]:
     """Say what was given in the place of a source, and what to do."""
     kind = type(source).__name__
     if isinstance(source, nn.Module):
         return (
-            f"source is a model ({kind}); are the arguments swapped? The model comes first, "
-            "then the adapter: load_task_adapter(model, source)."
+            f"source is a model ({kind}); are the arguments swapped?",
+            "The model comes first, then the adapter: `load_task_adapter(model, source)`",
         )
-    hint = f"; {STATE_DICT}" if isinstance(source, Mapping) else ""
-    return f"source must be a path or a Hub id 'owner/name', not of type {kind}{hint}."
+    problem = f"source must be a path or a Hub id 'owner/name', not of type {kind}"
+    return problem, STATE_DICT if isinstance(source, Mapping) else ""
 
 
 def _held(path: Path) -> str:
@@ -239,7 +246,7 @@ def hub_errors(
     Args:
         call: The verb, for the message.
         what: Repository and file.
-        token: What no message may hold. Where the exception itself does, it is not chained.
+        token: What no message may hold. Where its traceback would, the exception is not chained.
         pushing: Whether this is about writing, for the advice.
     """
     try:
@@ -248,26 +255,20 @@ def hub_errors(
         raise
     except Exception as error:
         # The client's exceptions have no common base class below Exception.
-        reason = f"{type(error).__name__}: {cut(_without(str(error), token))}"
         advice = _advice(error, pushing=pushing)
-        hint = f"{'' if reason.endswith('.') else '.'} What to do: {advice}." if advice else ""
-        message = f"{call}: {what}: {reason}{hint}"
-        raise AdapterError(message) from (None if _tells(error, token) else error)
+        trace = "".join(traceback.format_exception(error))
+        raise AdapterError(
+            call,
+            f"{what}: {type(error).__name__}: {cut(_without(str(error), token))}",
+            f"What to do: {advice}" if advice else "",
+            reason=type(error).__name__,
+        ) from (error if _without(trace, token) == trace else None)
 
 
 def _without(text: str, token: str | bool | None) -> str:
     """Return a text without the token that it may hold."""
     text = _BEARER.sub("Bearer ***", text)
     return text.replace(token, "***") if isinstance(token, str) and token else text
-
-
-def _tells(error: BaseException | None, token: str | bool | None) -> bool:
-    """Tell whether a traceback of an exception would show a token."""
-    while error is not None:
-        if _without(str(error), token) != str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _advice(error: BaseException | None, *, pushing: bool) -> str | None:

@@ -1,7 +1,4 @@
-"""Task adapters: saving prompts and head of a model, and loading them into another.
-
-The file itself, its names, metadata and checksum, is `adapter_file`'s business.
-"""
+"""Task adapters: saving prompts and head of a model, and loading them into another."""
 
 from __future__ import annotations
 
@@ -11,21 +8,18 @@ from typing import Any, Literal, TypeVar
 
 from torch import nn
 
-from ..backbones.anatomy import Encoder
-from ..backbones.find import encoder_for
 from ..backbones.fingerprint import fingerprint
-from ..backbones.heads import class_count
-from ..backbones.identity import default_preprocessing, describe_backbone, label_names
-from ..errors import AdapterError, UnsupportedArchitectureError, shown
+from ..backbones.identity import default_preprocessing, describe_backbone
+from ..errors import AdapterError
 from ..files import __version__
-from ..hosts import carries, host_and_prompts, parallel_wrapper, refuse_unfit, unwrap
+from ..hosts import host_and_prompts, parallel_wrapper, unwrap
 from ..preprocessing import describe_preprocessing
 from ..prompts import Prompts
 from ..spec import NOWHERE
-from ..undo import describe_decoder, has_decoder
-from .file import Adapter, read_adapter, write_adapter
-from .head import head_tensors
-from .install import install, stored_tensors
+from .file import read_adapter, write_adapter
+from .head import Kind, is_segmenter, kind_in
+from .install import install
+from .layout import stored_tensors
 from .match import check_fit
 from .schema import plain_metrics
 from .source import file_at, find_adapter
@@ -48,10 +42,11 @@ def save_task_adapter(
     a reader sees the old file or the new one. The same adapter gives the same bytes.
 
     Args:
-        model: A prompted model; DDP and compile wrappers are looked through.
+        model: A prompted model, or a `Segmenter` of a prompted backbone; DDP and compile wrappers
+            are looked through.
         path: Folder (made if missing) or file.
         task: Name of the task.
-        labels: Class names in the order of the outputs. None: those of a transformers config.
+        labels: Class names in the order of the outputs. None: those that the model knows.
         preprocessing: `size`, `mean`, `std`, `interpolation`, `crop`; a timm data config or a
             transformers image processor. None: what the backbone says.
         metrics: JSON values, `{"accuracy": 0.93}` say.
@@ -63,18 +58,15 @@ def save_task_adapter(
         NotPromptedError: The model carries no prompts.
         AdapterError: A value is not finite or not JSON, or the file cannot be written.
     """
-    host, prompts = host_and_prompts(model, "save_task_adapter")
-    info = prompts.info
-    check_labels(labels, "save_task_adapter")
-    names = (
-        list(labels)
-        if labels is not None
-        else label_names(host, prompts.encoder) or info.get("labels")
-    )
+    call, outer = "save_task_adapter", unwrap(model)
+    inner: Any = outer.backbone if is_segmenter(outer) else outer
+    host, prompts = host_and_prompts(inner, call)
+    check_labels(labels, call)
+    info, kind = prompts.info, kind_in(outer, prompts)
     metadata = {
         "spec": None if prompts.spec.location == NOWHERE else prompts.spec.to_dict(),
         "backbone": _describe_backbone(host, prompts),
-        "head": _describe_head(host, prompts, names),
+        "head": _describe_head(outer, prompts, kind, labels),
         "preprocessing": describe_preprocessing(preprocessing)
         if preprocessing
         else info.get("preprocessing") or _preprocessing(host, prompts),
@@ -84,8 +76,8 @@ def save_task_adapter(
     }
     if prompts.delta is not None:
         metadata["protocol"] = prompts.delta.protocol.to_dict()
-    target = file_at(path, "save_task_adapter")
-    return write_adapter(target, stored_tensors(host, with_head=True), metadata)
+    tensors = stored_tensors(host, prompts, kind.tensors(outer, prompts.encoder))
+    return write_adapter(file_at(path, call), tensors, metadata)
 
 
 def load_task_adapter(
@@ -134,31 +126,15 @@ def load_task_adapter(
         local_files_only=local_files_only,
     )
     adapter, host = read_adapter(path), unwrap(model)
-    encoder = _encoder(host, adapter)
-    spec = check_fit(adapter, host, encoder, strict)
-    prompts_only = strict == "prompts"
-    parallel = parallel_wrapper(model)
-    install(host, adapter, spec, encoder, prompts_only=prompts_only, parallel=parallel)
+    fit = check_fit(adapter, host, strict)
+    install(host, adapter, fit, parallel_wrapper(model))
     return model
-
-
-def _encoder(host: nn.Module, adapter: Adapter) -> Encoder:
-    """Return the anatomy of a model that shall take an adapter, bare or not."""
-    call = "load_task_adapter"
-    if carries(host):
-        return host_and_prompts(host, call)[1].encoder
-    refuse_unfit(host, call)
-    try:
-        return encoder_for(host, adapter.spec.location)
-    except UnsupportedArchitectureError as error:
-        reason = str(error).removeprefix("inject_prompts: ").replace("inject_prompts(", f"{call}(")
-        raise UnsupportedArchitectureError(f"{call}: {adapter.path}: {reason}") from error
 
 
 def check_strict(strict: Any, call: str) -> None:
     """Refuse another value of `strict` than the three that there are."""
     if not isinstance(strict, bool) and not (isinstance(strict, str) and strict == "prompts"):
-        raise AdapterError(f"{call}(strict={shown(strict)}): must be True, False or 'prompts'.")
+        raise AdapterError(call, "must be True, False or 'prompts'", given={"strict": strict})
 
 
 def check_labels(labels: Any, call: str) -> None:
@@ -167,7 +143,7 @@ def check_labels(labels: Any, call: str) -> None:
         return
     listed = isinstance(labels, Sequence) and not isinstance(labels, str | bytes)
     if not listed or not all(isinstance(label, str) for label in labels):
-        raise AdapterError(f"{call}(labels={shown(labels)}): give a list of names.")
+        raise AdapterError(call, "give a list of names", given={"labels": labels})
 
 
 def _describe_backbone(host: nn.Module, prompts: Prompts) -> dict[str, Any]:
@@ -186,34 +162,16 @@ def _preprocessing(host: nn.Module, prompts: Prompts) -> dict[str, Any] | None:
 
 
 def _describe_head(
-    host: nn.Module, prompts: Prompts, labels: list[str] | None
+    model: nn.Module, prompts: Prompts, kind: Kind, labels: Sequence[str] | None
 ) -> dict[str, Any] | None:
-    head = prompts.encoder.head
-    if has_decoder(prompts):
-        described = describe_decoder(host, prompts.encoder)
-        _check_count(labels, described["classes"])
-        return described | {"labels": labels}
-    if head is None or not head_tensors(host, prompts.encoder):
+    about = kind.describe(model, prompts)
+    if about is None:
         return None
-    module = host.get_submodule(head.paths[0])
-    classes = class_count(host, head)
-    _check_count(labels, classes)
-    extra: dict[str, Any] = {}
-    if not isinstance(module, nn.Linear):
-        extra["class"] = type(module).__name__
-    elif module.bias is None:
-        extra["bias"] = False
-    return {
-        "classes": classes,
-        "labels": labels,
-        "in_features": int(getattr(module, "in_features", head.width)),
-        "reads": prompts.encoder.reads(prompts.spec.pooling),
-        **extra,
-    }
-
-
-def _check_count(labels: list[str] | None, classes: int) -> None:
-    if labels is not None and len(labels) != classes:
+    names = kind.labels(model, prompts) if labels is None else list(labels)
+    if names is not None and len(names) != about["classes"]:
         raise AdapterError(
-            f"save_task_adapter(labels=...): {len(labels)} names for a head of {classes} classes."
+            "save_task_adapter",
+            f"{len(names)} names for a head of {about['classes']} classes",
+            given={"labels": ...},
         )
+    return about | {"labels": names}

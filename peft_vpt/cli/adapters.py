@@ -68,12 +68,12 @@ def check(
 
     Without weights, a Hub id still needs its configuration file.
     """
-    from ..adapter.schema import is_segmenter
+    from ..adapter.head import kind_of
     from ..adapter.verbs import load_task_adapter
     from ..hub.verbs import backbone_for
 
     adapter = find(source, revision, offline)
-    if is_segmenter(adapter.metadata["head"]):
+    if kind_of(adapter).wraps:
         raise AdapterError(
             CALL,
             "it holds the decoder of a Segmenter, which is made around a backbone",
@@ -88,7 +88,7 @@ def check(
             adapter,
             model,
             library=kind,
-            pretrained=not no_weights,
+            weights=not no_weights,
             otherwise=f"give --library {_OTHER[kind]}",
             local_files_only=offline,
         )
@@ -122,13 +122,11 @@ def need_classes(adapter: Adapter) -> None:
     Raises:
         AdapterError: It has no head, or a decoder.
     """
-    from ..adapter.schema import is_segmenter
-    from ..undo import READS
+    from ..adapter.head import kind_of
 
-    head = adapter.metadata["head"]
-    if head is None:
+    if adapter.metadata["head"] is None:
         raise AdapterError(CALL, "holds prompts without a head, so no classes", path=adapter.path)
-    if head["reads"] == READS or is_segmenter(head):
+    if not kind_of(adapter).classifies:
         raise AdapterError(
             CALL,
             "holds a decoder, which labels pixels and not images",

@@ -102,13 +102,11 @@ class _Setting:
 
     def bare(self) -> nn.Module:
         """Build the backbone with random weights."""
-        from ..hub.backbone import build_backbone
+        from ..hub.backbone import build_backbone, library_of
 
-        known = "/" not in self.model or self.model.startswith(("timm/", "hf-hub:"))
-        name = self.model.removeprefix("timm/") if known else self.model
-        edges = None if self.edge is None else (self.edge, self.edge)
-        library = "timm" if known else "transformers"
-        return build_backbone(library, name, pretrained=False, image_size=edges)
+        library = library_of(self.model)
+        name = self.model.removeprefix("timm/") if library == "timm" else self.model
+        return build_backbone(library, name, weights=False, image_size=self.edge)
 
     def under(self, protocol: str, **options: Any) -> nn.Module:
         """Return a new model under a protocol."""

@@ -114,21 +114,8 @@ def build(
     """
     from ..hub.backbone import build_backbone
 
-    known = "/" not in name or name.startswith(("timm/", "hf-hub:"))
-    edges = (size, size) if isinstance(size, int) else size
-    if weights is not None:
-        from ..hub.backbone import build_from_file
-
-        if not known:
-            raise VPTError(
-                CALL,
-                f"{name} is no timm model",
-                "give the safetensors file of a timm model's weights",
-                given={"weights": ...},
-            )
-        return build_from_file(name, weights, edges)
-    library = "timm" if known else "transformers"
-    return build_backbone(library, name, image_size=edges, local_files_only=offline)
+    given = True if weights is None else weights
+    return build_backbone(None, name, weights=given, image_size=size, local_files_only=offline)
 
 
 def preprocessing_of(model: Any, offline: bool = False) -> Any:

@@ -10,10 +10,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..adapter.schema import INTERPOLATIONS
 from ..checks import integer, list_of, number, one_of
 from ..errors import SpecError
-from ..preprocessing import describe_preprocessing, timm_transform
+from ..preprocessing import INTERPOLATIONS, describe_preprocessing, timm_transform
 
 IGNORE = 255
 KINDS, MODES = ("vtab", "fgvc", "timm"), ("train", "eval", "full")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,12 @@ import torch
 from torch import nn
 
 from ..adapter.file import Adapter
-from ..adapter.head import new_classes
+from ..adapter.head import kind_of
 from ..adapter.source import download, hub_errors
 from ..backbones.anatomy import Encoder
 from ..backbones.find import encoder_for
-from ..backbones.heads import class_count
-from ..errors import AdapterError, UnsupportedArchitectureError, VPTError, shown
+from ..checks import one_of
+from ..errors import AdapterError, UnsupportedArchitectureError, shown
 from ..preprocessing import describe_preprocessing, timm_transform
 
 _CALL = "load_backbone_with_adapter"
@@ -26,51 +27,64 @@ _CALL = "load_backbone_with_adapter"
 _TIMM_WEIGHTS = ("model.safetensors", "open_clip_model.safetensors")
 _INDEX = "model.safetensors.index.json"
 _WEIGHTS = ("model.safetensors", _INDEX)
-_BUILD = "build the model yourself and call load_task_adapter(model, ...)"
+_BUILD = "build the model yourself and call `load_task_adapter(model, ...)`"
 
 
 def build_backbone(
-    library: str,
+    library: str | None,
     name: str,
     *,
     architecture: str | None = None,
     revision: str | None = None,
-    pretrained: bool = True,
-    image_size: tuple[int, int] | None = None,
+    weights: bool | str | Path = True,
+    image_size: int | tuple[int, int] | None = None,
     classes: int | None = None,
+    options: Mapping[str, Any] | None = None,
     otherwise: str = _BUILD,
     **hub: Any,
 ) -> nn.Module:
-    """Build a timm or transformers model by its Hub id, in eval mode.
+    """Build a timm or transformers model by its name, in eval mode.
 
     Args:
-        library: "timm" or "transformers".
+        library: "timm" or "transformers"; None: the one that the name is of, as `library_of` says.
         name: Hub id `owner/name`; for timm also an entry point name, `vit_tiny_patch16_224.augreg`.
         architecture: Class name of a transformers model; None: an image classification model.
         revision: Branch, tag or commit of the backbone's repository.
-        pretrained: Whether weights are loaded. False needs no network for timm entry points.
-        image_size: Height and width of the images, where they are not the pretraining's.
+        weights: True: those of the Hub. False: random ones, which need no network for timm entry
+            points. Otherwise a safetensors file of a timm model.
+        image_size: Edge, or height and width, of the images, where it is not the pretraining's.
         classes: Outputs of a transformers model, whose head then has random weights where the
             repository's has another number.
+        options: Further ones of `timm.create_model`.
         otherwise: What to do with a model of the other library, for the message.
         hub: `token`, `cache_dir`, `local_files_only` of huggingface_hub.
 
     Raises:
         AdapterError: The library is unknown or not installed, or the model cannot be had.
     """
-    if library not in ("timm", "transformers"):
-        raise AdapterError(f"{_CALL}: backbone library {library!r}: must be timm or transformers.")
     check_name(name)
+    library = library or library_of(name)
+    one_of("timm", "transformers").check(_CALL, "library", library, AdapterError)
+    if not isinstance(weights, bool):
+        _check_file(library, name, Path(weights))
     try:
         if library == "timm":
-            return _timm(name, revision, pretrained, image_size, otherwise, hub).eval()
+            size = (image_size, image_size) if isinstance(image_size, int) else image_size
+            given = {**(options or {}), **({} if size is None else {"img_size": size})}
+            return _timm(name, revision, weights, given, otherwise, hub).eval()
+        pretrained = weights is True
         return _transformers(
             name, architecture, revision, pretrained, classes, otherwise, hub
         ).eval()
     except ModuleNotFoundError as error:
-        raise AdapterError(
-            f"{_CALL}: the backbone {name} needs {library}: pip install peft-vpt[{library}]."
-        ) from error
+        problem = f"the backbone {name} needs {library}"
+        raise AdapterError(_CALL, problem, f"pip install peft-vpt[{library}]") from error
+
+
+def library_of(name: str) -> str:
+    """Return the library whose model a name stands for: timm's own names have no other owner."""
+    known = "/" not in name or name.startswith(("timm/", "hf-hub:", "hf_hub:"))
+    return "timm" if known else "transformers"
 
 
 def check_name(name: Any) -> None:
@@ -80,9 +94,16 @@ def check_name(name: Any) -> None:
         AdapterError: It is no text, or empty.
     """
     if not isinstance(name, str) or not name:
-        raise AdapterError(
-            f"{_CALL}(backbone={shown(name)}): give the Hub id of the backbone, 'owner/name'."
-        )
+        problem = "give the Hub id of the backbone, 'owner/name'"
+        raise AdapterError(_CALL, problem, given={"backbone": name})
+
+
+def _check_file(library: str, name: str, weights: Path) -> None:
+    advice = "give the safetensors file of a timm model's weights"
+    if library != "timm":
+        raise AdapterError(_CALL, f"{name} is no timm model", advice, given={"weights": ...})
+    if not weights.is_file():
+        raise AdapterError(_CALL, f"{weights} is no file", advice, given={"weights": ...})
 
 
 def default_processor(
@@ -108,8 +129,8 @@ def default_processor(
 def _timm(
     name: str,
     revision: str | None,
-    pretrained: bool,
-    size: tuple[int, int] | None,
+    weights: bool | str | Path,
+    options: dict[str, Any],
     otherwise: str,
     hub: dict[str, Any],
 ) -> nn.Module:
@@ -118,10 +139,14 @@ def _timm(
     name = name.removeprefix("hf-hub:").removeprefix("hf_hub:")
     base, _, pinned = name.partition("@")
     revision = revision or pinned or None
+    if not isinstance(weights, bool):
+        entry = base.removeprefix("timm/")
+        _check_known(entry)
+        return _create(entry, options, pretrained=True, overlay={"file": str(weights)})
     if "/" not in base:
         _check_known(base)
-        if not pretrained:
-            return _create(base, size, pretrained=False)
+        if not weights:
+            return _create(base, options, pretrained=False)
         try:
             config = timm.get_pretrained_cfg(base)
         except RuntimeError:
@@ -129,7 +154,7 @@ def _timm(
             config = None
         if config is None or not config.hf_hub_id:
             near = _near(base, timm.list_pretrained())
-            raise AdapterError(f"{_CALL}: timm knows no pretrained weights called {base!r}.{near}")
+            raise AdapterError(_CALL, f"timm knows no pretrained weights called {base!r}", near)
         owner = config.hf_hub_id
         base = f"{owner}{config.architecture}.{config.tag}" if owner.endswith("/") else owner
     folder = download(base, "config.json", call=_CALL, revision=revision, **hub).parent
@@ -138,10 +163,10 @@ def _timm(
     revision = folder.name
     # This very file: a pickle beside it in the cache would come first in timm's own search.
     source: dict[str, Any] = {}
-    if pretrained:
+    if weights:
         file = str(_weights(base, revision, _TIMM_WEIGHTS, hub))
         source = {"file": file, "source": "", "state_dict": None}
-    model = _create(f"local-dir:{folder}", size, pretrained=pretrained, overlay=source)
+    model = _create(f"local-dir:{folder}", options, pretrained=weights, overlay=source)
     cfg: Any = model.pretrained_cfg
     # As if timm had loaded it by its Hub id: the folder is a fact about one machine.
     cfg.pop("file", None)
@@ -156,15 +181,16 @@ def _check_known(name: str) -> None:
     if not timm.is_model(architecture):
         tagged = timm.list_pretrained() if "." in name else timm.list_models()
         raise AdapterError(
-            f"{_CALL}: timm knows no model {name!r}, and a repository of the Hub is 'owner/name'."
-            f"{_near(name, tagged)}"
+            _CALL,
+            f"timm knows no model {name!r}, and a repository of the Hub is 'owner/name'",
+            _near(name, tagged),
         )
 
 
 def _near(name: str, known: Iterable[str]) -> str:
     """Return a question that names what is close to a name, or nothing."""
     close = difflib.get_close_matches(name, list(known), n=5)
-    return f" Did you mean {', '.join(close)}?" if close else ""
+    return f"Did you mean {', '.join(close)}?" if close else ""
 
 
 def _offline(hub: dict[str, Any]) -> bool:
@@ -181,44 +207,42 @@ def _check_config(path: Path, name: str, otherwise: str) -> None:
     if isinstance(found, dict) and isinstance(found.get("architecture"), str):
         return
     theirs = isinstance(found, dict) and "model_type" in found
-    advice = f"it is one of transformers; {otherwise}" if theirs else f"if it is one, {_BUILD}"
-    raise AdapterError(
-        f"{_CALL}: {name}: its config.json names no timm architecture, so it is no timm model: "
-        f"{advice}."
-    )
+    problem = f"{name}: its config.json names no timm architecture, so it is no timm model"
+    if theirs:
+        raise AdapterError(_CALL, f"{problem}: it is one of transformers", otherwise)
+    raise AdapterError(_CALL, f"{problem}: if it is one, {_BUILD}")
 
 
 def _create(
     name: str,
-    size: tuple[int, int] | None,
+    options: dict[str, Any],
     *,
     pretrained: bool,
     overlay: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """Create a timm model for an image size, where its kind has one."""
+    """Create a timm model, for an image size where its kind has one."""
     import timm
 
-    options: dict[str, Any] = {"pretrained": pretrained, "pretrained_cfg_overlay": overlay}
+    given: dict[str, Any] = {"pretrained": pretrained, "pretrained_cfg_overlay": overlay, **options}
     with hub_errors(_CALL, f"timm.create_model({name!r})"):
-        if size is not None:
-            try:
-                sized: nn.Module = timm.create_model(name, img_size=size, **options)
-                return sized
-            except TypeError:
-                # Convolutional models take images of any size and no such argument.
-                pass
-        model: nn.Module = timm.create_model(name, **options)
+        try:
+            model: nn.Module = timm.create_model(name, **given)
+        except TypeError:
+            # Convolutional models take images of any size and no such argument.
+            if given.pop("img_size", None) is None:
+                raise
+            model = timm.create_model(name, **given)
         return model
 
 
 def _weights(name: str, revision: str | None, files: tuple[str, ...], hub: dict[str, Any]) -> Path:
     """Return the first of these files that a repository has."""
-    missing: VPTError | None = None
+    missing: AdapterError | None = None
     for file in files:
         try:
             return download(name, file, call=_CALL, revision=revision, **hub)
-        except VPTError as error:
-            kind = type(error.__cause__).__name__
+        except AdapterError as error:
+            kind = error.facts.get("reason", "")
             unreached = kind == "LocalEntryNotFoundError" and not _offline(hub)
             if unreached or "EntryNotFound" not in kind:
                 raise
@@ -231,8 +255,10 @@ def _weights(name: str, revision: str | None, files: tuple[str, ...], hub: dict[
 
 def _no_weights(name: str, files: tuple[str, ...]) -> AdapterError:
     return AdapterError(
-        f"{_CALL}: {name}: it has no weights as safetensors ({', '.join(files)}), and others, such "
-        f"as pytorch_model.bin, are pickles, which may run code and are never opened; {_BUILD}."
+        _CALL,
+        f"{name}: it has no weights as safetensors ({', '.join(files)}), and others, such as "
+        "pytorch_model.bin, are pickles, which may run code and are never opened",
+        _BUILD,
     )
 
 
@@ -251,10 +277,8 @@ def _transformers(
     auto = architecture is None
     # The name comes out of a file: nothing but a model class of the library is ever called.
     if not auto and not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-        raise AdapterError(
-            f"{_CALL}: the installed transformers has no model class {architecture!r}; update it, "
-            f"or {_BUILD}."
-        )
+        problem = f"the installed transformers has no model class {architecture!r}"
+        raise AdapterError(_CALL, problem, f"update it, or {_BUILD}")
     what = f"{name}, {architecture or 'image classification model'}"
     with hub_errors(_CALL, what, hub.get("token")):
         options = {**hub, "revision": revision, "trust_remote_code": False}
@@ -295,8 +319,10 @@ def _check_safe(name: str, revision: str | None, config: Any, hub: dict[str, Any
     stray = [part for part in parts if part != _INDEX and not part.endswith(".safetensors")]
     if stray:
         raise AdapterError(
-            f"{_CALL}: {name}: its weights are to be read from {shown(stray[0])}, which is no "
-            f"safetensors file; others may run code and are never opened; {_BUILD}."
+            _CALL,
+            f"{name}: its weights are to be read from {shown(stray[0])}, which is no safetensors "
+            "file; others may run code and are never opened",
+            _BUILD,
         )
 
 
@@ -306,10 +332,12 @@ def _check_kind(kind: Any, config: Any, name: str, otherwise: str) -> None:
     if kind.config_class in parts:
         return
     if type(config).__name__ == "TimmWrapperConfig":
-        raise AdapterError(f"{_CALL}: {name} is a model of timm, not of transformers; {otherwise}.")
+        problem = f"{name} is a model of timm, not of transformers"
+        raise AdapterError(_CALL, problem, otherwise)
     raise AdapterError(
-        f"{_CALL}: the adapter names the class {kind.__name__}, and {name} holds a "
-        f"{type(config).__name__}; pass backbone= for another repository."
+        _CALL,
+        f"the adapter names the class {kind.__name__}, and {name} holds a {type(config).__name__}",
+        "pass `backbone=` for another repository",
     )
 
 
@@ -331,9 +359,6 @@ def match_head(model: nn.Module, adapter: Adapter) -> bool:
     Returns:
         Whether the head is of that kind now, so that the adapter's fits into it.
     """
-    head = adapter.metadata["head"]
-    if head is None:
-        return True
     try:
         encoder = encoder_for(model, "pad")
     except UnsupportedArchitectureError:
@@ -341,12 +366,12 @@ def match_head(model: nn.Module, adapter: Adapter) -> bool:
         return False
     if _takes_head(model, adapter):
         return True
-    if hasattr(model, "reset_classifier") and _holds(adapter, model, encoder):
-        pool = head["reads"].partition(":")[0]
-        kept = _reads(model, adapter) == head["reads"]
-        owner: Any = model
+    owner, head = model, adapter.metadata["head"]
+    if hasattr(owner, "reset_classifier") and _holds(adapter, model, encoder):
+        pool, pooling = head["reads"].partition(":")[0], adapter.spec.pooling
+        kept = encoder.head is not None and encoder.reads(pooling) == head["reads"]
         with suppress(*_REFUSALS):
-            owner.reset_classifier(
+            owner.reset_classifier(  # type: ignore[operator]
                 head["classes"], global_pool=None if kept else _POOLS.get(pool, pool)
             )
     return _takes_head(model, adapter)
@@ -355,35 +380,20 @@ def match_head(model: nn.Module, adapter: Adapter) -> bool:
 def _holds(adapter: Adapter, model: nn.Module, encoder: Encoder) -> bool:
     """Tell whether a file holds a head as large as it says, before one takes that much memory."""
     width = 1 if encoder.head is None else encoder.head.width
-    largest = head_elements(adapter) // width
     return (
         any(p.is_meta for p in model.parameters())
-        or int(adapter.metadata["head"]["classes"]) <= largest
+        or int(adapter.metadata["head"]["classes"]) <= adapter.size_of_head() // width
     )
-
-
-def head_elements(adapter: Adapter) -> int:
-    """Return how many numbers the head in a file has."""
-    heads = (tensor for name, tensor in adapter.tensors.items() if name.startswith("head"))
-    return sum(tensor.numel() for tensor in heads)
 
 
 def _takes_head(model: nn.Module, adapter: Adapter) -> bool:
     """Tell whether a model's head reads what the adapter's does, and can take its place."""
-    head = adapter.metadata["head"]
-    encoder = encoder_for(model, "pad")
-    if encoder.head is None or _reads(model, adapter) != head["reads"]:
+    about, encoder, fail = adapter.metadata["head"], encoder_for(model, "pad"), AdapterError
+    try:
+        kind_of(adapter).check(about, model, encoder, adapter.spec.pooling, partial(fail, _CALL))
+    except AdapterError:
         return False
-    if new_classes(adapter, encoder, with_head=True) is not None:
-        return True
-    own = model.get_submodule(encoder.head.paths[0])
-    same_class = head.get("class") in (None, type(own).__name__)
-    return same_class and class_count(model, encoder.head) == head["classes"]
-
-
-def _reads(model: nn.Module, adapter: Adapter) -> str | None:
-    encoder = encoder_for(model, "pad")
-    return None if encoder.head is None else encoder.reads(adapter.spec.pooling)
+    return True
 
 
 def loads_by_name(adapter: Adapter) -> bool:
@@ -407,38 +417,3 @@ def loads_by_name(adapter: Adapter) -> bool:
         # Whatever it is (timm is not there or does not know the name, or the model cannot be built
         # without memory), it does not tell anything of the head, and a hint must stop no push.
         return True
-
-
-def build_from_file(
-    name: str, weights: str | Path, size: int | tuple[int, int] | None = None, **options: Any
-) -> nn.Module:
-    """Build a timm model in eval mode, with the weights of a safetensors file.
-
-    Args:
-        name: timm's name, also `timm/...` or `hf-hub:...`.
-        weights: The file.
-        size: Edge of the images, or height and width. None: the model's own.
-        options: Of `timm.create_model`.
-
-    Raises:
-        VPTError: There is no such file, or it does not fit.
-    """
-    import timm
-
-    if not Path(weights).is_file():
-        raise VPTError(
-            f"--weights: {weights} is no file; give the safetensors file of a timm model's weights."
-        )
-    entry = name.removeprefix("hf-hub:").removeprefix("timm/")
-    options = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(weights)}, **options}
-    edges = (size, size) if isinstance(size, int) else size
-    with hub_errors("--weights", f"{entry} from {weights}"):
-        try:
-            sized: dict[str, Any] = {} if edges is None else {"img_size": edges}
-            model: nn.Module = timm.create_model(entry, **sized, **options)
-        except TypeError:
-            if edges is None:
-                raise
-            # Convolutional models take images of any size and no such argument.
-            model = timm.create_model(entry, **options)
-    return model.eval()

@@ -9,19 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..adapter.file import FILE_NAME, Adapter
-from ..adapter.schema import is_segmenter
+from ..adapter.head import Kind, kind_of
 from ..errors import AdapterError, listing
-from ..undo import READS
 
 LIBRARY = "peft-vpt"
-_CLASSIFIES, _SEGMENTS = "image-classification", "image-segmentation"
-# What a decoder around the encoder makes, by the end of its class's name.
-_DECODERS = {
-    "Segmentation": _SEGMENTS,
-    "DepthEstimation": "depth-estimation",
-    "ObjectDetection": "object-detection",
-}
-_TOTAL = re.compile(r"^\| trained parameters \| ([\d,]+) of ([\d,]+) ", re.MULTILINE)
 _MARK = re.compile(r"\n<!-- written by peft_vpt, text ([0-9a-f]{16}) -->\n*$")
 
 
@@ -43,8 +34,7 @@ def write_card(
             edited it, and written anew where it is still ours.
         license: Licence id of the Hub, `apache-2.0` say.
         datasets: Dataset ids of the Hub.
-        total: Number of parameters of backbone, prompts and head. None: what an unedited `former`
-            says of as many trained parameters for this backbone.
+        total: Number of parameters of backbone, prompts and head; None where it is not known.
 
     Raises:
         AdapterError: The metadata of `former` is not YAML.
@@ -53,8 +43,6 @@ def write_card(
     known = dict(vars(old.data)) if old is not None else {}
     # Without a dataset in this call, results belong to the one that the card names.
     own = _metadata(adapter, repo_id, license, datasets or _list(known.get("datasets")))
-    if total is None and old is not None and not _edited(old.text):
-        total = _former_total(adapter, known, old.text)
     text = _text(adapter, repo_id, total)
     if old is not None:
         own = _merge(known, own)
@@ -70,9 +58,9 @@ def _read(former: str | None, repo_id: str) -> Any:
         return RepoCard(former.removeprefix("\ufeff")) if former else None
     except Exception as error:
         # A YAML error of one of two libraries, or a ValueError.
+        problem = f"the metadata of {repo_id}/README.md cannot be read: {error}"
         raise AdapterError(
-            f"push_task_adapter: the metadata of {repo_id}/README.md cannot be read: {error}. "
-            "Mend or delete that file first."
+            "push_task_adapter", problem, "Mend or delete that file first"
         ) from error
 
 
@@ -89,7 +77,7 @@ def _metadata(
     from huggingface_hub import EvalResult, ModelCardData
 
     meta = adapter.metadata
-    task = _pipeline_tag(meta["head"])
+    task = kind_of(adapter).task(meta["head"])
     name = meta["task"] or "task"
     numbers = _numbers(meta["metrics"])
     results = [
@@ -117,18 +105,6 @@ def _metadata(
         **(relation | ({"model_name": repo_id.split("/")[-1]} if results else {})),
     )
     return dict(data.to_dict())
-
-
-def _pipeline_tag(head: Mapping[str, Any] | None) -> str | None:
-    """Return what the Hub calls the task of such a head, or None where it is not known."""
-    if head is None:
-        return "image-feature-extraction"
-    if is_segmenter(head):
-        return _SEGMENTS
-    if head["reads"] != READS:
-        return _CLASSIFIES
-    name = str(head.get("class"))
-    return next((tag for end, tag in _DECODERS.items() if name.endswith(end)), None)
 
 
 def _numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:
@@ -187,15 +163,6 @@ def _without(result: Any, measured: set[tuple[Any, Any]]) -> Any:
     return {**result, "metrics": kept} if kept else None
 
 
-def _former_total(adapter: Adapter, known: Mapping[str, Any], text: str) -> int | None:
-    """Return the number of all parameters in a card of ours about the same backbone."""
-    base, found = adapter.metadata["backbone"]["hub_id"], _TOTAL.search(text)
-    if found is None or _list(known.get("base_model")) != _list(base):
-        return None
-    trained, total = (int(number.replace(",", "")) for number in found.groups())
-    return total if trained == _trained(adapter) else None
-
-
 def _trained(adapter: Adapter) -> int:
     return sum(tensor.numel() for tensor in adapter.tensors.values())
 
@@ -247,9 +214,8 @@ def _introduction(adapter: Adapter, repo_id: str) -> str:
     where = f"[{base}](https://huggingface.co/{base})" if base else "a backbone without a Hub name"
     task = f" for the task *{_plain(meta['task'])}*" if meta["task"] else ""
     what = "learnable prompts" if meta["spec"] is not None else "what a protocol trains"
-    tag = _pipeline_tag(meta["head"])
-    kind = "classification head" if tag == _CLASSIFIES else "decoder"
-    head = "" if meta["head"] is None else f" and a {kind}"
+    words = kind_of(adapter).words
+    head = f" and a {words}" if words else ""
     return (
         f"# {repo_id.split('/')[-1]}\n\nA task adapter{task}: {what}{head} "
         f"for {where} (`{meta['backbone']['architecture']}`, "
@@ -314,19 +280,12 @@ def code_block(adapter: Adapter, repo_id: str) -> str:
         adapter: The adapter that is pushed.
         repo_id: `owner/name`.
     """
-    meta = adapter.metadata
+    meta, kind = adapter.metadata, kind_of(adapter)
     if meta["backbone"]["hub_id"] is None:
         lines = _unnamed(meta["backbone"], repo_id)
-    elif is_segmenter(meta["head"]):
-        lines = [*_segmenter(meta, repo_id), *_image(meta), *_pixels_by_class(meta)]
-    elif meta["head"] is None:
-        lines = [*_named(repo_id), *_image(meta), f"    output = {_output(meta)}"]
-    elif meta["head"]["reads"] != READS:
-        lines = [*_named(repo_id), *_image(meta), *_best_class(meta)]
-    elif str(meta["head"].get("class")).endswith("ForSemanticSegmentation"):
-        lines = [*_named(repo_id), *_image(meta), *_pixels_by_class(meta)]
     else:
-        lines = [*_named(repo_id), *_image(meta), "    output = model(pixels)"]
+        start = _segmenter(meta, repo_id) if kind.wraps else _named(repo_id)
+        lines = [*start, *_image(meta), *_answer(kind, meta)]
     return "\n".join(["```python", *lines, "```"])
 
 
@@ -394,31 +353,25 @@ def _image(meta: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _output(meta: Mapping[str, Any]) -> str:
-    """Return an expression for the logits, or for what a model without a head gives."""
-    plain = meta["backbone"]["library"] == "timm" or is_segmenter(meta["head"])
-    return "model(pixels)" if plain or meta["head"] is None else "model(pixels).logits"
-
-
-def _best_class(meta: Mapping[str, Any]) -> list[str]:
-    return [
-        f"    scores = {_output(meta)}.softmax(-1)[0]",
-        "best = int(scores.argmax())",
-        f"print({_label(meta, 'best')}, float(scores[best]))",
-    ]
-
-
-def _pixels_by_class(meta: Mapping[str, Any]) -> list[str]:
-    return [
-        f"    scores = {_output(meta)}[0]  # (classes, height, width)",
-        "best = scores.argmax(0)",
-        "for index in best.unique().tolist():",
-        f"    print({_label(meta, 'index')}, float((best == index).float().mean()))",
-    ]
-
-
-def _label(meta: Mapping[str, Any], index: str) -> str:
-    if meta["head"]["labels"] is None:
-        return index
-    labels = "model.labels" if is_segmenter(meta["head"]) else 'model.prompts.info["labels"]'
-    return f"{labels}[{index}]"
+def _answer(kind: Kind, meta: Mapping[str, Any]) -> list[str]:
+    """Return lines that run a model and say what comes out."""
+    says = kind.output(meta["head"])
+    timm = meta["backbone"]["library"] == "timm" or kind.wraps
+    logits = "model(pixels)" if timm else "model(pixels).logits"
+    labels = "model.labels" if kind.wraps else 'model.prompts.info["labels"]'
+    named = meta["head"] is not None and meta["head"]["labels"] is not None
+    if says == "label":
+        return [
+            f"    scores = {logits}.softmax(-1)[0]",
+            "best = int(scores.argmax())",
+            f"print({f'{labels}[best]' if named else 'best'}, float(scores[best]))",
+        ]
+    if says == "classes":
+        index = f"{labels}[index]" if named else "index"
+        return [
+            f"    scores = {logits}[0]  # (classes, height, width)",
+            "best = scores.argmax(0)",
+            "for index in best.unique().tolist():",
+            f"    print({index}, float((best == index).float().mean()))",
+        ]
+    return ["    output = model(pixels)"]

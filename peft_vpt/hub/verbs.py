@@ -13,12 +13,14 @@ from typing import Any, Literal
 from torch import nn
 
 from ..adapter.file import FILE_NAME, Adapter, read_adapter, write_adapter
-from ..adapter.schema import is_revision, is_segmenter, plain_metrics
+from ..adapter.head import kind_of
+from ..adapter.schema import REVISION, plain_metrics
 from ..adapter.source import cached_revision, check_hub_options, find_adapter, hub_errors
 from ..adapter.verbs import check_labels, check_strict, load_task_adapter, save_task_adapter
 from ..backbones.find import says_its_size
 from ..backbones.identity import is_hub_name
-from ..errors import AdapterError, AdapterMismatchError, shown
+from ..checks import Rule, instance, or_none
+from ..errors import AdapterError, AdapterMismatchError, renamed
 from ..files import __version__
 from ..hosts import host_and_prompts
 from ..inject import count_parameters
@@ -27,7 +29,6 @@ from .backbone import (
     build_backbone,
     check_name,
     default_processor,
-    head_elements,
     loads_by_name,
     match_head,
 )
@@ -35,6 +36,13 @@ from .card import LIBRARY, write_card
 
 _CALL = "push_task_adapter"
 _LOAD = "load_backbone_with_adapter"
+_HUB_IDS = Rule(
+    "a Hub id 'owner/name', or a list of them",
+    lambda v: isinstance(v, Sequence) and all(isinstance(name, str) for name in v),
+)
+_HUB_NAME = Rule(
+    "the name of a repository, 'owner/name'", lambda v: isinstance(v, str) and is_hub_name(v)
+)
 
 
 def push_task_adapter(
@@ -88,12 +96,13 @@ def push_task_adapter(
     """
     from huggingface_hub import HfApi
 
-    check_names(model, repo_id, base_model, base_revision)
+    _check_names(model, repo_id, base_model, base_revision)
     check_hub_options(_CALL, revision, token)
-    said = what_is_said(task, labels, preprocessing, metrics)
-    names = dataset_names(datasets)
+    said = _said(task, labels, preprocessing, metrics)
+    names: Any = [datasets] if isinstance(datasets, str) else datasets or []
+    _HUB_IDS.check(_CALL, "datasets", names, AdapterError)
     with tempfile.TemporaryDirectory() as folder:
-        adapter = adapter_to_push(model, Path(folder), said, base_model, base_revision)
+        adapter = _adapter_to_push(model, Path(folder), said, base_model, base_revision)
         data = adapter.path.read_bytes()
     _warn_if_lost(adapter)
     total = count_parameters(model).total if isinstance(model, nn.Module) else None
@@ -222,26 +231,27 @@ def _check_named(adapter: Adapter, name: str | None, strict: bool | str) -> None
     made_for = adapter.metadata["backbone"]
     if name is None:
         raise AdapterError(
-            f"{_LOAD}: {adapter.path}: it does not say which repository its backbone "
-            f"({made_for['library']} {made_for['architecture']}) comes from; pass backbone=, or "
-            "build the model yourself and call load_task_adapter(model, ...)."
+            _LOAD,
+            f"it does not say which repository its backbone ({made_for['library']} "
+            f"{made_for['architecture']}) comes from",
+            "pass `backbone=`, or build the model yourself and call `load_task_adapter(model, "
+            "...)`",
+            path=adapter.path,
         )
-    if is_segmenter(adapter.metadata["head"]) and strict != "prompts":
+    if kind_of(adapter).wraps and strict != "prompts":
         raise AdapterMismatchError(
-            f"{_LOAD}: {adapter.path}: it holds the decoder of a Segmenter, which a backbone has "
-            "no place for; build the backbone, and call "
-            "peft_vpt.segmentation.load_segmenter(backbone, source)."
+            _LOAD,
+            "it holds the decoder of a Segmenter, which a backbone has no place for",
+            "build the backbone, and call `peft_vpt.segmentation.load_segmenter(backbone, source)`",
+            path=adapter.path,
         )
 
 
 def _classes(adapter: Adapter) -> int | None:
     """Return the number of outputs to build a model with, None where its head is replaced later."""
-    head = adapter.metadata["head"]
-    replaced = head is None or "class" not in head or is_segmenter(head)
-    if replaced or (adapter.protocol is not None and adapter.protocol.head_layers):
-        return None
+    classes = adapter.metadata["head"]["classes"] if kind_of(adapter).fixed else 0
     # More than the file holds is refused when it is loaded, so that no memory need go to it.
-    return int(head["classes"]) if head["classes"] <= head_elements(adapter) else None
+    return int(classes) if 0 < classes <= adapter.size_of_head() else None
 
 
 def _sized(processor: Any, model: nn.Module) -> Any:
@@ -257,7 +267,7 @@ def _sized(processor: Any, model: nn.Module) -> Any:
 def _warn_if_lost(adapter: Adapter) -> None:
     """Warn where nobody could load the adapter by its name, since a backbone's head is another."""
     head = adapter.metadata["head"]
-    if adapter.metadata["backbone"]["hub_id"] is None or is_segmenter(head):
+    if adapter.metadata["backbone"]["hub_id"] is None or kind_of(adapter).wraps:
         return
     if not loads_by_name(adapter):
         kind = head.get("class") or "linear layer"
@@ -293,9 +303,8 @@ def _former_card(
                 path = api.hf_hub_download(repo_id, "README.md", revision=commit, cache_dir=folder)
                 return commit, Path(path).read_text(encoding="utf-8")
             except UnicodeDecodeError as error:
-                raise AdapterError(
-                    f"{_CALL}: {repo_id}/README.md is not UTF-8: {error}. Mend it first."
-                ) from error
+                problem = f"{repo_id}/README.md is not UTF-8: {error}"
+                raise AdapterError(_CALL, problem, "Mend it first") from error
             except LocalEntryNotFoundError:
                 # The Hub was not reached, which says nothing of what stands there.
                 raise
@@ -315,65 +324,33 @@ def _operations(data: bytes, adapter: Adapter, card: str) -> list[Any]:
     try:
         files = {FILE_NAME: data, "config.json": rendered.encode(), "README.md": card.encode()}
     except UnicodeEncodeError as error:
-        raise AdapterError(
-            f"{_CALL}: task, labels or metrics hold a character that no file can: {error}."
-        ) from error
+        problem = f"task, labels or metrics hold a character that no file can: {error}"
+        raise AdapterError(_CALL, problem) from error
     return [CommitOperationAdd(name, content) for name, content in files.items()]
 
 
-def check_names(model: Any, repo_id: Any, base: Any, base_revision: Any) -> None:
-    """Refuse arguments of a push that name nothing.
-
-    Raises:
-        AdapterError: One is of the wrong type, or no name.
-    """
+def _check_names(model: Any, repo_id: Any, base: Any, base_revision: Any) -> None:
+    """Refuse arguments of a push that name nothing."""
     if isinstance(repo_id, nn.Module):
         raise AdapterError(
-            f"{_CALL}: repo_id is a model ({type(repo_id).__name__}); are the arguments swapped? "
-            "The model comes first: push_task_adapter(model, 'owner/name')."
+            _CALL,
+            f"repo_id is a model ({type(repo_id).__name__}); are the arguments swapped?",
+            "The model comes first: `push_task_adapter(model, 'owner/name')`",
         )
-    if not isinstance(repo_id, str) or not is_hub_name(repo_id):
-        raise AdapterError(
-            f"{_CALL}(repo_id={shown(repo_id)}): a repository is named 'owner/name'."
-        )
+    _HUB_NAME.check(_CALL, "repo_id", repo_id, AdapterError)
     if not isinstance(model, nn.Module | str | Path):
         raise AdapterError(
-            f"{_CALL}: model must be a prompted model, or the path of a saved adapter, not of type "
-            f"{type(model).__name__}."
+            _CALL,
+            "model must be a prompted model, or the path of a saved adapter, not of type "
+            f"{type(model).__name__}",
         )
-    if base is not None and not (isinstance(base, str) and is_hub_name(base)):
-        raise AdapterError(
-            f"{_CALL}(base_model={shown(base)}): give the backbone's Hub id, 'owner/name'."
-        )
-    if base_revision is not None and not is_revision(base_revision):
-        raise AdapterError(
-            f"{_CALL}(base_revision={shown(base_revision)}): give a commit, or the name of a "
-            "branch or tag, of the backbone's repository."
-        )
+    or_none(_HUB_NAME).check(_CALL, "base_model", base, AdapterError)
+    or_none(REVISION).check(_CALL, "base_revision", base_revision, AdapterError)
 
 
-def dataset_names(datasets: Any) -> list[str]:
-    """Return the names of datasets as a list.
-
-    Raises:
-        AdapterError: It is neither a name nor a list of names.
-    """
-    names = [datasets] if isinstance(datasets, str) else datasets or ()
-    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
-        raise AdapterError(
-            f"{_CALL}(datasets={shown(datasets)}): give a Hub id 'owner/name', or a list of them."
-        )
-    return list(names)
-
-
-def what_is_said(task: Any, labels: Any, preprocessing: Any, metrics: Any) -> dict[str, Any]:
-    """Return what a push says of an adapter as plain values, without what it leaves out.
-
-    Raises:
-        AdapterError: One is not of its kind.
-    """
-    if task is not None and not isinstance(task, str):
-        raise AdapterError(f"{_CALL}(task={shown(task)}): give the name of the task as text.")
+def _said(task: Any, labels: Any, preprocessing: Any, metrics: Any) -> dict[str, Any]:
+    """Return what a push says of an adapter as plain values, without what it leaves out."""
+    or_none(instance(str, "the name of the task as text")).check(_CALL, "task", task, AdapterError)
     check_labels(labels, _CALL)
     values = {
         "task": task,
@@ -384,64 +361,46 @@ def what_is_said(task: Any, labels: Any, preprocessing: Any, metrics: Any) -> di
     return {name: value for name, value in values.items() if value is not None}
 
 
-def adapter_to_push(
+def _adapter_to_push(
     model: nn.Module | str | Path,
     folder: Path,
     said: dict[str, Any],
     base: str | None,
-    base_revision: str | None,
+    revision: str | None,
 ) -> Adapter:
     """Return the adapter as it goes up; a saved one is left as it is.
 
     Args:
         model: A prompted model, or a saved adapter.
         folder: An empty one, for files in between.
-        said: From `what_is_said`.
+        said: From `_said`.
         base: Hub id of the backbone, or None.
-        base_revision: Commit of its repository, or None.
-
-    Raises:
-        NotPromptedError: The model carries no prompts.
-        AdapterError: There is no such file, or the adapter cannot be saved.
+        revision: Commit of its repository, or None.
     """
-    try:
-        adapter = _told(_local(model, folder), folder, said)
-        return _named(adapter, folder, base, base_revision)
-    except AdapterError as error:
-        # A file in between says nothing to anybody.
-        between = f"save_task_adapter: {folder / FILE_NAME}"
-        if between not in str(error):
-            raise
-        raise type(error)(str(error).replace(between, _CALL)) from error
-
-
-def _local(model: nn.Module | str | Path, folder: Path) -> Adapter:
-    """Return an adapter that was saved just now, or read."""
     if isinstance(model, nn.Module):
-        host_and_prompts(model, _CALL)
-        return read_adapter(save_task_adapter(model, folder), _CALL)
-    return read_adapter(find_adapter(Path(model), call=_CALL), _CALL)
-
-
-def _told(adapter: Adapter, folder: Path, given: dict[str, Any]) -> Adapter:
-    """Return an adapter with what the call says of it."""
-    if not given:
-        return adapter
-    new, head = dict(given), adapter.metadata["head"]
-    labels = new.pop("labels", None)
+        # A file in between says nothing to anybody.
+        with renamed(_CALL, path=None):
+            path = save_task_adapter(model, folder)
+    else:
+        path = find_adapter(Path(model), call=_CALL)
+    adapter = read_adapter(path, _CALL)
+    metadata, head = adapter.metadata | said, adapter.metadata["head"]
+    labels = metadata.pop("labels", None)
     if labels is not None:
         count = "no head to label" if head is None else f"{head['classes']} classes"
         if head is None or len(labels) != head["classes"]:
-            raise AdapterError(
-                f"{_CALL}(labels=...): {len(labels)} names, and the adapter has {count}."
-            )
-        new["head"] = head | {"labels": labels}
-    return _rewritten(adapter, folder, adapter.metadata | new)
+            problem = f"{len(labels)} names, and the adapter has {count}"
+            raise AdapterError(_CALL, problem, given={"labels": ...})
+        metadata["head"] = head | {"labels": labels}
+    metadata["backbone"] = _named(metadata["backbone"], base, revision)
+    if metadata == adapter.metadata:
+        return adapter
+    with renamed(_CALL, path=None):
+        return read_adapter(write_adapter(folder / FILE_NAME, adapter.tensors, metadata), _CALL)
 
 
-def _named(adapter: Adapter, folder: Path, base: str | None, revision: str | None) -> Adapter:
-    """Put the backbone's Hub name, where the call gives one, into the file; warn if none."""
-    known = adapter.metadata["backbone"]
+def _named(known: dict[str, Any], base: str | None, revision: str | None) -> dict[str, Any]:
+    """Put the backbone's Hub name, where the call gives one, into its description."""
     if base is None and known["hub_id"] is None:
         warnings.warn(
             f"{_CALL}: the backbone's Hub name is not known, so the card cannot link it and nobody "
@@ -453,13 +412,4 @@ def _named(adapter: Adapter, folder: Path, base: str | None, revision: str | Non
     if at is None and known["hub_id"] and not other:
         # A guess that a local save, the same bytes for the same adapter, does not make.
         at = cached_revision(known["hub_id"])
-    if (base or known["hub_id"], at) == (known["hub_id"], known["revision"]):
-        return adapter
-    named = known | {"hub_id": base or known["hub_id"], "revision": at}
-    return _rewritten(adapter, folder, adapter.metadata | {"backbone": named})
-
-
-def _rewritten(adapter: Adapter, folder: Path, metadata: dict[str, Any]) -> Adapter:
-    drop = ("checksum", "format_version")
-    kept = {name: value for name, value in metadata.items() if name not in drop}
-    return read_adapter(write_adapter(folder / FILE_NAME, adapter.tensors, kept), _CALL)
+    return known | {"hub_id": base or known["hub_id"], "revision": at}

@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..adapter.file import Adapter, read_adapter, write_adapter
-from ..adapter.schema import SEGMENTER, plain_metrics
-from ..adapter.source import file_at, find_adapter
-from ..adapter.verbs import check_labels, load_task_adapter
-from ..backbones.fingerprint import fingerprint
-from ..backbones.identity import default_preprocessing, describe_backbone
-from ..errors import AdapterError, AdapterMismatchError
-from ..files import __version__
-from ..hosts import host_and_prompts, unwrap
-from ..preprocessing import describe_preprocessing
-from ..spec import NOWHERE
+from ..adapter.file import Adapter, read_adapter
+from ..adapter.head import kind_of
+from ..adapter.layout import check_layout
+from ..adapter.source import find_adapter
+from ..adapter.verbs import load_task_adapter, save_task_adapter
+from ..errors import AdapterError, AdapterMismatchError, renamed
+from ..hosts import unwrap
 from .evaluation import check_classes
 from .grid import token_map
 from .model import PupHead, Segmenter, plain_encoder, refuse_unread
@@ -57,41 +54,17 @@ def save_segmenter(
         NotPromptedError: The backbone carries nothing.
         AdapterError: As in `save_task_adapter`, no segmenter, or not as many labels as classes.
     """
-    model, target = _segmenter(model), file_at(path, "save_segmenter")
-    check_labels(labels, "save_segmenter")
-    names = list(labels) if labels is not None else model.labels
-    if names is not None and len(names) != model.classes:
+    inner = unwrap(model) if isinstance(model, nn.Module) else model
+    if not isinstance(inner, Segmenter):
         raise AdapterError(
-            f"save_segmenter(labels=...): {len(names)} names for {model.classes} classes."
+            "save_segmenter",
+            f"needs a Segmenter, got {type(inner).__name__}",
+            "for other models use `save_task_adapter`",
         )
-    host, prompts = host_and_prompts(model.backbone, "save_segmenter")
-    info, delta = prompts.info, prompts.delta
-    moved = delta is not None and delta.protocol.moves
-    marks = delta.fingerprint if moved else fingerprint(host, prompts.encoder)
-    metadata = {
-        "spec": None if prompts.spec.location == NOWHERE else prompts.spec.to_dict(),
-        "backbone": describe_backbone(host, prompts.encoder) | {"fingerprint": marks},
-        "head": {
-            "class": PupHead.__name__,
-            "classes": model.classes,
-            "labels": names,
-            "in_features": model.decoder.norm.weight.numel(),
-            "reads": SEGMENTER,
-        },
-        "preprocessing": describe_preprocessing(preprocessing)
-        if preprocessing
-        else info.get("preprocessing") or default_preprocessing(host, prompts.encoder),
-        "task": task if task is not None else info.get("task"),
-        "metrics": info.get("metrics")
-        if metrics is None
-        else plain_metrics(metrics, "save_segmenter"),
-        "library_version": __version__,
-    }
-    tensors: dict[str, Tensor] = {f"prompts.{n}": p for n, p in prompts.own_parameters().items()}
-    if delta is not None:
-        metadata["protocol"] = delta.protocol.to_dict()
-        tensors |= delta.tensors(host)
-    return write_adapter(target, tensors | _tensors(model.decoder), metadata)
+    with renamed("save_segmenter"):
+        return save_task_adapter(
+            inner, path, task=task, labels=labels, preprocessing=preprocessing, metrics=metrics
+        )
 
 
 def load_segmenter(backbone: nn.Module, source: str | Path, **hub: Any) -> Segmenter:
@@ -128,36 +101,23 @@ def load_segmenter(backbone: nn.Module, source: str | Path, **hub: Any) -> Segme
     return model.eval()
 
 
-def _segmenter(model: nn.Module) -> Segmenter:
-    inner = unwrap(model) if isinstance(model, nn.Module) else model
-    if not isinstance(inner, Segmenter):
-        raise AdapterError(
-            f"save_segmenter: needs a Segmenter, got {type(inner).__name__}; for other models use "
-            "save_task_adapter."
-        )
-    return inner
-
-
 def _decoder(adapter: Adapter, width: int) -> PupHead:
     """Return a decoder as the file calls for, without values, after all checks."""
-    head, where = adapter.metadata["head"], f"load_segmenter: {adapter.path}"
-    kind = None if head is None else (head.get("class"), head["reads"])
-    if kind != (PupHead.__name__, SEGMENTER):
-        raise AdapterMismatchError(
-            f"{where}: it holds {'no head' if head is None else 'a classifier'}, not a decoder; "
-            "use load_task_adapter."
-        )
+    head = adapter.metadata["head"]
+    fail = partial(AdapterMismatchError, "load_segmenter", path=adapter.path)
+    if not kind_of(adapter).wraps:
+        held = "no head" if head is None else "a classifier"
+        raise fail(f"it holds {held}, not a decoder", "use `load_task_adapter`")
     if head["in_features"] != width:
-        raise AdapterMismatchError(
-            f"{where}: its decoder takes {head['in_features']} features, this model gives {width}."
-        )
+        raise fail(f"its decoder takes {head['in_features']} features, this model gives {width}")
     last = adapter.tensors.get(f"{_PREFIX}classify.weight")
     if last is None or last.dim() != 4 or not last.shape[1]:
-        raise AdapterError(f"{where}: its decoder has no layer classify.")
+        raise fail("its decoder has no layer classify")
     with torch.device("meta"):
         decoder = PupHead(width, head["classes"], last.shape[1])
     shapes = {name: tuple(tensor.shape) for name, tensor in _tensors(decoder).items()}
-    adapter.expect(shapes, prefix="head")
+    stored = {n: tensor for n, tensor in adapter.tensors.items() if n.startswith("head")}
+    check_layout(stored, shapes, fail)
     return decoder
 
 

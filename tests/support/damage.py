@@ -47,6 +47,14 @@ NULLABLE = {"head", "preprocessing", "task", "metrics", "hub_id", "revision", "f
 NULLABLE |= {"labels"}
 OPTIONAL = {"crop", "bias", "class", "quantized", "rest"}
 OPTIONAL |= {"size", "interpolation"}
+# What a file may leave out, and what is read then.
+DEFAULTS: dict[str, Any] = dict.fromkeys(("spec", "head", "preprocessing", "task", "metrics"))
+DEFAULTS |= {"library_version": "unknown"}
+INSIDE = {
+    "backbone": dict.fromkeys(("hub_id", "revision", "fingerprint")),
+    "head": {"labels": None},
+}
+OPTIONAL |= {*DEFAULTS, *INSIDE["backbone"], *INSIDE["head"], "protocol", "reduction"}
 IMAGES = {"size": [8, 8], "mean": [0.5], "std": [0.5], "interpolation": "bicubic"}
 # Each field for itself is sound, or nearly so.
 CONTRADICTIONS: list[dict[str, Any]] = [
@@ -97,7 +105,8 @@ class Sample:
 class Case:
     """A file made from a sample; `metadata` is what it holds if it may be read at all.
 
-    With `told`, reading must fail: its content is another one, or is none.
+    With `told`, reading must fail: its content is another one, or is none. With `by_layout` it may
+    be read, since no model is at hand, and loading it must fail.
     """
 
     label: str
@@ -105,6 +114,20 @@ class Case:
     sample: Sample
     told: bool = False
     metadata: dict[str, Any] | None = None
+    by_layout: bool = False
+
+
+def filled(values: dict[str, Any]) -> dict[str, Any]:
+    """Return metadata of a file with what it may leave out."""
+    full = DEFAULTS | values
+    full |= {name: some | full[name] for name, some in INSIDE.items() if full[name] is not None}
+    if full["spec"] is not None:
+        full["spec"] = (
+            PromptSpec.from_dict(full["spec"]).resolve(full["backbone"]["depth"]).to_dict()
+        )
+    if full.get("protocol") == {"name": "adapter"}:
+        full["protocol"] = {"name": "adapter", "reduction": 8}
+    return {name: value for name, value in full.items() if (name, value) != ("protocol", None)}
 
 
 def sample(path: Path) -> Sample:
@@ -347,7 +370,10 @@ def fields(one: Sample, rng: random.Random) -> Iterator[Case]:
             after = changed(values, path, new)
             data = signed(one.tensors, after)
             told = (other or null) and not free
-            yield Case(f"{path} = {repr(new)[:30]}", data, one, told, metadata=after)
+            # Without it, the shapes are those of another model, if of any.
+            shapes = path == ("spec", "project")
+            label = f"{path} = {repr(new)[:30]}"
+            yield Case(label, data, one, told, metadata=after, by_layout=shapes and new is None)
         if isinstance(last, str):
             after = changed(values, path)
             # A missing option of prompts takes its default.
@@ -356,11 +382,11 @@ def fields(one: Sample, rng: random.Random) -> Iterator[Case]:
             yield Case(f"no {path}", signed(one.tensors, after), one, told, metadata=after)
         if isinstance(old, dict):
             after = changed(values, (*path, "unknown"), 1)
-            told = path[0] != "metrics"
+            told = path[0] in ("spec", "protocol", "head")
             yield Case(f"more in {path}", signed(one.tensors, after), one, told, metadata=after)
     for key in ("unknown", "", "protocol", "FORMAT_VERSION", "\0"):
         after = values | {key: None}
-        yield Case(f"with {key!r}", signed(one.tensors, after), one, told=True)
+        yield Case(f"with {key!r}", signed(one.tensors, after), one, metadata=after)
     for version in (0, 2, 10**6, -1, "1", 1.0, None, True, [1], 2**63):
         after = values | {"format_version": version}
         yield Case(f"version {version!r}", signed(one.tensors, after), one, told=True)
@@ -378,6 +404,7 @@ def fields(one: Sample, rng: random.Random) -> Iterator[Case]:
 
 def numbers(one: Sample, rng: random.Random) -> Iterator[Case]:
     """Tensors that are not finite, of another type or name, missing or left over; signed again."""
+    parts = tuple({f"{name.partition('.')[0]}." for name in one.tensors})
     for name, tensor in one.tensors.items():
         for bad in (math.nan, math.inf, -math.inf):
             for _ in range(3):
@@ -393,12 +420,14 @@ def numbers(one: Sample, rng: random.Random) -> Iterator[Case]:
         rest = {k: v for k, v in one.tensors.items() if k != name}
         for new in NAMES[:20]:
             data = signed(rest | {new: tensor}, one.metadata)
-            yield Case(f"{name} as {new[:20]!r}", data, one, told=True)
+            inside = new.startswith(parts)
+            yield Case(f"{name} as {new[:20]!r}", data, one, told=True, by_layout=inside)
     spare = torch.ones(1)
     for new in NAMES:
         if new != "__metadata__":
             data = signed(one.tensors | {new: spare}, one.metadata)
-            yield Case(f"and {new[:20]!r}", data, one, told=True)
+            inside = new.startswith(parts)
+            yield Case(f"and {new[:20]!r}", data, one, told=True, by_layout=inside)
 
 
 def strangers(one: Sample, rng: random.Random) -> Iterator[Case]:
