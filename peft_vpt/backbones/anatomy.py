@@ -6,6 +6,7 @@ the module behind a path is looked up when it is needed.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -29,6 +30,13 @@ def _is_subclass(kind: Any, name: str, package: str) -> bool:
 def is_below(name: str, *paths: str) -> bool:
     """Tell whether a name is one of these paths, or stands below one; all stand below ""."""
     return any(not path or name == path or name.startswith(f"{path}.") for path in paths)
+
+
+def ancestors(host: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield path and module of what stands around a path, from the nearest out to the host."""
+    while path:
+        path = path.rpartition(".")[0]
+        yield path, host.get_submodule(path)
 
 
 def as_pair(size: Any) -> tuple[int, int] | None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import VPTError
-from .anatomy import Encoder, is_kind
+from .anatomy import Encoder, ancestors, is_kind
 
 
 def keeps_training_flag(module: nn.Module) -> bool:
@@ -18,12 +18,8 @@ def keeps_training_flag(module: nn.Module) -> bool:
 
 def outermost_checkpoint(host: nn.Module, path: str) -> str:
     """Return the path of the outermost layer around a block that can checkpoint itself."""
-    parts = path.split(".")
-    for end in range(1, len(parts)):
-        outer = ".".join(parts[:end])
-        if is_kind(host.get_submodule(outer), "GradientCheckpointingLayer", "transformers"):
-            return outer
-    return path
+    layers = [at for at, module in ancestors(host, path) if at and _is_layer(module)]
+    return layers[-1] if layers else path
 
 
 def is_checkpointing(host: nn.Module, encoder: Encoder, index: int) -> bool:

@@ -57,15 +57,14 @@ class Found:
     blocks: tuple[Block, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
 
-    def missing(self, model: nn.Module, path: str, lists: tuple[str, ...]) -> str:
-        """Return the path of a block without attention in the first list of blocks, or ""."""
+    def missing(self, model: nn.Module, path: str) -> str:
+        """Return the path of a block of the list `blocks` that is without attention, or ""."""
         known = tuple(f"{block.path}." for block in self.blocks)
-        for name in lists:
-            if reach(model, name) is not None:
-                for index, _ in enumerate(model.get_submodule(name).children()):
-                    block = join(path, name, str(index))
-                    if not any(found.startswith(f"{block}.") for found in known):
-                        return block
+        listed = reach(model, "blocks")
+        for index, _ in enumerate(listed.children() if listed is not None else ()):
+            block = join(path, "blocks", str(index))
+            if not any(found.startswith(f"{block}.") for found in known):
+                return block
         return ""
 
     def unsupported(self, name: str, reason: str = "") -> UnsupportedArchitectureError:

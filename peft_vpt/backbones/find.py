@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import UnsupportedArchitectureError
 from ..spec import location as place_of
 from . import timm_table, timm_vit, transformers_table, transformers_vit
-from .anatomy import Encoder, Head, as_pair, is_below, is_kind
+from .anatomy import Encoder, Head, ancestors, as_pair, is_below, is_kind
 from .projection import join
 from .timm_vit import classifier_paths, is_simple
 
@@ -218,14 +218,11 @@ def image_path(host: nn.Module, encoder: Encoder) -> str:
 
     What holds the blocks may be called with tokens, as the `...Encoder` classes of transformers.
     """
-    path = encoder.path
     takes = _is_timm if encoder.library == "timm" else takes_images
-    while True:
-        if takes(host.get_submodule(path)):
-            return path
-        if not path:
-            return encoder.path
-        path = path.rpartition(".")[0]
+    if takes(host.get_submodule(encoder.path)):
+        return encoder.path
+    around = (path for path, module in ancestors(host, encoder.path) if takes(module))
+    return next(around, encoder.path)
 
 
 def takes_images(module: nn.Module) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from .anatomy import Head, first_floating
+from .anatomy import Head, ancestors, first_floating
 from .weights import is_packed
 
 _COUNTS = ("num_classes", "num_labels")
@@ -165,16 +165,12 @@ def head_owner(host: nn.Module, path: str) -> str:
 
     The head's parent where nothing around it counts.
     """
-    parent = path.rpartition(".")[0]
-    around = parent
-    while True:
-        attributes = vars(host.get_submodule(around))
+    for around, module in ancestors(host, path):
+        attributes = vars(module)
         counts = any(isinstance(attributes.get(name), int) for name in _COUNTS)
         if counts or hasattr(attributes.get("config"), "num_labels"):
             return around
-        if not around:
-            return parent
-        around = around.rpartition(".")[0]
+    return path.rpartition(".")[0]
 
 
 def _set_module(host: nn.Module, path: str, module: nn.Module) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from .anatomy import Encoder, is_kind
+from .anatomy import Encoder, ancestors, is_kind
 from .heads import head_owner
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -51,10 +51,9 @@ def _timm_names(model: nn.Module) -> dict[str, Any]:
 
 def _outermost(host: nn.Module, path: str) -> nn.Module:
     """Return the transformers model that an encoder belongs to: the one with the head, say."""
-    parts = path.split(".") if path else []
-    around = (host.get_submodule(".".join(parts[:count])) for count in range(len(parts)))
-    models = (module for module in around if is_kind(module, "PreTrainedModel", "transformers"))
-    return next(models, host.get_submodule(path))
+    around = (module for _, module in ancestors(host, path))
+    models = [m for m in around if is_kind(m, "PreTrainedModel", "transformers")]
+    return models[-1] if models else host.get_submodule(path)
 
 
 def _transformers_names(model: nn.Module) -> dict[str, Any]:

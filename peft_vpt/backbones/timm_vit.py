@@ -34,7 +34,7 @@ def describe(host: nn.Module, path: str, model: Any) -> Encoder:
     """
     found = find_blocks(model, path, rule)
     _refuse(model, found)
-    block = found.missing(model, path, ("blocks",)) if found.blocks else ""
+    block = found.missing(model, path) if found.blocks else ""
     if block and any(is_kind(model, name, PACKAGE) for name in PLAIN):
         raise UnsupportedArchitectureError(
             "inject_prompts",

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from ..errors import UnsupportedArchitectureError
-from .anatomy import Encoder, Head, as_pair, is_kind
+from .anatomy import Encoder, Head, ancestors, as_pair, is_kind
 from .discover import Found, find_blocks
 from .projection import join, reach
 from .transformers_table import ALSO, MODELS, rule
@@ -157,22 +156,14 @@ def _find_path(model: nn.Module, path: str, names: tuple[str | None, ...]) -> st
 
 def _norm_outside(host: nn.Module, path: str) -> str | None:
     """Return the path of the final norm of a host whose encoder has none (VideoMAE, CvT)."""
-    owners = _owners(host, path)
+    owners = ancestors(host, path)
     return next(filter(None, (_find_path(m, at, NORMS_OUTSIDE) for at, m in owners)), None)
-
-
-def _owners(host: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the encoder's ancestors in the host, from the nearest one out."""
-    parts = path.split(".") if path else []
-    for end in range(len(parts) - 1, -1, -1):
-        owner = ".".join(parts[:end])
-        yield owner, host.get_submodule(owner)
 
 
 def _head(
     host: nn.Module, path: str, row: Family | None, width: int, *, mean_pooled: bool
 ) -> Head | None:
-    for owner, module in _owners(host, path):
+    for owner, module in ancestors(host, path):
         if hasattr(module, "cls_classifier"):
             names = ("cls_classifier", "distillation_classifier")
             return Head(tuple(join(owner, n) for n in names), "cls|dist", width)
