@@ -21,7 +21,7 @@ from peft_vpt.data import Split, decode, eval_transform, open_task
 from peft_vpt.errors import SpecError, VPTError
 from peft_vpt.experiments import run as runs
 from peft_vpt.experiments.compare import Plan, compare
-from peft_vpt.experiments.records import read_records
+from peft_vpt.experiments.records import read_records, select
 from peft_vpt.experiments.report import write_report
 from peft_vpt.experiments.sums import file_sum, split_sum
 from peft_vpt.experiments.variants import Variant
@@ -64,14 +64,12 @@ def test_rates_are_chosen_on_val_and_test_is_seen_by_the_final_runs_alone(
     final = [r for r in records if r["split"] == "test" and r["config"].get("recipe")]
     assert len(tried) == len(final) == 4
     for protocol in ("linear", "vpt-deep"):
-        of = {
-            r["config"]["recipe"]["base_lr"]: r["metrics"]["top1"]
-            for r in tried
-            if r["protocol"] == protocol
-        }
-        best = min(of, key=lambda rate: (-of[rate], rate))
-        used = {r["config"]["recipe"]["base_lr"] for r in final if r["protocol"] == protocol}
-        assert used == {best}
+        of, used = (
+            {r["config"]["recipe"]["base_lr"]: r["metrics"]["top1"]
+             for r in select(some, protocol=protocol)}
+            for some in (tried, final)
+        )  # fmt: skip
+        assert list(used) == [min(of, key=lambda rate: (-of[rate], rate))]
     assert {r["config"]["train"] for r in tried} == {"train"}
     assert {r["config"]["train"] for r in final} == {"trainval"}
     assert {r["seed"] for r in final} == {0, 1}

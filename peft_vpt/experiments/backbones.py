@@ -83,11 +83,8 @@ def refusal(
                 tokens = int(each * min(images, MOST_IMAGES))
                 longest = max(choice.get("length", 1) for choice in choices)
                 if tokens < longest:
-                    return VPTError(
-                        "compare",
-                        f"the training images give a block {tokens} tokens, fewer than {longest} "
-                        "prompts",
-                    )
+                    told = f"the training images give a block {tokens} tokens"
+                    return VPTError("compare", f"{told}, fewer than {longest} prompts")
     except VPTError as error:
         return error
     shown = rehearse(model, [torch.zeros(1, 3, *size)], hooks=True)

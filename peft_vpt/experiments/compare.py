@@ -311,7 +311,7 @@ STRENGTHS = tuple(10.0**power for power in range(-4, 6))
 _STEPS = 1000
 
 
-class Fitted(NamedTuple):
+class Regression(NamedTuple):
     """A logistic regression: accuracies as shares, and the C that was chosen on val."""
 
     top1: float
@@ -365,7 +365,7 @@ def logistic(
     test: tuple[Any, Sequence[int]],
     *,
     strengths: Sequence[float] = STRENGTHS,
-) -> Fitted:
+) -> Regression:
     """Fit a regularised logistic regression; C is chosen on val, then train and val are joined.
 
     Values are standardised by the images it is fitted on. Of equal C on val the smallest wins.
@@ -408,4 +408,4 @@ def logistic(
     top1 = search.score(np.asarray(test[0], dtype=np.float64), np.asarray(test[1]))
     steps = search.best_estimator_[-1].n_iter_.max()
     strength = search.best_params_["logisticregression__C"]
-    return Fitted(float(top1), float(search.best_score_), strength, bool(steps < _STEPS))
+    return Regression(float(top1), float(search.best_score_), strength, bool(steps < _STEPS))
