@@ -258,7 +258,7 @@ def test_a_backbone_without_tokens_begins_at_random_or_is_refused(
     words = words_for("test_resnet", folder, tmp_path / "out", "--protocols", "vpt-shallow")
     words += ["--length", "2"]
     assert main([*words, "--init", "tokens"]) == 1
-    assert "--init tokens: vpt-shallow: prompts_from_tokens" in capsys.readouterr().err
+    assert "--init tokens: vpt-shallow: prompts with location=" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main(words) == 0
     assert "vpt-shallow: prompts begin at random" in capsys.readouterr().err
