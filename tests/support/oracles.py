@@ -477,12 +477,10 @@ def swin(block: Any, prompt: Tensor, hidden: Tensor) -> Tensor:
     """timm's Swin block."""
     attn = block.attn
     count, bias = attn.num_heads, relative(attn.relative_position_bias_table, block.window_size)
-    _, more_keys, more_values = thirds(attn.qkv(block.norm1(prompt)), count)
+    _, *more = thirds(attn.qkv(block.norm1(prompt)), count)
 
     def one(window: Tensor, mask: Tensor) -> Tensor:
-        query, keys, values = thirds(attn.qkv(window), count)
-        mixed = attend(query, keys, values, more_keys, more_values, bias=bias + mask)
-        return attn.proj(fold(mixed))
+        return attn.proj(fold(attend(*thirds(attn.qkv(window), count), *more, bias=bias + mask)))
 
     hidden = hidden + Shifted(block.window_size, block.shift_size)(block.norm1(hidden), one)
     return hidden + block.mlp(block.norm2(hidden))
@@ -503,9 +501,8 @@ def cosine_attention(
     def one(window: Tensor, mask: Tensor) -> Tensor:
         query, keys, values = split(window)
         query, keys = cosine(query, keys)
-        return fold(
-            attend(query, keys, values, more_keys, more_values, scale=scale, bias=bias + mask)
-        )
+        more = (more_keys, more_values)
+        return fold(attend(query, keys, values, *more, scale=scale, bias=bias + mask))
 
     return one
 
@@ -548,12 +545,12 @@ def mask_units(attn: Any, tokens: Tensor, hidden: Tensor) -> Tensor:
     stride, count = named_one_of(attn, "q_stride query_stride"), named_one_of(attn, HEADS)
     area = stride * attn.window_size
     number = hidden.shape[1] // area if attn.use_mask_unit_attn else 1
-    _, more_keys, more_values = thirds(attn.qkv(tokens), count)
+    _, *more = thirds(attn.qkv(tokens), count)
     out = []
     for window in range(number):
         query, keys, values = thirds(attn.qkv(hidden[:, window::number]), count)
         query = query.unflatten(2, (stride, -1)).amax(2)
-        out.append(fold(attend(query, keys, values, more_keys, more_values)))
+        out.append(fold(attend(query, keys, values, *more)))
     return attn.proj(torch.stack(out, dim=2).flatten(1, 2))
 
 
@@ -561,14 +558,14 @@ def pooled_windows(attn: Any, tokens: Tensor, hidden: Tensor) -> Tensor:
     """SAM 2's trunk: a window is a sample; queries are pooled where a stage begins."""
     count = named_one_of(attn, HEADS)
     query, keys, values = thirds(attn.qkv(hidden).flatten(1, 2), count)
-    _, more_keys, more_values = thirds(attn.qkv(tokens), count)
+    _, *more = thirds(attn.qkv(tokens), count)
     height, width = hidden.shape[1:3]
     stride = getattr(attn, "query_stride", None) or (2 if getattr(attn, "q_pool", None) else None)
     if stride is not None:
         pooled = F.max_pool2d(unmap(fold(query), hidden.permute(0, 3, 1, 2)), stride)
         height, width = pooled.shape[2:]
         query = heads(as_tokens(pooled), count)
-    out = fold(attend(query, keys, values, more_keys, more_values))
+    out = fold(attend(query, keys, values, *more))
     return attn.proj(out.unflatten(1, (height, width)))
 
 
@@ -599,9 +596,9 @@ def sam(attn: Any, tokens: Tensor, hidden: Tensor) -> Tensor:
     """SAM's and ViTDet's, a window being a sample."""
     count = named_one_of(attn, HEADS)
     query, keys, values = thirds(attn.qkv(hidden).flatten(1, 2), count)
-    _, more_keys, more_values = thirds(attn.qkv(tokens), count)
+    _, *more = thirds(attn.qkv(tokens), count)
     bias = decomposed(query, attn.rel_pos_h, attn.rel_pos_w, hidden.shape[1:3])
-    out = attend(query, keys, values, more_keys, more_values, scale=attn.scale, bias=bias)
+    out = attend(query, keys, values, *more, scale=attn.scale, bias=bias)
     return attn.proj(fold(out)).reshape(hidden.shape)
 
 
@@ -695,13 +692,11 @@ def multi_query(attn: Any, tokens: Tensor, hidden: Tensor) -> Tensor:
 def convolved(attn: Any, tokens: Tensor, hidden: Tensor) -> Tensor:
     """LowFormer's and CPUBone's: a convolution in front, an upsampling behind."""
     first = attn.conv_proj(hidden)
-    layers = [attn.conv_proj.norm, attn.conv_proj.act]
-    passed = tokens
-    for layer in layers:
-        passed = passed if layer is None else on_tokens(layer, passed)
-    query, keys, values = head_first(as_tokens(attn.pwise(first)), attn.num_heads)
-    _, more_keys, more_values = head_first(on_tokens(attn.pwise, passed), attn.num_heads)
-    out = fold(attend(query, keys, values, more_keys, more_values))
+    for layer in (attn.conv_proj.norm, attn.conv_proj.act):
+        tokens = tokens if layer is None else on_tokens(layer, tokens)
+    own = head_first(as_tokens(attn.pwise(first)), attn.num_heads)
+    _, *more = head_first(on_tokens(attn.pwise, tokens), attn.num_heads)
+    out = fold(attend(*own, *more))
     whole = attn.upsampling(attn.o_proj(out.transpose(1, 2).unflatten(2, first.shape[2:])))
     return whole[..., : hidden.shape[2], : hidden.shape[3]]
 
@@ -745,15 +740,12 @@ def gated(attn: Any, tokens: Tensor, hidden: Tensor) -> Tensor:
 def bottleneck(attn: Any, tokens: Tensor, hidden: Tensor) -> Tensor:
     """BoTNet's: a bias of queries and positions."""
     widths = [attn.dim_out_qk, attn.dim_out_qk, attn.dim_out_v]
-    query, keys, values = (
-        heads(part, attn.num_heads) for part in as_tokens(attn.qkv(hidden)).split(widths, dim=-1)
-    )
-    _, more_keys, more_values = (
-        heads(part, attn.num_heads) for part in on_tokens(attn.qkv, tokens).split(widths, dim=-1)
-    )
+    query, *own = (heads(x, attn.num_heads) for x in as_tokens(attn.qkv(hidden)).split(widths, -1))
+    parts = on_tokens(attn.qkv, tokens).split(widths, dim=-1)[1:]
+    more = (heads(part, attn.num_heads) for part in parts)
     bias = attn.pos_embed(query.flatten(0, 1)).unflatten(0, query.shape[:2])
     bias = bias * attn.scale if attn.scale_pos_embed else bias
-    out = attend(query, keys, values, more_keys, more_values, scale=attn.scale, bias=bias)
+    out = attend(query, *own, *more, scale=attn.scale, bias=bias)
     return attn.pool(unmap(fold(out), hidden))
 
 
@@ -786,14 +778,11 @@ def swin_transformers(
     area = (block.window_size, block.window_size)
     bias = relative(holder.relative_position_bias_table, area)
     count = bias.shape[0]
-    more_keys, more_values = (
-        heads(layer(block.layernorm_before(prompt)), count) for layer in layers[1:]
-    )
+    more = [heads(layer(block.layernorm_before(prompt)), count) for layer in layers[1:]]
 
     def one(window: Tensor, mask: Tensor) -> Tensor:
-        query, keys, values = (heads(layer(window), count) for layer in layers)
-        mixed = attend(query, keys, values, more_keys, more_values, bias=bias + mask)
-        return out(fold(mixed))
+        own = (heads(layer(window), count) for layer in layers)
+        return out(fold(attend(*own, *more, bias=bias + mask)))
 
     grid = block.layernorm_before(hidden).unflatten(1, size)
     shift = (block.shift_size, block.shift_size)
