@@ -90,7 +90,7 @@ def sweep(
     Start the same command in several shells, on machines that share the folder: each takes runs of
     its own. What was stopped goes on by the same command; what is done is not run again.
     """
-    need_packages("accelerate", "optuna", "timm")
+    need_packages("accelerate", "optuna", "sklearn", "timm")
     choices = {
         "length": None if lengths is None else counts(lengths, "--lengths"),
         "reduction": None if reductions is None else counts(reductions, "--reductions"),

@@ -142,7 +142,7 @@ def train(
     Every image is read once before training begins. A run that was stopped goes on by the same
     command. In several processes: accelerate launch -m peft_vpt train ...
     """
-    need_packages("accelerate", "timm")
+    need_packages("accelerate", "sklearn", "timm")
     plan = Plan(
         data=data,
         model=model,
