@@ -66,6 +66,14 @@ class AdapterMismatchError(AdapterError):
     """A sound task adapter file that was made for another backbone or another head."""
 
 
+class VPTWarning(UserWarning):
+    """A warning with the parts of an error, so that the shell can say it in its own words."""
+
+    def __init__(self, error: VPTError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 def sentence(call: str, path: Any, problem: str, advice: str) -> str:
     """Join the parts of an error, without the backticks around code."""
     text = ": ".join(str(part) for part in (call, path, CODE.sub(r"\1", problem)) if part)

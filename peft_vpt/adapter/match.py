@@ -21,6 +21,7 @@ from ..errors import (
     AdapterMismatchError,
     SpecError,
     UnsupportedArchitectureError,
+    VPTWarning,
     reason,
     renamed,
 )
@@ -184,7 +185,7 @@ def _check_fingerprint(
     text, refuse = problem
     if strict and refuse:
         raise fail(text, "`strict=False` loads it all the same")
-    warnings.warn(str(fail(text)), stacklevel=5)
+    warnings.warn(VPTWarning(fail(text)), stacklevel=5)
 
 
 def _difference(

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from ..errors import VPTError
+from ..errors import VPTError, VPTWarning
 from ..files import __version__
 from . import adapters, compare, cost, predict, supported, sweep, train
 from .output import Command, complain, in_the_shell
@@ -136,7 +136,8 @@ def _report(error: Exception, call: str) -> None:
 
 
 def _show_warning(call: str, message: Warning | str, *args: Any, **kwargs: Any) -> None:
-    complain(f"warning: {message}")
+    told = in_the_shell(message.error, call) if isinstance(message, VPTWarning) else message
+    complain(f"warning: {told}")
 
 
 def _forget_stdout() -> None:

@@ -20,7 +20,7 @@ from ..adapter.verbs import check_labels, check_strict, load_task_adapter, save_
 from ..backbones.find import says_its_size
 from ..backbones.identity import is_hub_name
 from ..checks import Rule, instance, or_none
-from ..errors import AdapterError, AdapterMismatchError, renamed
+from ..errors import AdapterError, AdapterMismatchError, VPTWarning, renamed
 from ..files import __version__
 from ..hosts import host_and_prompts
 from ..inject import count_parameters
@@ -402,11 +402,9 @@ def _adapter_to_push(
 def _named(known: dict[str, Any], base: str | None, revision: str | None) -> dict[str, Any]:
     """Put the backbone's Hub name, where the call gives one, into its description."""
     if base is None and known["hub_id"] is None:
-        warnings.warn(
-            f"{_CALL}: the backbone's Hub name is not known, so the card cannot link it and nobody "
-            "can load it by name; pass base_model='owner/name'.",
-            stacklevel=4,
-        )
+        problem = "the backbone's Hub name is not known, so the card cannot link it and nobody can "
+        told = AdapterError(_CALL, f"{problem}load it by name", "give `base_model='owner/name'`")
+        warnings.warn(VPTWarning(told), stacklevel=4)
     other = base is not None and base != known["hub_id"]
     at = revision or (None if other else known["revision"])
     if at is None and known["hub_id"] and not other:
