@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.hub_server import Hub
+from support.shell import call
 from test_hub import (
     HF_BASE,
     LABELS,
@@ -55,16 +56,6 @@ def world(hub: Hub, tmp_path: Path) -> World:
     metrics = {"accuracy": 0.93}
     path = save_task_adapter(model, tmp_path / "pets", task="pets", labels=LABELS, metrics=metrics)
     return World(hub, model, path, backbone)
-
-
-def call(capsys: Capture, *arguments: object, code: int = 0) -> tuple[str, str]:
-    """Run a command in this process, check its exit code, return stdout and stderr."""
-    capsys.readouterr()
-    given = main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    assert given == code, (out, err)
-    assert "Traceback" not in err
-    return out, err
 
 
 def start(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:

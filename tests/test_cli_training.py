@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from support.hub_server import Hub
 from support.images import draw_task
+from support.shell import call
 from test_hub import HF_BASE, TIMM_BASE, hf_vit, timm_vit, upload_backbone
 from torch import nn
 
@@ -30,7 +31,6 @@ from safetensors.torch import load_file, save_file
 
 from peft_vpt import apply_protocol, inject_prompts, load_task_adapter, save_task_adapter
 from peft_vpt.adapter.file import read_adapter
-from peft_vpt.cli import main
 from peft_vpt.cli import sweep as search
 from peft_vpt.cli.compare import Backbone
 from peft_vpt.data import Transform, loader, open_task
@@ -71,16 +71,6 @@ def world(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 MODEL = ("--model", NAME, "--weights", "w.safetensors", "--size", "64")
 SHORT = (*MODEL, "--epochs", "2", "--batch-size", "8")
 TRAIN = ("train", "--data", "task", *SHORT, "--length", "3")
-
-
-def call(capsys: Capture, *arguments: object, code: int = 0) -> tuple[str, str]:
-    """Run a command in this process, check its exit code, return stdout and stderr."""
-    capsys.readouterr()
-    given = main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    assert given == code, (out, err)
-    assert "Traceback" not in err
-    return out, err
 
 
 def answer(capsys: Capture, *arguments: object) -> dict[str, Any]:
