@@ -208,8 +208,8 @@ def _difference(
     if not found.same:
         return (
             f"it was made for the weights of {_title(made_for)}, and this {name} has others {how}; "
-            "the usual causes: pretrained=True was left out, so that they are random, the backbone "
-            "was fine-tuned, or they are of another revision of its repository",
+            "the usual causes: `pretrained=True` was left out, so that they are random, the "
+            "backbone was fine-tuned, or they are of another revision of its repository",
             True,
         )
     if found.loose:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import AdapterError, VPTError, cut, listing, shown
+from ..errors import AdapterError, VPTError, VPTWarning, cut, listing, shown
 from .file import FILE_NAME, STATE_DICT
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -21,17 +21,17 @@ _TOKEN = re.compile("[!-~]+")
 _BEARER = re.compile(r"(?i)\bbearer\s[^'\"]*")
 # Files of a whole model, as transformers, timm and torch write them.
 _WHOLE = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-_LOG_IN = "log in with `hf auth login`, or pass token="
+_LOG_IN = "log in with `hf auth login`, or `pass token=`"
 _UNREACHED = (
     "the Hub was not reached: check the network, and HF_ENDPOINT if it is set, then try again"
 )
 # What a user can do, by the exception's name, most special first.
 _ADVICE = {
-    "GatedRepoError": "access must be granted first: ask for it on its page, then pass token=",
+    "GatedRepoError": "access must be granted first: ask for it on its page, then `pass token=`",
     "LocalTokenNotFoundError": _LOG_IN,
     "RepositoryNotFoundError": "there is no such repository, or it is private: check the name, "
     f"{_LOG_IN}",
-    "RevisionNotFoundError": "it has no such branch, tag or commit: check revision=",
+    "RevisionNotFoundError": "it has no such branch, tag or commit: check `revision=`",
     "RemoteEntryNotFoundError": "the repository lacks this file; is it one of another library?",
     "OfflineModeIsEnabled": "unset HF_HUB_OFFLINE to go online",
     "LocalEntryNotFoundError": "the Hub was not reached and the file is not in the cache: go "
@@ -127,11 +127,12 @@ def find_adapter(
             path=_whole(source),
         )
     if revision is not None:
-        warnings.warn(
-            f"{call}: revision={revision!r} is of no use: {_whole(source)} is a local file, "
-            "and only a repository of the Hub has revisions.",
-            stacklevel=3,
+        told = AdapterError(
+            call,
+            f"`revision={revision!r}` is of no use: {_whole(source)} is a local file, and only a "
+            "repository of the Hub has revisions",
         )
+        warnings.warn(VPTWarning(told), stacklevel=3)
     return file
 
 

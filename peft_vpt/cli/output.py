@@ -36,7 +36,14 @@ _ALIASES = {
     "repo_id": "hub_id",
 }
 # Code whose words in the shell are no option with that value.
-_WORDS = {"token": "HF_TOKEN", "resume=False": "--restart"}
+_WORDS = {
+    "hf auth login": "hf auth login",
+    "token": "HF_TOKEN",
+    "pass token=": "set HF_TOKEN",
+    "resume=False": "--restart",
+    "wide=True": "--grid wide",
+    "pretrained=True": "loading pretrained weights",
+}
 _OPTIONS: ContextVar[Mapping[str, str]] = ContextVar("peft_vpt_options", default={})  # noqa: B039
 
 
@@ -64,7 +71,8 @@ def in_the_shell(error: Exception, call: str = "") -> str:
     if not isinstance(error, VPTError) or not error.problem:
         return str(error)
     given = [
-        f"{_said(name) or name.replace('_', ' ')}{'' if value is ... else f' {_bare(value)}'}"
+        _said(name if value is ... else f"{name}={value}")
+        or f"{name.replace('_', ' ')}{'' if value is ... else f' {_bare(value)}'}"
         for name, value in (error.facts.get("given") or {}).items()
     ]
     problem = CODE.sub(lambda found: _said(found[1]) or found[1], error.problem)

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..backbones.find import encoder_for
 from ..checks import one_of
-from ..errors import VPTError
+from ..errors import VPTError, reason
 from ..protocols.apply import apply_protocol
 from ..rehearsal import dummy_image, rehearse
 from ..training.from_tokens import MOST_IMAGES, fewest_tokens
@@ -90,7 +90,8 @@ def refusal(
     shown = rehearse(model, [torch.zeros(1, 3, *size)], hooks=True)
     if shown.error is not None:
         return VPTError(
-            "compare", f"no forward of an image of {size[0]}x{size[1]} pixels: {shown.error}"
+            "compare",
+            f"no forward of an image of {size[0]}x{size[1]} pixels: {reason(shown.error)}",
         )
     return None
 

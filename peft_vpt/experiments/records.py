@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checks import Rule, instance, integer, misfits, number, optional, or_none
-from ..errors import VPTError, shown
+from ..errors import VPTError, VPTWarning, shown
 from ..files import plain
 
 Record = dict[str, Any]
@@ -126,7 +126,7 @@ def read_records(path: str | Path, *, strict: bool = False) -> list[Record]:
         fault = VPTError("read_records", "; ".join(broken), advice, path=source)
         if strict:
             raise fault
-        warnings.warn(str(fault), stacklevel=2)
+        warnings.warn(VPTWarning(fault), stacklevel=2)
     return records
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from ..backbones.anatomy import Encoder, first_floating
 from ..backbones.find import ImageFacts, takes_images
 from ..backbones.projection import join
-from ..errors import SpecError, UnsupportedArchitectureError, VPTError
+from ..errors import SpecError, UnsupportedArchitectureError, VPTError, VPTWarning
 from ..prompts import Place, Prompts
 from ..rehearsal import rehearse
 from ..spec import PromptSpec, xavier_bound
@@ -397,7 +397,7 @@ def _check_seen(trials: Trials, trial: Trial) -> None:
         raise trials.refusal(SpecError, problem, _advice(trials))
     if lost:
         part = f"{what}, so as many of the border's {p} rows or columns there do nothing"
-        warnings.warn(str(trials.refusal(SpecError, part)), stacklevel=6)
+        warnings.warn(VPTWarning(trials.refusal(SpecError, part)), stacklevel=6)
 
 
 def _unseen(trials: Trials, trial: Trial) -> int:

@@ -224,7 +224,7 @@ def _create(
     import timm
 
     given: dict[str, Any] = {"pretrained": pretrained, "pretrained_cfg_overlay": overlay, **options}
-    with hub_errors(_CALL, f"timm.create_model({name!r})"):
+    with hub_errors(_CALL, f"timm model {name!r}"):
         try:
             model: nn.Module = timm.create_model(name, **given)
         except TypeError:

@@ -271,12 +271,13 @@ def _warn_if_lost(adapter: Adapter) -> None:
         return
     if not loads_by_name(adapter):
         kind = head.get("class") or "linear layer"
-        warnings.warn(
-            f"{_CALL}: its head ({kind}, which reads {head['reads']!r}) is none that the backbone "
-            "of that name can have, so load_backbone_with_adapter, and the card's code, will "
-            "refuse it; who builds such a model can call load_task_adapter(model, ...).",
-            stacklevel=3,
+        told = AdapterError(
+            _CALL,
+            f"its head ({kind}, which reads {head['reads']!r}) is none that the backbone of that "
+            "name can have, so the card's code will refuse it",
+            "Who builds such a model can call `load_task_adapter(model, ...)`",
         )
+        warnings.warn(VPTWarning(told), stacklevel=3)
 
 
 def _title(adapter: Adapter) -> str:

@@ -13,7 +13,7 @@ Capture = pytest.CaptureFixture[str]
 # What somebody who calls from Python writes, and nobody at a shell.
 _PYTHON = re.compile(
     rf"\b({'|'.join(peft_vpt.__all__)}|load_backbone_with_adapter|build_backbone|open_task)\b"
-    r"|\b[a-z_]+=|\b[a-z_]+\([^)]*\)\s*[:;.]|\bTrue\b|\bFalse\b"
+    r"|\b[a-z_]+=|\b[a-z_]+\([^)]*\)\s*[:;.]"
 )
 
 
