@@ -34,8 +34,7 @@ from peft_vpt.experiments.variants import Variant
 from peft_vpt.hub.backbone import build_backbone
 from peft_vpt.protocols.options import Protocol
 from peft_vpt.training import DivergedError, Recipe, preset
-
-RISEN = "fit: the mean loss"
+from peft_vpt.training.health import RisenLossWarning
 
 
 class Point(NamedTuple):
@@ -132,7 +131,7 @@ class Measurement:
                 record = run_once(run)
             except DivergedError:
                 return run.record({"top1": 0.0, "diverged": 1.0})
-        return record | {"risen": any(RISEN in str(warning.message) for warning in caught)}
+        return record | {"risen": any(issubclass(w.category, RisenLossWarning) for w in caught)}
 
 
 def table(found: dict[Point, Record], counted: Sequence[float]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from ..errors import VPTError
+from ..errors import VPTError, VPTWarning
 
 _SHORTEST, _LONGEST = 5, 50
 _MARGIN = 1.05
@@ -16,6 +16,10 @@ _LEAP, _NATS = 1.5, 0.5
 
 class DivergedError(VPTError):
     """Training stopped at values that are not finite."""
+
+
+class RisenLossWarning(VPTWarning):
+    """The mean loss of a run has risen above its start."""
 
 
 class LossWatch:
@@ -43,7 +47,7 @@ class LossWatch:
         # Plain values, from which another watch goes on.
         self.state: dict[str, Any] = dict(state or {"first": [], "last": [], "warned": False})
 
-    def see(self, loss: float) -> str | None:
+    def see(self, loss: float) -> RisenLossWarning | None:
         """Take the loss of a step, and return a warning the first time it has risen."""
         first, told = self.state["first"], None
         if len(first) < self._window:
@@ -55,9 +59,13 @@ class LossWatch:
         if self.state["warned"] or told is None:
             return None
         self.state["warned"] = True
-        return (
-            f"fit: the mean loss of {told}: the learning rate is most likely too high. Lower "
-            "base_lr, or use preset(protocol, kind='default')."
+        return RisenLossWarning(
+            VPTError(
+                "fit",
+                f"the mean loss of {told}: the learning rate is most likely too high",
+                "Lower base_lr, or use `preset(protocol, kind='default')`",
+                shell="Lower the rate, or use the default preset",
+            )
         )
 
     def _risen(self, losses: list[float]) -> str | None:

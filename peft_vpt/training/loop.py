@@ -310,10 +310,10 @@ class _Run:
     def _note(self, loss: float) -> None:
         self.at.step += 1
         self.at.loss_sum += loss
-        message = self.watch.see(loss)
+        warning = self.watch.see(loss)
         self.bars.show(self.at.step, self.steps, f"loss {loss:.4f}")
-        if message and self.accelerator.is_main_process:
-            warnings.warn(message, UserWarning, stacklevel=4)
+        if warning and self.accelerator.is_main_process:
+            warnings.warn(warning, stacklevel=4)
 
     def _finish_epoch(self, measure: bool) -> None:
         metrics = None
