@@ -185,7 +185,7 @@ def _check_fingerprint(
     text, refuse = problem
     if strict and refuse:
         raise fail(text, "`strict=False` loads it all the same")
-    warnings.warn(VPTWarning(fail(text)), stacklevel=5)
+    warnings.warn(VPTWarning(fail(text)), stacklevel=4)
 
 
 def _difference(

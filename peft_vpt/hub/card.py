@@ -13,6 +13,7 @@ from ..adapter.head import Kind, kind_of
 from ..errors import AdapterError, listing
 
 LIBRARY = "peft-vpt"
+_TOTAL = re.compile(r"^\| trained parameters \| ([\d,]+) of ([\d,]+) ", re.MULTILINE)
 _MARK = re.compile(r"\n<!-- written by peft_vpt, text ([0-9a-f]{16}) -->\n*$")
 
 
@@ -43,6 +44,8 @@ def write_card(
     known = dict(vars(old.data)) if old is not None else {}
     # Without a dataset in this call, results belong to the one that the card names.
     own = _metadata(adapter, repo_id, license, datasets or _list(known.get("datasets")))
+    if total is None and old is not None and not _edited(old.text):
+        total = _former_total(adapter, known, old.text)
     text = _text(adapter, repo_id, total)
     if old is not None:
         own = _merge(known, own)
@@ -161,6 +164,15 @@ def _without(result: Any, measured: set[tuple[Any, Any]]) -> Any:
     metrics = [m for m in _list(result["metrics"]) if isinstance(m, dict)]
     kept = [m for m, pair in zip(metrics, pairs, strict=True) if pair not in measured]
     return {**result, "metrics": kept} if kept else None
+
+
+def _former_total(adapter: Adapter, known: Mapping[str, Any], text: str) -> int | None:
+    """Return the number of all parameters in a card of ours about the same backbone."""
+    base, found = adapter.metadata["backbone"]["hub_id"], _TOTAL.search(text)
+    if found is None or _list(known.get("base_model")) != _list(base):
+        return None
+    trained, total = (int(number.replace(",", "")) for number in found.groups())
+    return total if trained == _trained(adapter) else None
 
 
 def _trained(adapter: Adapter) -> int:
