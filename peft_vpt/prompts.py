@@ -162,7 +162,7 @@ class Prompts(nn.Module):
         self.spec, self.encoder = spec, encoder = place.spec, place.encoder
         self.info: dict[str, Any] = {}
         self.undo: dict[str, Any] = {}
-        # Whether the self-check has been made, or waits for the first real forward.
+        # False where the self-check is needed and waits for the first real forward.
         self.checked = True
         self._host = (host,)
         self.entries = [enter for enter, _ in spec.spans(encoder.depth)]

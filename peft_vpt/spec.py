@@ -122,8 +122,9 @@ class PromptSpec:
             or to the end of the encoder.
         layers: Strictly ascending block indices in front of which prompts enter. None: all blocks
             if `deep`, the first one if not.
-        location: Where prompts meet the input: "prepend" (tokens of their own); "add" (to the
-            tokens in front of each entry block; `length` is 1 or the number of tokens);
+        location: Where prompts meet the input: "prepend" (tokens of their own, kept behind the
+            model's); "add" (to the tokens in front of each entry block; `length` is 1 or the
+            number of tokens);
             "prepend-pixel" (patches of pixels through the frozen patch projection);
             "concat-channel" (further image channels with a convolution of their own); "pad" (a
             border of `length` pixels). Pixel locations are shallow: they resolve to deep=False
@@ -218,7 +219,7 @@ class PromptSpec:
         """Return where prompts enter and leave: one `(enter, leave)` per entry, both inclusive.
 
         Prompts enter the token sequence in front of block `enter` and leave it behind block
-        `leave`. This is the only place that reads `deep` and `layers`.
+        `leave`. Whoever asks where prompts are reads this, not `deep` and `layers`.
         """
         layers = self.resolve(depth).layers if self.layers is None else self.layers
         assert layers is not None

@@ -32,7 +32,7 @@ _MOST = 15
 
 
 def encoder_for(host: nn.Module, location: str) -> Encoder:
-    """Describe the encoder of a host; for "pad", whole image models without blocks serve too.
+    """Describe the encoder of a host, or a whole image model where the location takes one.
 
     Raises:
         UnsupportedArchitectureError: Nothing in the host is known, or there are several encoders.

@@ -109,7 +109,8 @@ def ensemble_logits(
     if one_forward and not possible:
         raise SpecError(
             "ensemble_logits",
-            f"location={prompts.spec.location!r} or the protocol changes more than tokens",
+            f"location={prompts.spec.location!r}, the protocol or a sequence packed of several "
+            "images does not allow it",
             "leave one_forward out",
             given={"one_forward": True},
         )

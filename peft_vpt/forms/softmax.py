@@ -97,7 +97,7 @@ class SoftmaxOverride(TorchFunctionMode):
             if len(operands) == 2:
                 return self._einsum(scores, args[0], *operands)
         if scores is not None and self.extra is not None:
-            args = self._lengthen(scores, func, args, kwargs)
+            args = self._lengthen(scores, func, args)
         if scores is not None and func in _SOFTMAX:
             scores.normalised = True
         return func(*args, **kwargs)
@@ -158,7 +158,7 @@ class SoftmaxOverride(TorchFunctionMode):
         return func(left, right)
 
     def _lengthen(
-        self, met: Met, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self, met: Met, func: Callable[..., Any], args: tuple[Any, ...]
     ) -> tuple[Any, ...]:
         assert self.extra is not None
         own, length = met.keys.shape[-2], self.extra[0].shape[-2]

@@ -46,7 +46,7 @@ class Delta(nn.Module):
         super().__init__()
         self.protocol = protocol
         self.names, buffers, self.trained_paths = moved(host, encoder, protocol)
-        self.places: dict[str, Place] = file_names(host, encoder, [*self.names, *buffers])
+        self.places: dict[str, Place] = file_names(encoder, [*self.names, *buffers])
         # Outside the module tree, so that `.to()` leaves them on the CPU.
         self.originals: dict[str, Tensor] = {}
         self.fingerprint: Fingerprint | None = None
@@ -215,12 +215,11 @@ class Place(NamedTuple):
         return tensor if self.third is None else tensor.chunk(3)[self.third]
 
 
-def file_names(host: nn.Module, encoder: Encoder, names: Iterable[str]) -> dict[str, Place]:
+def file_names(encoder: Encoder, names: Iterable[str]) -> dict[str, Place]:
     """Return the place of every tensor under its name in a file, without the `delta.` in front.
 
     Args:
-        host: The model.
-        encoder: Its anatomy.
+        encoder: Anatomy of the host.
         names: Of parameters and buffers of the host.
     """
     found: dict[str, Place] = {}

@@ -174,16 +174,12 @@ _COMMON: dict[str, Any] = {
 _PROMPTS = {"prompt_lr_scale": 2.5, "clip_norm": 1.0, "warmup_epochs": 20.0}
 # Three times this rate, and a third of it, still work on every task that was measured.
 _DEEP = {**_PROMPTS, "base_lr": 1.2e-2}
+# Of those that need other values.
 _DEFAULTS: dict[str, dict[str, Any]] = {
-    "linear": {},
     "mlp": {"base_lr": 8e-3},
     "sidetune": {"base_lr": 8e-3},
     "full": {"base_lr": 1e-3},
     "partial": {"base_lr": 1e-3},
-    "bias": {},
-    "adapter": {},
-    "cls": {},
-    "prompt-fixed": {},
     "vpt-shallow": _PROMPTS,
     "vpt-deep": _DEEP,
     "vpt+bias": _DEEP,
@@ -218,7 +214,9 @@ def preset(
     group = _kind_of(protocol, "preset")
     one_of("default", "paper").check("preset", "kind", kind)
     _need_fields("preset", changes, protocol=protocol)
-    values = _paper(group, backbone, length) if kind == "paper" else _COMMON | _DEFAULTS[group]
+    values = (
+        _paper(group, backbone, length) if kind == "paper" else _COMMON | _DEFAULTS.get(group, {})
+    )
     if "epochs" in changes and "warmup_epochs" not in changes:
         _RULES["epochs"].check("preset", "epochs", changes["epochs"])
         share = values["warmup_epochs"] / values["epochs"]
