@@ -339,7 +339,7 @@ class Prompts(nn.Module):
                 "disable_prompts",
                 "gradient checkpointing recomputes blocks in backward, where prompts may be "
                 "enabled again",
-                "Run the bare backbone under torch.no_grad(), or without checkpointing",
+                "Run the bare backbone under `torch.no_grad()`, or without checkpointing",
             )
 
     def _keep_checkpointing(self, host: nn.Module) -> None:

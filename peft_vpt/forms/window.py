@@ -51,7 +51,7 @@ class Stream:
             raise VPTError(
                 "",
                 "prompts were lost between two blocks: something replaced the hidden states "
-                "(reentrant checkpointing does; use use_reentrant=False), blocks were called "
+                "(reentrant checkpointing does; use `use_reentrant=False`), blocks were called "
                 "outside the model's forward, or some blocks are compiled and others are not",
                 "Call or compile the whole model, or use `deep=True`",
             )
@@ -109,7 +109,7 @@ class WindowForm(KeyValueForm):
             raise VPTError(
                 "",
                 "prompts that flow through windowed blocks need gradient checkpointing with "
-                "use_reentrant=False: the reentrant kind would lose their gradients",
+                "`use_reentrant=False`: the reentrant kind would lose their gradients",
             )
         tracing = torch.compiler.is_compiling() and torch.is_grad_enabled()
         if tracing and is_checkpointing(*self._place):
