@@ -333,7 +333,8 @@ def refuse_unread(call: str, protocol: Protocol | None, location: Any) -> None:
     if str(location) in LOCATIONS and LOCATIONS[location].moves_image:
         raise SpecError(
             call,
-            "with a border around the image (`location='pad'`), tokens no longer lie over its pixels",
+            "with a border around the image (`location='pad'`), tokens no longer lie over its "
+            "pixels",
             "take another location",
         )
 
