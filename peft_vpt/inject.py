@@ -111,10 +111,10 @@ def inject_prompts(
     _GENERATOR.check("inject_prompts", "generator", generator)
     if isinstance(init, str) and init == "tensor":
         raise SpecError("inject_prompts", "give the tensor itself", given={"init": init})
-    spec = PromptSpec(
+    options = dict(
         length=length,
         deep=deep,
-        layers=layers,  # type: ignore[arg-type]
+        layers=layers,
         location=location,
         sharing=sharing,
         init=init if isinstance(init, str) else "tensor",
@@ -124,6 +124,7 @@ def inject_prompts(
         train_prompts=train_prompts,
         form=form,
     )
+    spec = PromptSpec.from_dict(options)
     refuse_unfit(model)
     return inject_spec(
         model,
@@ -253,7 +254,9 @@ def remove_prompts(model: Model) -> Model:
     for form in outermost.values():
         form.check_on_top()
     heads = [host.get_submodule(path) for path in prompts.encoder.head_paths]
-    with unchanged_on_error(host, [p for head in heads for p in head.parameters()]):
+    changing = [t for head in heads for t in (*head.parameters(), *head.buffers())]
+    changing += prompts.delta.touched(host) if prompts.delta is not None else []
+    with unchanged_on_error(host, changing):
         for part in reversed(_parts(prompts)):
             part.detach()
         for handle in prompts.undo["handles"]:

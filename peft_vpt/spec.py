@@ -290,8 +290,10 @@ class PromptSpec:
             raise SpecError(
                 "PromptSpec.from_dict",
                 f"does not know {', '.join(map(str, unknown))}",
-                "The values are of a newer version of peft_vpt",
+                "If a newer release wrote these options, update peft_vpt",
             )
+        # What has no prompts has no options of prompts either.
+        _RULES["location"].check("inject_prompts", "location", values.get("location", "prepend"))
         return cls(**values)
 
 

@@ -331,7 +331,7 @@ BAD: dict[str, tuple[Any, tuple[str, ...], int, str]] = {
     "no classes": (flat, (), 1, "no classes"),
     "a class that train lacks": (strange, (), 1, "unknown to train: grey"),
     "no test": (lambda world: without("task/test"), ("--evaluate", "test"), 1, "no split 'test'"),
-    "protocol": (None, ("--protocol", "lora"), 1, "must be one of full"),
+    "protocol": (None, ("--protocol", "lora"), 1, "--protocol lora: must be one of full"),
     "length of no prompts": (None, ("--protocol", "linear"), 1, "linear has none"),
     "reduction of prompts": (None, ("--reduction", "8"), 1, "only 'adapter'"),
     "rate": (None, ("--lr", "-1"), 1, "--lr -1.0: must be a finite number > 0"),
@@ -801,7 +801,7 @@ def test_one_class_is_nothing_to_tell_apart(world: Path, capsys: Capture) -> Non
 BAD_SWEEPS: dict[str, tuple[Any, tuple[str, ...], int, str]] = {
     "no folder": (lambda world: without("task"), (), 1, "is not there"),
     "no test": (lambda world: without("task/test"), (), 1, "no split 'test'"),
-    "protocol": (None, ("--protocol", "lora"), 1, "must be one of full"),
+    "protocol": (None, ("--protocol", "lora"), 1, "--protocol lora: must be one of full"),
     "lengths of no prompts": (None, ("--protocol", "linear"), 1, "linear has none"),
     "reductions of prompts": (None, ("--reductions", "8"), 1, "only 'adapter'"),
     "lengths": (None, ("--lengths", "1,b"), 2, "--lengths"),

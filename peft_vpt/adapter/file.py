@@ -1,7 +1,7 @@
 """The task adapter file, format version 1: bytes, checksum, atomic writes.
 
 `docs/adapter-format.md` describes every byte. Which tensors a file must hold for a model is
-decided in `layout`; here their prefixes alone count.
+decided in `layout`; here their prefixes count, and the lengths of prompts that are pixels.
 """
 
 from __future__ import annotations

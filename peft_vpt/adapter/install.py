@@ -15,7 +15,7 @@ from ..hosts import carries, host_and_prompts
 from ..inject import freeze, inject_spec, remove_prompts
 from ..prompts import Prompts
 from ..protocols.apply import apply_delta
-from ..protocols.delta import given_features
+from ..protocols.delta import Delta, given_features
 from ..protocols.options import Protocol
 from ..spec import PromptSpec
 from ..undo import claim_decoder, has_decoder, unchanged_on_error
@@ -66,9 +66,14 @@ def install(host: nn.Module, adapter: Adapter, fit: Fit, parallel: str | None) -
             path=adapter.path,
         )
     kind = fit.kind if fit.with_head else LINEAR
-    changing = _present(host) if carries(host) else kind.tensors(host, fit.encoder)
+    present = _present(host) if carries(host) else kind.tensors(host, fit.encoder)
+    changing = list(present.values())
+    former = host_and_prompts(host, CALL)[1].delta if carries(host) else None
+    changing += [] if former is None else former.touched(host)
+    if adapter.protocol is not None and adapter.protocol.moves:
+        changing += Delta(adapter.protocol, host, fit.encoder).touched(host)
     try:
-        with unchanged_on_error(host, changing.values()):
+        with unchanged_on_error(host, changing):
             _install(host, adapter, wanted, fit, same=same)
     except (SpecError, UnsupportedArchitectureError) as error:
         problem = f"does not fit this model: {reason(error)}"
@@ -87,6 +92,12 @@ def _install(host: nn.Module, adapter: Adapter, wanted: Structure, fit: Fit, *, 
     prompts = host_and_prompts(host, CALL)[1]
     kind = kind_in(host, prompts)
     targets = stored_tensors(host, prompts, kind.tensors(host, fit.encoder))
+    if fit.with_head:
+        # A head was compared with the one that the model had before; now it may have another.
+        found, wanting = ({n: tuple(t.shape) for n, t in ts.items()} for ts in (source, targets))
+        if found != wanting:
+            problem = "its head is not of the kind that this model has once it is under its options"
+            raise AdapterMismatchError(CALL, problem, path=adapter.path)
     _copy(host, kind.names(host, fit.encoder), targets, source)
     freeze(host, fit.encoder)
     for parameter in host.parameters():
@@ -130,7 +141,7 @@ def _carried(host: nn.Module, wanted: Structure, encoder: Encoder) -> bool:
     if prompts.spec != wanted.spec or not same or has_decoder(prompts) != wanted.decoder:
         return False
     if wanted.classes is None or encoder.head is None:
-        return True
+        return not _has_task_head(prompts)
     head: Any = host.get_submodule(encoder.head.paths[0])
     has_bias = getattr(head, "bias", None) is not None or not isinstance(head, nn.Linear)
     count = class_count(host, encoder.head)

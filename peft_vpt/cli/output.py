@@ -30,7 +30,7 @@ _ALIASES = {
     "base_lr": "lr",
     "commit_message": "message",
     "datasets": "dataset",
-    "name": "model",
+    "apply_protocol.name": "protocol",
     "num_classes": "classes",
     "path": "output",
     "repo_id": "hub_id",
@@ -71,7 +71,7 @@ def in_the_shell(error: Exception, call: str = "") -> str:
     if not isinstance(error, VPTError) or not error.problem:
         return str(error)
     given = [
-        _said(name if value is ... else f"{name}={value}")
+        _said(name if value is ... else f"{name}={value}", error.call)
         or f"{name.replace('_', ' ')}{'' if value is ... else f' {_bare(value)}'}"
         for name, value in (error.facts.get("given") or {}).items()
     ]
@@ -83,12 +83,13 @@ def in_the_shell(error: Exception, call: str = "") -> str:
     return sentence(where, error.facts.get("path"), problem, advice)
 
 
-def _said(code: str) -> str | None:
+def _said(code: str, call: str = "") -> str | None:
     """Return code of a message in the shell's words, None where it has none for it."""
     if code in _WORDS:
         return _WORDS[code]
     name, _, value = code.partition("=")
-    option = _OPTIONS.get().get(_ALIASES.get(name, name))
+    name = _ALIASES.get(f"{call}.{name}") or _ALIASES.get(name, name)
+    option = _OPTIONS.get().get(name)
     return None if option is None else f"{option} {_bare(value)}".rstrip()
 
 

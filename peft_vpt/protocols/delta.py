@@ -97,6 +97,12 @@ class Delta(nn.Module):
                 tensors[name].copy_(original)
                 tensors[name].grad = None
 
+    def touched(self, host: nn.Module) -> list[Tensor]:
+        """Return the tensors of the model that loading or removing the protocol overwrites."""
+        known = _tensors(host)
+        names = {place.name for place in self.places.values()} | self.originals.keys()
+        return [known[name] for name in names if name in known]
+
     def check_restorable(self, call: str) -> None:
         """Raise where the backbone's own weights are gone."""
         if not self.protocol.restores:

@@ -199,9 +199,14 @@ class Protocol:
         Raises:
             SpecError: An unknown or missing field, or a wrong value.
         """
-        if not isinstance(values, Mapping) or not {"name"} <= set(values) <= {"name", "reduction"}:
+        if not isinstance(values, Mapping) or "name" not in values:
+            raise SpecError("Protocol.from_dict", f"needs a name, got {shown(values)}")
+        unknown = sorted(map(str, set(values) - {"name", "reduction"}))
+        if unknown:
             raise SpecError(
-                "Protocol.from_dict", f"needs the fields name and reduction, got {shown(values)}"
+                "Protocol.from_dict",
+                f"does not know {', '.join(unknown)}",
+                "If a newer release wrote these options, update peft_vpt",
             )
         return cls(**values)
 
