@@ -37,7 +37,7 @@ NOUNS = "adapter backbones cli data experiments forms hub protocols segmentation
 BODY, CODE, CLOSURE = 45, 13_500, 5_600
 FILES, LOOSE, SINGLE = 115, 14, 20
 # What is still to go on the way there; nothing at the end.
-TO_GO = {"code": 2_280, "closure": 1_000}
+TO_GO = {"code": 2_330, "closure": 1_020}
 UPWARD: set[tuple[str, str]] = set()
 
 
