@@ -42,6 +42,7 @@ _WORDS = {
     "pass token=": "set HF_TOKEN",
     "resume=False": "--restart",
     "wide=True": "--grid wide",
+    "load_backbone_with_adapter": "loading by its name",
     "pretrained=True": "loading pretrained weights",
 }
 _OPTIONS: ContextVar[Mapping[str, str]] = ContextVar("peft_vpt_options", default={})  # noqa: B039

@@ -274,8 +274,8 @@ def _warn_if_lost(adapter: Adapter) -> None:
         told = AdapterError(
             _CALL,
             f"its head ({kind}, which reads {head['reads']!r}) is none that the backbone of that "
-            "name can have, so the card's code will refuse it",
-            "Who builds such a model can call `load_task_adapter(model, ...)`",
+            "name can have, so `load_backbone_with_adapter`, and the card's code, will refuse it",
+            "who builds such a model can call `load_task_adapter(model, ...)`",
         )
         warnings.warn(VPTWarning(told), stacklevel=3)
 
