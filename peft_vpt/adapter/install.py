@@ -96,7 +96,7 @@ def _install(host: nn.Module, adapter: Adapter, wanted: Structure, fit: Fit, *, 
         # A head was compared with the one that the model had before; now it may have another.
         found, wanting = ({n: tuple(t.shape) for n, t in ts.items()} for ts in (source, targets))
         if found != wanting:
-            problem = "its head is not of the kind that this model has once it is under its options"
+            problem = "its head is of another kind than the one that these options give this model"
             raise AdapterMismatchError(CALL, problem, path=adapter.path)
     _copy(host, kind.names(host, fit.encoder), targets, source)
     freeze(host, fit.encoder)

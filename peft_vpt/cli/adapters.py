@@ -1,4 +1,4 @@
-"""`info` and `check`: what an adapter is, and whether it fits a backbone."""
+"""`info`, `check`, `push`, `pull`: what an adapter is, whether it fits, the way to the Hub."""
 
 from __future__ import annotations
 
