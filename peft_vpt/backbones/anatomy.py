@@ -129,6 +129,7 @@ class Encoder:
         family: Name of the family, "timm ViT" say.
         library: "timm" or "transformers".
         path: Of the encoder in the host ("" where the host is the encoder).
+        input_size: `(channels, height, width)` of an image the encoder takes, a small one.
         blocks: All transformer blocks in forward order.
         prefix_tokens: Tokens in front of the image tokens (CLS, registers, distillation).
         has_cls: Whether the first of them is a CLS token.
@@ -139,9 +140,6 @@ class Encoder:
         head: The classifier, or None.
         gate: Path of the module in front of the blocks that no checkpoint encloses, or None where
             the first prompted block's own hooks are outside (transformers).
-        input_size: `(channels, height, width)` of an image the encoder takes, a small one.
-        plain: Whether all blocks work on one sequence `(batch, tokens, dim)`, so that prompts may
-            be carried through them as tokens.
         known: Whether prefix tokens and final norm above are facts, so that tokens may be pooled.
         skipped: Parts that mix tokens or channels in another way and get no prompts.
         inputs: Of a dummy forward: "image", "video", "patches" (cut and padded), "guess" (an image,
@@ -151,19 +149,28 @@ class Encoder:
     family: str
     library: str
     path: str
-    blocks: tuple[Block, ...]
-    prefix_tokens: int
-    has_cls: bool
-    final_norm: str | None
-    norm_after_pool: str | None
-    norm_weights: str | None
-    head: Head | None
-    gate: str | None
     input_size: tuple[int, int, int]
-    plain: bool = True
+    blocks: tuple[Block, ...] = ()
+    prefix_tokens: int = 0
+    has_cls: bool = False
+    final_norm: str | None = None
+    norm_after_pool: str | None = None
+    norm_weights: str | None = None
+    head: Head | None = None
+    gate: str | None = None
     known: bool = True
     skipped: tuple[str, ...] = ()
     inputs: str = "image"
+
+    @property
+    def plain(self) -> bool:
+        """Whether all blocks work on one sequence `(batch, tokens, dim)`.
+
+        Prompts may be carried through them as tokens then. So it is where all are of one list and
+        one width, none of them cut into windows.
+        """
+        whole = all(a.at is None and not a.many for b in self.blocks for a in b.attentions)
+        return self.known or (whole and {block.stage for block in self.blocks} == {0})
 
     def reads(self, pooling: str) -> str:
         """Return what the head is fed under a pooling: `head.reads` of the adapter format."""
@@ -206,6 +213,25 @@ class Encoder:
     def widths(self) -> dict[int, int]:
         """Width of each stage."""
         return {block.stage: block.width for block in self.blocks}
+
+
+@dataclass(frozen=True)
+class ImageFacts:
+    """What a model says about the images it takes.
+
+    Args:
+        channels: Of an image.
+        sizes: `(height, width)`, the likeliest first; the default one where it takes several.
+        fixed: Whether it takes no other size; None where only trying tells.
+        mean: Of the normalisation, per channel; 0.5 where nothing is said.
+        std: Likewise.
+    """
+
+    channels: int
+    sizes: tuple[tuple[int, int], ...]
+    fixed: bool | None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
 
 def first_floating(module: nn.Module) -> nn.Parameter:

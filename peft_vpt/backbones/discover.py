@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -12,35 +12,48 @@ from ..errors import UnsupportedArchitectureError
 from .anatomy import Attention, Block
 from .projection import Fused, Projection, Separate, in_width, join, reach
 
-_FUSED = Fused()
+# Of what stands in front of an attention, in either library; the first that a block has.
+_NORMS = (
+    "layernorm_before",
+    "layer_norm1",
+    "norm1",
+    "operator_norm",
+    "rms_norm1",
+    "input_layernorm",
+    "attention_norm",
+    "pre_attention_layer_norm",
+    "layer_norm_1",
+    "ln_1",
+    "layer_norm",
+    "norm",
+)
 _PLAIN = (("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q", "k", "v"), ("qkv",))
 
 
-@dataclass(frozen=True)
 class Row:
     """What a table says about a class of attention modules.
 
     Args:
-        attention: What is known of it; path and norm are those of the block that it is found in.
+        projection: How keys and values come about; None: as the names of its layers say.
         norms: Names beside the attention or on the block, the first that exists is in front of
             the attention; empty in post-norm blocks.
         up: Levels from the attention up to its block.
+        facts: Fields of `Attention`; at="" is the block.
     """
 
-    attention: Attention
-    norms: tuple[str, ...] = ("norm1", "norm")
-    up: int = 1
+    def __init__(
+        self,
+        projection: Projection | None = None,
+        norms: tuple[str, ...] = _NORMS,
+        up: int = 1,
+        **facts: Any,
+    ) -> None:
+        self.projection, self.norms, self.up, self.facts = projection, norms, up, facts
 
-    def but(self, **facts: Any) -> Row:
-        """Return the same row with other facts of the attention."""
-        return replace(self, attention=replace(self.attention, **facts))
-
-
-def row(
-    projection: Projection = _FUSED, norms: tuple[str, ...] = Row.norms, up: int = 1, **facts: Any
-) -> Row:
-    """Return a row by the fields of `Attention`: at="" is the block."""
-    return Row(Attention("", None, projection, **facts), norms, up)
+    def but(self, **changes: Any) -> Row:
+        """Return the same row with other values."""
+        own = {"projection": self.projection, "norms": self.norms, "up": self.up}
+        return Row(**own | self.facts | changes)
 
 
 @dataclass(frozen=True)
@@ -50,6 +63,11 @@ class Refused:
     reason: str
 
 
+CHANNEL = Refused("channel attention: its softmax runs over channels, not over tokens")
+LINEAR = Refused("linear attention: no softmax over keys that prompts could join")
+MERGING = Refused("a transition between stages; prompts take no part in merging")
+
+
 @dataclass
 class Found:
     """Blocks in forward order, and what was met that takes no prompts: class name to reason."""
@@ -57,29 +75,19 @@ class Found:
     blocks: tuple[Block, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
 
-    def missing(self, model: nn.Module, path: str) -> str:
-        """Return the path of a block of the list `blocks` that is without attention, or ""."""
-        known = tuple(f"{block.path}." for block in self.blocks)
-        listed = reach(model, "blocks")
-        for index, _ in enumerate(listed.children() if listed is not None else ()):
-            block = join(path, "blocks", str(index))
-            if not any(found.startswith(f"{block}.") for found in known):
-                return block
-        return ""
-
     def unsupported(self, name: str, reason: str = "") -> UnsupportedArchitectureError:
         """Return the error of a model that holds nothing else than what was refused."""
-        reason = reason or "; ".join(f"{part}: {why}" for part, why in self.refused.items())
+        reason = reason or "; ".join(self.skipped)
         return UnsupportedArchitectureError(
             "inject_prompts",
             f"{name} has no attention that prompts could join as keys and values "
             f"({reason or 'it holds no softmax attention over tokens'})",
         )
 
-    def one_list(self) -> bool:
-        """Tell whether all blocks are of one list and one width, none of them cut into windows."""
-        whole = all(a.at is None and not a.many for b in self.blocks for a in b.attentions)
-        return whole and {block.stage for block in self.blocks} == {0}
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """What was met that takes no prompts, and why."""
+        return tuple(f"{name}: {reason}" for name, reason in self.refused.items())
 
 
 Rule = Callable[[str, nn.Module, nn.Module], Row | Refused | None]
@@ -98,15 +106,14 @@ def find_blocks(model: nn.Module, path: str, rule: Rule) -> Found:
     blocks: dict[str, list[Attention]] = {}
     for name, module in model.named_modules():
         row = rule(name, module, model.get_submodule(name.rpartition(".")[0]))
-        if isinstance(module, nn.MultiheadAttention):
-            row = Refused("torch.nn.MultiheadAttention computes its softmax out of reach")
         if isinstance(row, Refused):
             found.refused[type(module).__name__] = row.reason
-        elif row is not None:
+        elif row is not None and (projection := row.projection or plain_layers(module)):
             parts = name.split(".")
             end = len(parts) - row.up
             block, inside = ".".join(parts[:end]), ".".join(parts[end:])
-            blocks.setdefault(block, []).append(_attention(model.get_submodule(block), inside, row))
+            norm = _norm(model.get_submodule(block), inside, row.norms)
+            blocks.setdefault(block, []).append(Attention(inside, norm, projection, **row.facts))
     widths = [_width(model.get_submodule(name), parts[0]) for name, parts in blocks.items()]
     stages = _stages(list(blocks), widths)
     found.blocks = tuple(
@@ -116,10 +123,10 @@ def find_blocks(model: nn.Module, path: str, rule: Rule) -> Found:
     return found
 
 
-def _attention(block: nn.Module, inside: str, row: Row) -> Attention:
-    beside = [join(inside.rpartition(".")[0], n) for n in row.norms]
-    norms = (name for name in (*beside, *row.norms) if reach(block, name) is not None)
-    return replace(row.attention, path=inside, norm=next(norms, None))
+def _norm(block: nn.Module, inside: str, names: tuple[str, ...]) -> str | None:
+    """Return the path of the norm in front of an attention, beside it or on the block."""
+    beside = [join(inside.rpartition(".")[0], name) for name in names]
+    return next((name for name in (*beside, *names) if reach(block, name) is not None), None)
 
 
 def _width(block: nn.Module, attention: Attention) -> int:
@@ -151,3 +158,13 @@ def plain_layers(module: nn.Module) -> Projection | None:
         if all(reach(module, name) is not None for name in names):
             return Separate(*names) if len(names) > 1 else Fused(*names)
     return None
+
+
+def first_layer(root: nn.Module, path: str, *names: str | None) -> str | None:
+    """Return the path in the host of the first of some layers of a module at a path that it has.
+
+    An identity, in the place of a norm that stands elsewhere, is none.
+    """
+    layers = ((name, reach(root, name)) for name in filter(None, names))
+    found = (name for name, layer in layers if not isinstance(layer, nn.Identity | None))
+    return next((join(path, name) for name in found), None)

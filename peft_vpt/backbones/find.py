@@ -7,28 +7,21 @@ know. What a model says about its images is here too.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from torch import nn
 
 from ..errors import UnsupportedArchitectureError
 from ..spec import location as place_of
-from . import timm_table, timm_vit, transformers_table, transformers_vit
-from .anatomy import Encoder, Head, ancestors, as_pair, is_below, is_kind
+from . import timm_vit, transformers_vit
+from .anatomy import Encoder, ImageFacts, ancestors, is_below, is_kind
 from .projection import join
-from .timm_vit import classifier_paths, is_simple
 
-Match = tuple[str, nn.Module, ModuleType]
-FAMILIES: tuple[ModuleType, ...] = (timm_vit, transformers_vit)
-_RULES = (timm_table.rule, transformers_table.rule)
-_DEFAULT_SIZE = (224, 224)
-_SIZES = (224, 256, 64, 32, 384)
-# A stem that folds pixels into channels has more; the image itself has not.
-_MOST = 15
+Match = tuple[str, nn.Module, Any]
+# Each says of its models what only it knows: `takes_images`, `matches`, `describe`, `rule`, `head`,
+# `image_facts`.
+LIBRARIES: dict[str, Any] = {"timm": timm_vit, "transformers": transformers_vit}
 
 
 def encoder_for(host: nn.Module, location: str) -> Encoder:
@@ -76,12 +69,8 @@ def _vision_transformer(host: nn.Module) -> Encoder:
             + "; then only that submodule is frozen and counted",
             paths=paths,
         )
-    path, module, family = found[0]
-    encoder: Encoder = family.describe(host, path, module)
-    if not encoder.blocks:
-        raise UnsupportedArchitectureError(
-            "inject_prompts", f"{_name(host)} has no transformer blocks, so prompts have no place"
-        )
+    path, module, library = found[0]
+    encoder: Encoder = library.describe(host, path, module)
     return encoder
 
 
@@ -91,10 +80,10 @@ def _name(module: nn.Module) -> str:
 
 def _matching(host: nn.Module) -> list[Match]:
     found = [
-        (path, module, family)
+        (path, module, library)
         for path, module in host.named_modules()
-        for family in FAMILIES
-        if family.matches(module)
+        for library in LIBRARIES.values()
+        if library.matches(module)
     ]
     return [match for match in found if not _is_spoken_for(match, found)]
 
@@ -105,8 +94,8 @@ def _is_spoken_for(match: Match, found: list[Match]) -> bool:
     A transformers model with a head is built around its encoder, which is then the one to take; a
     timm model that holds another one is itself the encoder.
     """
-    path, _, family = match
-    if family is timm_vit:
+    path, _, library = match
+    if library is timm_vit:
         return any(o is timm_vit and p != path and is_below(path, p) for p, _, o in found)
     return any(p != path and is_below(p, path) for p, _, _ in found)
 
@@ -127,15 +116,19 @@ def _image_model(host: nn.Module) -> Encoder | None:
     if len(models) != 1:
         return None
     path, model = models[0]
-    if _is_timm(model):
-        return _whole(model, path, "timm", _timm_head(model, path))
-    if not takes_images(model):
+    if not any(library.takes_images(model) for library in LIBRARIES.values()):
         return None
     base = getattr(model, "base_model", model)
     inner = join(path, next(name for name, part in model.named_modules() if part is base))
-    if _is_timm(base):
-        return _whole(base, inner, "timm", _timm_head(base, inner))
-    return _whole(base, inner, "transformers", _transformers_head(model, path))
+    name = "timm" if timm_vit.takes_images(base) else "transformers"
+    facts = image_facts(base, name)
+    return Encoder(
+        family=f"{name} {type(base).__name__}",
+        library=name,
+        path=inner,
+        input_size=(facts.channels, *facts.sizes[0]),
+        head=LIBRARIES[name].head(host, inner),
+    )
 
 
 def _outermost(host: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -143,57 +136,9 @@ def _outermost(host: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for path, module in host.named_modules():
         if is_below(path, *found):
             continue
-        if _is_timm(module) or is_kind(module, "PreTrainedModel", "transformers"):
+        if timm_vit.takes_images(module) or is_kind(module, "PreTrainedModel", "transformers"):
             found.append(path)
             yield path, module
-
-
-def _is_timm(module: nn.Module) -> bool:
-    ours = any(cls.__module__.startswith("timm.models.") for cls in type(module).__mro__)
-    return ours and all(hasattr(module, n) for n in ("forward_features", "get_classifier"))
-
-
-def _whole(model: Any, path: str, library: str, head: Head | None) -> Encoder:
-    facts = image_facts(model, library)
-    return Encoder(
-        family=f"{library} {type(model).__name__}",
-        library=library,
-        path=path,
-        blocks=(),
-        prefix_tokens=0,
-        has_cls=False,
-        final_norm=None,
-        norm_after_pool=None,
-        norm_weights=None,
-        head=head,
-        gate=None,
-        input_size=(facts.channels, *facts.sizes[0]),
-    )
-
-
-def _timm_head(model: Any, path: str) -> Head | None:
-    names = classifier_paths(model)
-    if not names:
-        return None
-    first: Any = model.get_submodule(names[0])
-    width = getattr(first, "in_features", None) or getattr(first, "in_channels", None)
-    width = width or getattr(model, "head_hidden_size", None) or model.num_features
-    paths = tuple(join(path, name) for name in names)
-    return Head(paths, "pooled", int(width), is_simple(model, names))
-
-
-def _transformers_head(model: nn.Module, path: str) -> Head | None:
-    classifier = getattr(model, "classifier", None)
-    if not type(model).__name__.endswith("ForImageClassification"):
-        return None
-    name = "classifier"
-    if isinstance(classifier, nn.Sequential):
-        linear = [n for n, m in classifier.named_children() if isinstance(m, nn.Linear)]
-        name = f"classifier.{linear[-1]}" if linear else name
-        classifier = model.get_submodule(name)
-    if not isinstance(classifier, nn.Linear):
-        return None
-    return Head((join(path, name),), "pooled", int(classifier.in_features))
 
 
 def is_convnet(host: nn.Module, encoder: Encoder) -> bool:
@@ -206,7 +151,7 @@ def is_convnet(host: nn.Module, encoder: Encoder) -> bool:
         return False
     for path, module in host.named_modules():
         parent = host.get_submodule(path.rpartition(".")[0])
-        if any(rule(path, module, parent) is not None for rule in _RULES):
+        if any(library.rule(path, module, parent) for library in LIBRARIES.values()):
             return False
     model = host.get_submodule(encoder.path)
     convs = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
@@ -218,74 +163,17 @@ def image_path(host: nn.Module, encoder: Encoder) -> str:
 
     What holds the blocks may be called with tokens, as the `...Encoder` classes of transformers.
     """
-    takes = _is_timm if encoder.library == "timm" else takes_images
+    takes = LIBRARIES[encoder.library].takes_images
     if takes(host.get_submodule(encoder.path)):
         return encoder.path
     around = (path for path, module in ancestors(host, encoder.path) if takes(module))
     return next(around, encoder.path)
 
 
-def takes_images(module: nn.Module) -> bool:
-    """Tell whether a transformers model takes images as its first argument."""
-    if not is_kind(module, "PreTrainedModel", "transformers"):
-        return False
-    # Not `main_input_name`, which an inner part that takes tokens inherits.
-    return list(inspect.signature(type(module).forward).parameters)[1:2] == ["pixel_values"]
-
-
-@dataclass(frozen=True)
-class ImageFacts:
-    """What a model says about the images it takes.
-
-    Args:
-        channels: Of an image.
-        sizes: `(height, width)`, the likeliest first; the default one where it takes several.
-        fixed: Whether it takes no other size; None where only trying tells.
-        mean: Of the normalisation, per channel; 0.5 where nothing is said.
-        std: Likewise.
-    """
-
-    channels: int
-    sizes: tuple[tuple[int, int], ...]
-    fixed: bool | None
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-def image_facts(model: Any, library: str) -> ImageFacts:
+def image_facts(model: nn.Module, library: str) -> ImageFacts:
     """Return what a model says about its images."""
-    if library == "timm":
-        return _timm_facts(model)
-    config = model.config
-    channels = int(getattr(config, "num_channels", None) or 3)
-    size = as_pair(getattr(config, "image_size", None)) or _DEFAULT_SIZE
-    return ImageFacts(channels, (size,), None, (0.5,) * channels, (0.5,) * channels)
-
-
-def _timm_facts(model: Any) -> ImageFacts:
-    config = getattr(model, "pretrained_cfg", None) or {}
-    embeds = [m for m in model.modules() if is_kind(m, "PatchEmbed", "timm.layers")]
-    embed: Any = next((e for e in embeds if getattr(e, "img_size", None)), None)
-    dynamic = bool(getattr(model, "dynamic_img_size", False))
-    if dynamic or embed is None:
-        fixed = not dynamic and bool(config.get("fixed_input_size", False))
-    else:
-        fixed = bool(getattr(embed, "strict_img_size", True))
-    known = tuple(config.get("input_size", None) or (3, *_DEFAULT_SIZE))
-    own = (as_pair(getattr(m, "img_size", None)) for m in (model, embed, *model.children()))
-    # Without repeats. Few models say which size they were built for, so later ones may be tried.
-    sizes = tuple(dict.fromkeys([*(s for s in own if s), known[1:], *((n, n) for n in _SIZES)]))
-    channels = _channels(model, known[0])
-    mean, std = (tuple(float(x) for x in config.get(name) or ()) for name in ("mean", "std"))
-    if len(mean) != channels or len(std) != channels:
-        mean = std = (0.5,) * channels
-    return ImageFacts(channels, sizes, fixed, mean, std)
-
-
-def _channels(model: nn.Module, default: int) -> int:
-    """Return the channels of the first convolution, but where a stem folds pixels into them."""
-    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
-    return default if first is None or first.in_channels > _MOST else int(first.in_channels)
+    facts: ImageFacts = LIBRARIES[library].image_facts(model)
+    return facts
 
 
 def says_its_size(model: Any, size: Sequence[int]) -> nn.Module:

@@ -7,23 +7,30 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedArchitectureError
-from .anatomy import Encoder, Head, as_pair, is_kind
-from .discover import Found, find_blocks
+from .anatomy import Encoder, Head, ImageFacts, as_pair, is_below, is_kind
+from .discover import Found, find_blocks, first_layer
 from .heads import can_replace
-from .projection import join, reach
+from .projection import join
 from .timm_table import MODELS, rule
 
-PACKAGE = "timm.models."
 # Blocks on one sequence `(batch, tokens, dim)`, prefix tokens first, a norm behind the last.
 PLAIN = ("VisionTransformer", "Eva", "Beit", "VisionTransformerRelPos", "NaFlexVit")
+_DEFAULT_SIZE = (224, 224)
+_SIZES = (224, 256, 64, 32, 384)
+# A small image checks as well as a large one.
+_LARGEST = 256
+# A stem that folds pixels into channels has more; the image itself has not.
+_MOST = 15
 
 
-def matches(module: nn.Module) -> bool:
-    """Tell whether a module is one of timm's models."""
-    named = any(cls.__module__.startswith(PACKAGE) for cls in type(module).__mro__)
-    # Some have had the one, some the other for longer.
-    whole = hasattr(module, "forward_features") and hasattr(module, "forward_head")
-    return named and (whole or hasattr(module, "forward_intermediates"))
+def takes_images(module: nn.Module) -> bool:
+    """Tell whether a module is one of timm's models: all of them take images."""
+    ours = any(cls.__module__.startswith("timm.models.") for cls in type(module).__mro__)
+    return ours and hasattr(module, "forward_features")
+
+
+# Whether it has attention of its own, `describe` finds.
+matches = takes_images
 
 
 def describe(host: nn.Module, path: str, model: Any) -> Encoder:
@@ -32,136 +39,147 @@ def describe(host: nn.Module, path: str, model: Any) -> Encoder:
     Raises:
         UnsupportedArchitectureError: Prompts have no meaning in it.
     """
+    name = type(model).__name__
+    plain = _plain(model)
     found = find_blocks(model, path, rule)
-    _refuse(model, found)
-    block = found.missing(model, path) if found.blocks else ""
-    if block and any(is_kind(model, name, PACKAGE) for name in PLAIN):
-        raise UnsupportedArchitectureError(
-            "inject_prompts",
-            f"no attention that is known was found in block {block!r} of {type(model).__name__}, "
-            "so its prompts would have no effect",
-            "Its attention must be a child attn with a fused qkv or separate q_proj, k_proj, "
-            "v_proj layers and meet one softmax",
-        )
-    plain = next((name for name in PLAIN if is_kind(model, name, PACKAGE)), None)
+    if name in MODELS or not found.blocks:
+        raise found.unsupported(f"timm {name}", MODELS.get(name, ""))
+    if plain:
+        _refuse_gaps(model, path, found)
+    gates = [join(path, n) for n in ("norm_pre", "pos_drop") if plain and hasattr(model, n)]
     return Encoder(
-        family=f"timm {plain or type(model).__name__}",
+        family=f"timm {plain or name}",
         library="timm",
         path=path,
+        input_size=_input_size(model),
         blocks=found.blocks,
         prefix_tokens=int(getattr(model, "num_prefix_tokens", 0)),
         has_cls=plain is not None and getattr(model, "cls_token", None) is not None,
         final_norm=join(path, "norm") if plain else None,
-        norm_after_pool=join(path, "fc_norm") if plain and _has_norm(model, "fc_norm") else None,
-        norm_weights=next(
-            (join(path, n) for n in ("norm", "fc_norm", "head.norm") if _has_norm(model, n)), None
-        ),
-        head=_head(model, path, plain=plain is not None),
-        gate=_gate(model, path) if plain else None,
-        input_size=_input_size(model),
-        plain=plain is not None or found.one_list(),
+        norm_after_pool=first_layer(model, path, "fc_norm") if plain else None,
+        norm_weights=first_layer(model, path, "norm", "fc_norm", "head.norm"),
+        head=None if plain and not model.global_pool else head(host, path, _reads(model)),
+        gate=gates[0] if gates else None,
         known=plain is not None,
+        skipped=found.skipped,
         inputs="image" if plain else "guess",
-        skipped=tuple(f"{name}: {reason}" for name, reason in found.refused.items()),
     )
 
 
-def _refuse(model: nn.Module, found: Found) -> None:
-    name = type(model).__name__
-    if name in MODELS or not found.blocks:
-        raise found.unsupported(f"timm {name}", MODELS.get(name, ""))
+def _plain(model: nn.Module) -> str | None:
+    return next((kind for kind in PLAIN if is_kind(model, kind, "timm.models.")), None)
 
 
-def _has_norm(model: nn.Module, path: str) -> bool:
-    return not isinstance(reach(model, path), nn.Identity | None)
+def _refuse_gaps(model: Any, path: str, found: Found) -> None:
+    """Raise where a block shows no attention."""
+    for number, _ in model.blocks.named_children():
+        block = join(path, "blocks", number)
+        if not any(is_below(attends.path, block) for attends in found.blocks):
+            raise UnsupportedArchitectureError(
+                "inject_prompts",
+                f"no attention that is known was found in block {block!r} of "
+                f"{type(model).__name__}, so its prompts would have no effect",
+                "Its attention must be a child attn with a fused qkv or separate q_proj, k_proj, "
+                "v_proj layers and meet one softmax",
+            )
 
 
-def _gate(model: Any, path: str) -> str | None:
-    names = [name for name in ("norm_pre", "pos_drop") if hasattr(model, name)]
-    return join(path, names[0]) if names else None
+def head(host: nn.Module, path: str, reads: str = "pooled") -> Head | None:
+    """Return what timm calls the classifier of a model, layer by layer if it can.
 
-
-def _head(model: Any, path: str, *, plain: bool) -> Head | None:
-    if not hasattr(model, "get_classifier") or (plain and not model.global_pool):
+    Args:
+        host: What holds the model.
+        path: Of the model in it.
+        reads: What the classifier is fed.
+    """
+    model: Any = host.get_submodule(path)
+    parts, known = _classifiers(model), {id(m): join(path, n) for n, m in model.named_modules()}
+    if not parts or any(id(part) not in known for part in parts):
         return None
-    found = classifier_paths(model)
-    if not found:
-        return None
-    first: Any = model.get_submodule(found[0])
-    width = getattr(first, "in_features", None) or getattr(
-        model, "head_hidden_size", model.num_features
-    )
+    sizes = (getattr(parts[0], name, None) for name in ("in_features", "in_channels"))
+    width = next(filter(None, sizes), None) or getattr(model, "head_hidden_size", None)
+    widths = {getattr(part, "in_features", None) for part in parts} - {None}
+    # Whether it is one linear layer each, of one width.
+    simple = len(widths) < 2 and getattr(model, "aux_head", None) is None
     return Head(
-        paths=tuple(join(path, name) for name in found),
-        reads=_reads(model) if plain else _pooled(model, len(found)),
-        width=int(width),
-        simple=is_simple(model, found),
+        paths=tuple(known[id(part)] for part in parts),
+        reads=reads,
+        width=int(width or model.num_features),
+        simple=simple and all(map(can_replace, parts)),
     )
 
 
-def classifier_paths(model: Any) -> list[str]:
-    """Return the paths of what timm calls the classifier of a model, layer by layer if it can."""
-    given = model.get_classifier()
-    if isinstance(getattr(given, "fc", None), nn.Module):
-        given = given.fc
-    heads = list(given) if isinstance(given, tuple | list | nn.ModuleList) else [given]
-    heads += [model.aux_head] if getattr(model, "aux_head", None) is not None else []
-    paths = {id(module): name for name, module in model.named_modules()}
-    found = [paths[id(head)] for head in heads if id(head) in paths]
-    return found if len(found) == len(heads) else []
-
-
-def is_simple(model: nn.Module, paths: list[str]) -> bool:
-    """Tell whether linear layers of one width can stand in for all parts of a classifier."""
-    heads = [model.get_submodule(path) for path in paths]
-    widths = {getattr(head, "in_features", None) for head in heads} - {None}
-    beside = getattr(model, "aux_head", None) is not None
-    return len(widths) < 2 and not beside and all(can_replace(head) for head in heads)
-
-
-def _pooled(model: Any, heads: int) -> str:
-    """Return what a head of a model with several widths is fed."""
-    if heads > 1:
-        return "cls|dist"
-    pool = getattr(model, "global_pool", "") or getattr(
-        getattr(getattr(model, "head", None), "global_pool", None), "pool_type", ""
-    )
-    name = {"token": "cls", "avg": "mean"}.get(pool, pool) if isinstance(pool, str) else "mean"
-    # A norm at the end of the encoder stands in front of the pooling, one in the head behind it.
-    return name or "pooled" if not _has_norm(model, "head.norm") else f"{name}:norm-after"
+def _classifiers(model: Any) -> list[nn.Module]:
+    given: Any = model.get_classifier() if hasattr(model, "get_classifier") else ()
+    given = given.fc if isinstance(getattr(given, "fc", None), nn.Module) else given
+    parts = list(given) if isinstance(given, tuple | list | nn.ModuleList) else [given]
+    beside = getattr(model, "aux_head", None)
+    return parts if beside is None else [*parts, beside]
 
 
 def _reads(model: Any) -> str:
-    if hasattr(model, "head_dist"):
+    """Return what the classifier is fed."""
+    if len(_classifiers(model)) > 1:
         return "cls|dist"
-    pool: str = {"token": "cls", "avg": "mean"}.get(model.global_pool, model.global_pool)
-    if pool != "cls" and getattr(model, "pool_include_prefix", False) and model.num_prefix_tokens:
-        pool = f"{pool}-all"
-    if _has_norm(model, "norm") or (pool == "cls" and _has_norm(model, "fc_norm")):
-        return pool
-    return pool + (":norm-after" if _has_norm(model, "fc_norm") else ":no-norm")
+    inner = getattr(getattr(model, "head", None), "global_pool", None)
+    pool = getattr(model, "global_pool", "") or getattr(inner, "pool_type", "")
+    name = {"token": "cls", "avg": "mean"}.get(pool, pool) if isinstance(pool, str) else "mean"
+    norm, after, in_head = (first_layer(model, "", n) for n in ("norm", "fc_norm", "head.norm"))
+    if _plain(model) is None:
+        # A norm at the end of the encoder stands in front of the pooling, one in the head behind.
+        return f"{name}:norm-after" if in_head else name or "pooled"
+    if name != "cls" and getattr(model, "pool_include_prefix", False) and model.num_prefix_tokens:
+        name = f"{name}-all"
+    if norm or (name == "cls" and after):
+        return name
+    return name + (":norm-after" if after else ":no-norm")
 
 
 def _input_size(model: Any) -> tuple[int, int, int]:
     """Return the size that the model was built for, or a small one if it takes any."""
-    config = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
-    embed = getattr(model, "patch_embed", None)
-    channels = int(getattr(model, "in_chans", 3))
-    size = _fixed_size(model)
-    if size is None:
-        height, width = config.get("input_size", (3, 224, 224))[1:]
-        return (channels, min(int(height), 256), min(int(width), 256))
-    if getattr(model, "dynamic_img_size", False) and embed is not None:
+    facts = image_facts(model)
+    height, width = facts.sizes[0]
+    if not _own_sizes(model):
+        height, width = min(height, _LARGEST), min(width, _LARGEST)
+    elif getattr(model, "dynamic_img_size", False) and hasattr(model, "patch_embed"):
         # Any multiple of the patch will do, and a few tokens check as well as a thousand.
-        ratio = embed.feat_ratio(as_scalar=False)
-        height, width = (min(s, 4 * int(r)) for s, r in zip(size, ratio, strict=True))
-        return (channels, height, width)
-    return (channels, *size)
+        ratio = model.patch_embed.feat_ratio(as_scalar=False)
+        height, width = (min(s, 4 * int(r)) for s, r in zip((height, width), ratio, strict=True))
+    return facts.channels, height, width
 
 
-def _fixed_size(model: nn.Module) -> tuple[int, int] | None:
-    for module in (model, *model.children()):
-        size = as_pair(getattr(module, "img_size", None))
-        if size is not None:
-            return size
-    return None
+def _own_sizes(model: nn.Module) -> list[tuple[int, int]]:
+    """Return what the model and its parts say of the size that they were built for."""
+    parts = (model, *_embeds(model)[:1], *model.children())
+    sizes = (as_pair(getattr(part, "img_size", None)) for part in parts)
+    return [size for size in sizes if size is not None]
+
+
+def _embeds(model: nn.Module) -> list[Any]:
+    found = [m for m in model.modules() if is_kind(m, "PatchEmbed", "timm.layers")]
+    return [embed for embed in found if getattr(embed, "img_size", None)]
+
+
+def image_facts(model: Any) -> ImageFacts:
+    """Return what a model says about its images."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    embeds = _embeds(model)
+    dynamic = bool(getattr(model, "dynamic_img_size", False))
+    if dynamic or not embeds:
+        fixed = not dynamic and bool(config.get("fixed_input_size", False))
+    else:
+        fixed = bool(getattr(embeds[0], "strict_img_size", True))
+    known = tuple(config.get("input_size", None) or (3, *_DEFAULT_SIZE))
+    # Few models say which size they were built for, so later ones may be tried.
+    sizes = [*_own_sizes(model), known[1:], *((edge, edge) for edge in _SIZES)]
+    channels = _channels(model, known[0])
+    mean, std = (tuple(float(x) for x in config.get(name) or ()) for name in ("mean", "std"))
+    if len(mean) != channels or len(std) != channels:
+        mean = std = (0.5,) * channels
+    return ImageFacts(channels, tuple(dict.fromkeys(sizes)), fixed, mean, std)
+
+
+def _channels(model: nn.Module, default: int) -> int:
+    """Return the channels of the first convolution, but where a stem folds pixels into them."""
+    first = next((m for m in model.modules() if isinstance(m, nn.Conv2d)), None)
+    return default if first is None or first.in_channels > _MOST else int(first.in_channels)

@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from ..errors import UnsupportedArchitectureError
-from .anatomy import Encoder, Head, ancestors, as_pair, is_kind
-from .discover import Found, find_blocks
-from .projection import join, reach
+from .anatomy import Encoder, Head, ImageFacts, ancestors, as_pair, is_kind
+from .discover import Found, find_blocks, first_layer
+from .projection import join
 from .transformers_table import ALSO, MODELS, rule
 
 PACKAGE = "transformers.models."
@@ -62,6 +62,8 @@ NORMS = ("post_layernorm", "layernorm", "norm", "rms_norm", NORM_BEHIND, "head_n
 NORMS_OUTSIDE = ("fc_norm", "layernorm", "head_layernorm")
 # The mean of all tokens behind the final norm.
 _MEAN = ("SwinModel", "Swinv2Model", "DonutSwinModel")
+_CLASSIFIES = ("ForImageClassification", "ForVideoClassification")
+_DEFAULT_SIZE = (224, 224)
 _VISION_INPUTS = ("pixel_values", "pixel_values_videos", "flattened_patches", "pixel_patches")
 
 
@@ -71,17 +73,12 @@ def matches(module: nn.Module) -> bool:
         return False
     if type(module).__module__.startswith(PACKAGE + "timm_"):
         return False
-    return _takes_images(module) and any(
-        rule(path, part, module) is not None for path, part in module.named_modules()
-    )
-
-
-def _takes_images(module: nn.Module) -> bool:
-    """Tell by its forward: text towers and inner encoders inherit everything else."""
-    if type(module).__name__ in ALSO:
-        return True
-    names = list(inspect.signature(type(module).forward).parameters)[1:]
-    return bool(names) and (names[0] in _VISION_INPUTS or "grid_thw" in names)
+    # Told by its forward: text towers and inner encoders inherit everything else.
+    names = _called_with(module)
+    images = bool(names) and (names[0] in _VISION_INPUTS or "grid_thw" in names)
+    if not images and type(module).__name__ not in ALSO:
+        return False
+    return any(rule(path, part, module) is not None for path, part in module.named_modules())
 
 
 def describe(host: nn.Module, path: str, model: Any) -> Encoder:
@@ -93,28 +90,27 @@ def describe(host: nn.Module, path: str, model: Any) -> Encoder:
     name, row = _row(model) or (type(model).__name__, None)
     found = find_blocks(model, path, rule)
     _refuse(model, name, found)
-    width = found.blocks[-1].width
-    norm, after = (None, None) if row is None else (row.norm, _norm_after(model, path, name))
+    norm = None if row is None else row.norm
+    pools = name == "BeitModel" and model.config.use_mean_pooling and model.pooler is not None
+    after = NORM_BEHIND if pools else None
+    registers = int(getattr(model.config, "num_register_tokens", 0))
+    reads = "mean" if type(model).__name__ in _MEAN else "pooled"
+    reads = "mean:norm-after" if after else reads if row is None else row.reads
     return Encoder(
         family=f"transformers {name}",
         library="transformers",
         path=path,
+        input_size=_input_size(model, row),
         blocks=found.blocks,
-        prefix_tokens=(
-            0 if row is None else row.prefix + int(getattr(model.config, "num_register_tokens", 0))
-        ),
+        prefix_tokens=0 if row is None else row.prefix + registers,
         has_cls=row is not None and row.prefix > 0,
         final_norm=None if norm is None else join(path, norm),
-        norm_after_pool=after,
-        norm_weights=_find_path(model, path, (after and NORM_BEHIND, norm, *NORMS))
-        or _norm_outside(host, path),
-        head=_head(host, path, row, width, mean_pooled=after is not None),
-        gate=None,
-        input_size=_input_size(model, row),
-        plain=row is not None or found.one_list(),
+        norm_after_pool=None if after is None else join(path, after),
+        norm_weights=first_layer(model, path, after, norm, *NORMS) or _norm_outside(host, path),
+        head=head(host, path, reads, found.blocks[-1].width),
         known=row is not None,
+        skipped=found.skipped,
         inputs=_inputs(model, row),
-        skipped=tuple(f"{part}: {reason}" for part, reason in found.refused.items()),
     )
 
 
@@ -132,12 +128,6 @@ def _refuse(model: nn.Module, name: str, found: Found) -> None:
         raise found.unsupported(f"transformers {name}")
 
 
-def _norm_after(model: Any, path: str, name: str) -> str | None:
-    if name != "BeitModel" or not model.config.use_mean_pooling or model.pooler is None:
-        return None
-    return join(path, NORM_BEHIND)
-
-
 def _row(module: nn.Module) -> tuple[str, Family] | None:
     for cls in type(module).__mro__:
         if cls.__name__ in FAMILIES and cls.__module__.startswith(PACKAGE):
@@ -145,58 +135,66 @@ def _row(module: nn.Module) -> tuple[str, Family] | None:
     return None
 
 
-def _find_path(model: nn.Module, path: str, names: tuple[str | None, ...]) -> str | None:
-    for name in filter(None, names):
-        module = reach(model, name)
-        # Where the norm stands behind the pooling, some models have an identity in front of it.
-        if module is not None and any(True for _ in module.parameters()):
-            return join(path, name)
-    return None
-
-
 def _norm_outside(host: nn.Module, path: str) -> str | None:
     """Return the path of the final norm of a host whose encoder has none (VideoMAE, CvT)."""
-    owners = ancestors(host, path)
-    return next(filter(None, (_find_path(m, at, NORMS_OUTSIDE) for at, m in owners)), None)
+    around = (first_layer(m, at, *NORMS_OUTSIDE) for at, m in ancestors(host, path))
+    return next(filter(None, around), None)
 
 
-def _head(
-    host: nn.Module, path: str, row: Family | None, width: int, *, mean_pooled: bool
-) -> Head | None:
-    for owner, module in ancestors(host, path):
+def head(host: nn.Module, path: str, reads: str = "pooled", width: int = 0) -> Head | None:
+    """Return the classifier of an encoder, or of a model around it.
+
+    Args:
+        host: The model.
+        path: Of the encoder in it.
+        reads: What the classifier is fed.
+        width: Of the tokens; 0 where it is not known, and only a linear layer tells.
+    """
+    for owner, module in ((path, host.get_submodule(path)), *ancestors(host, path)):
         if hasattr(module, "cls_classifier"):
             names = ("cls_classifier", "distillation_classifier")
             return Head(tuple(join(owner, n) for n in names), "cls|dist", width)
-        if hasattr(module, "classifier") and type(module).__name__.endswith(
-            ("ForImageClassification", "ForVideoClassification")
-        ):
-            reads = "mean:norm-after" if mean_pooled else row.reads if row else _reads(host, path)
-            width = getattr(module.classifier, "in_features", width * (1 + ("+" in reads)))
-            return Head((join(owner, "classifier"),), reads, width)
+        if hasattr(module, "classifier") and type(module).__name__.endswith(_CLASSIFIES):
+            name, layer = "classifier", module.classifier
+            if type(layer) is nn.Sequential:
+                # ConvNets flatten a pooled map first.
+                linear = [n for n, part in layer.named_children() if isinstance(part, nn.Linear)]
+                name = join(name, *linear[-1:])
+                layer = module.get_submodule(name)
+            width = getattr(layer, "in_features", width * (1 + ("+" in reads)))
+            return Head((join(owner, name),), reads, int(width)) if width else None
     return None
 
 
-def _reads(host: nn.Module, path: str) -> str:
-    """Return what is known of the heads of models with several widths."""
-    return "mean" if type(host.get_submodule(path)).__name__ in _MEAN else "pooled"
+def image_facts(model: Any) -> ImageFacts:
+    """Return what a model says about its images."""
+    channels = int(getattr(model.config, "num_channels", None) or 3)
+    size = as_pair(getattr(model.config, "image_size", None)) or _DEFAULT_SIZE
+    return ImageFacts(channels, (size,), None, (0.5,) * channels, (0.5,) * channels)
 
 
 def _input_size(model: Any, row: Family | None) -> tuple[int, int, int]:
-    config = model.config
-    names = ("image_size", "patch_size")
-    size, patch = (as_pair(getattr(config, name, None)) or (224, 224) for name in names)
+    facts = image_facts(model)
+    height, width = facts.sizes[0]
     if row is not None and row.any_size:
-        size = (min(size[0], 4 * patch[0]), min(size[1], 4 * patch[1]))
-    return (int(getattr(config, "num_channels", 3)), *size)
+        patch = as_pair(getattr(model.config, "patch_size", None)) or _DEFAULT_SIZE
+        height, width = min(height, 4 * patch[0]), min(width, 4 * patch[1])
+    return facts.channels, height, width
 
 
 def _inputs(model: Any, row: Family | None) -> str:
     if row is not None:
         return "image" if row.image else "patches"
-    return "video" if _frames(model) else "guess"
+    frames = (getattr(model.config, name, 0) for name in ("num_frames", "frames_per_clip"))
+    return "video" if any(frames) else "guess"
 
 
-def _frames(model: Any) -> int:
-    return int(
-        getattr(model.config, "num_frames", 0) or getattr(model.config, "frames_per_clip", 0) or 0
-    )
+def takes_images(module: nn.Module) -> bool:
+    """Tell whether a transformers model takes images as its first argument."""
+    # Not `main_input_name`, which an inner part that takes tokens inherits.
+    is_model = is_kind(module, "PreTrainedModel", "transformers")
+    return is_model and _called_with(module)[:1] == ["pixel_values"]
+
+
+def _called_with(module: nn.Module) -> list[str]:
+    return list(inspect.signature(type(module).forward).parameters)[1:]

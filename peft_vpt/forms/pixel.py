@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..backbones.anatomy import Encoder, first_floating
-from ..backbones.find import ImageFacts, takes_images
+from ..backbones.anatomy import Encoder, ImageFacts, first_floating
 from ..backbones.projection import join
+from ..backbones.transformers_vit import takes_images
 from ..errors import SpecError, UnsupportedArchitectureError, VPTError, VPTWarning
 from ..prompts import Place, Prompts
 from ..rehearsal import rehearse

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..backbones.anatomy import Encoder, first_argument
-from ..backbones.find import ImageFacts, image_facts, image_path
+from ..backbones.anatomy import Encoder, ImageFacts, first_argument
+from ..backbones.find import image_facts, image_path
 from ..errors import UnsupportedArchitectureError, VPTError
 from ..rehearsal import Rehearsal, dummy_image, rehearse
 from ..spec import PromptSpec
