@@ -207,6 +207,7 @@ def applied(protocol: str, name: str = "timm/cls", **options: Any) -> nn.Module:
 @pytest.mark.parametrize("protocol", ["adapter", "sidetune"])
 def test_protocols_compile(protocol: str) -> None:
     model, x = moved_a_little(applied(protocol)), image(dtype=torch.float32)
+    torch._dynamo.reset()
     # The side network keeps the pixels per thread, which breaks the graph.
     compiled = torch.compile(model, backend="eager", fullgraph=protocol == "adapter")
     with torch.no_grad():

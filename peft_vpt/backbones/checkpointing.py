@@ -24,22 +24,17 @@ def outermost_checkpoint(host: nn.Module, path: str) -> str:
 
 def is_checkpointing(host: nn.Module, encoder: Encoder, index: int) -> bool:
     """Tell whether a block would be recomputed in backward."""
-    if encoder.library == "timm":
-        # Models of several stages keep the flag in each of them.
-        parts = host.get_submodule(encoder.path).modules()
-        return any(bool(getattr(part, "grad_checkpointing", False)) for part in parts)
     return _recomputing(host, encoder, index) is not None
 
 
 def is_reentrant(host: nn.Module, encoder: Encoder, index: int) -> bool:
     """Tell whether a block runs under reentrant checkpointing."""
-    if not is_checkpointing(host, encoder, index):
+    layer = _recomputing(host, encoder, index)
+    if layer is None:
         return False
     if encoder.library == "timm":
         # In sys.modules wherever a timm model exists.
-        use = getattr(sys.modules.get("timm.layers"), "use_reentrant_ckpt", None)
-        return bool(use is not None and use())
-    layer: Any = _recomputing(host, encoder, index)
+        return bool(sys.modules["timm.layers"].use_reentrant_ckpt())
     function = getattr(layer, "_gradient_checkpointing_func", None)
     return bool(getattr(function, "keywords", {}).get("use_reentrant", True))
 
@@ -73,7 +68,11 @@ def refuse_cut_off(host: nn.Module, encoder: Encoder, index: int) -> None:
 
 
 def _recomputing(host: nn.Module, encoder: Encoder, index: int) -> nn.Module | None:
-    """Return what recomputes a transformers block: the outermost layer, or else its encoder."""
+    """Return what recomputes a block: the outermost layer, or else its encoder."""
+    if encoder.library == "timm":
+        # Models of several stages keep the flag in each of them.
+        stages = host.get_submodule(encoder.path).modules()
+        return next((m for m in stages if getattr(m, "grad_checkpointing", False)), None)
     parts = encoder.blocks[index].path.split(".")
     around = [host.get_submodule(".".join(parts[:end])) for end in range(1, len(parts) + 1)]
     active = [m for m in around if m.training and keeps_training_flag(m)]

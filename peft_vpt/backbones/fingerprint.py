@@ -185,7 +185,7 @@ def _beside(host: nn.Module, encoder: Encoder) -> list[Weight]:
     apart = _inside(encoder, [*blocks, norm, *encoder.head_paths])
     convs = [path for path, module in root.named_modules() if isinstance(module, nn.Conv2d)]
     first = convs[0] if convs else ""
-    if _EMBEDDING.fullmatch(_last(first.rpartition(".")[0])):
+    if _EMBEDDING.fullmatch(first.rpartition(".")[0].rpartition(".")[2]):
         apart.append(first.rpartition(".")[0])
     found: list[Weight] = []
     # Tokens and positions, the encoder's own parameters, are embeddings too.
@@ -193,16 +193,12 @@ def _beside(host: nn.Module, encoder: Encoder) -> list[Weight]:
         inner = tuple(p.removeprefix(f"{name}.") for p in apart if p.startswith(f"{name}."))
         own = {path for path in convs if path.startswith(f"{name}.")}
         embeds = _EMBEDDING.fullmatch(name) is not None and own <= {first}
-        behind = _BEHIND.fullmatch(name) and not any(p.startswith(f"{name}.") for p in apart)
+        behind = _BEHIND.fullmatch(name) and not inner
         if name not in apart and not embeds and not behind:
             # Of a part that embeds and does more, tokens and positions are its own parameters.
             inner = (*inner, *([""] if _EMBEDDING.fullmatch(name) else []))
             found += weights_below(module, inner)
     return found
-
-
-def _last(path: str) -> str:
-    return path.rpartition(".")[2]
 
 
 def _refuse_unreadable(host: nn.Module, encoder: Encoder) -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
 from .anatomy import Head, ancestors, first_floating
 from .weights import is_packed
 
+# Deviation of a new classifier's weights.
+HEAD_STD = 0.02
 _COUNTS = ("num_classes", "num_labels")
 
 
@@ -77,9 +79,16 @@ def replace_head(
     for path in head.paths:
         old = host.get_submodule(path)
         former.modules[path] = old
-        at = next((p.dtype for p in old.parameters()), dtype)
-        new = _linear(old, width, classes, bias, device, at, generator)
-        _set_module(host, path, new.train(host.training))
+        new: nn.Module = nn.Identity()
+        if classes:
+            kind = MapLinear if isinstance(old, nn.Conv2d) else nn.Linear
+            own = next((p.dtype for p in old.parameters()), dtype)
+            new = layer = kind(width, classes, bias, device="meta", dtype=own)
+            layer.to_empty(device=device)
+            draw(layer.weight, generator, HEAD_STD)
+            if bias:
+                nn.init.zeros_(layer.bias)
+        host.set_submodule(path, new.train(host.training))
     former.owner = head_owner(host, head.paths[0])
     owner: Any = host.get_submodule(former.owner)
     for name in _COUNTS:
@@ -95,20 +104,13 @@ def replace_head(
     return former
 
 
-def swap_head(host: nn.Module, head: Head, module: nn.Module) -> None:
-    """Put another classifier in the place of the one that `replace_head` made."""
-    old = host.get_submodule(head.paths[0])
-    like = next(old.parameters())
-    _set_module(host, head.paths[0], module.to(like.device, like.dtype).train(old.training))
-
-
 def restore_head(host: nn.Module, former: FormerHead) -> None:
     """Undo `replace_head`; the former head follows the model's device and dtype."""
     like = first_floating(host)
     owner: Any = host.get_submodule(former.owner)
     for path, module in former.modules.items():
-        module.to(like.device)
-        _set_module(host, path, module if like.dtype == former.dtype else module.to(like.dtype))
+        module.to(like.device, None if like.dtype == former.dtype else like.dtype)
+        host.set_submodule(path, module)
     for name, value in former.attributes.items():
         setattr(owner, name, value)
     if former.config is not None:
@@ -136,28 +138,15 @@ def can_replace(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear | nn.Identity) or is_packed(layer)
 
 
-def _linear(
-    old: nn.Module,
-    width: int,
-    classes: int,
-    bias: bool,
-    device: torch.device,
-    dtype: torch.dtype,
-    generator: torch.Generator | None,
-) -> nn.Module:
-    if not classes:
-        return nn.Identity()
-    kind = MapLinear if isinstance(old, nn.Conv2d) else nn.Linear
-    source = generator.device if generator is not None else torch.device("cpu")
-    weight = torch.empty(classes, width, device=source).normal_(0.0, 0.02, generator=generator)
-    make: Any = skip_init
-    layer: nn.Linear = make(kind, width, classes, bias, device=device, dtype=dtype)
-    with torch.no_grad():
-        if not layer.weight.is_meta:
-            layer.weight.copy_(weight)
-            if bias:
-                layer.bias.zero_()
-    return layer
+@torch.no_grad()
+def draw(weight: Tensor, generator: torch.Generator | None, std: float | None = None) -> None:
+    """Fill a weight `(out, in, ...)` on the generator's device: U(+-1 / sqrt(in)), or normal."""
+    drawn = torch.empty(weight.shape, device="cpu" if generator is None else generator.device)
+    if std is None:
+        bound = 1 / math.sqrt(weight[0].numel())
+        weight.copy_(drawn.uniform_(-bound, bound, generator=generator))
+    else:
+        weight.copy_(drawn.normal_(0.0, std, generator=generator))
 
 
 def head_owner(host: nn.Module, path: str) -> str:
@@ -171,8 +160,3 @@ def head_owner(host: nn.Module, path: str) -> str:
         if counts or hasattr(attributes.get("config"), "num_labels"):
             return around
     return path.rpartition(".")[0]
-
-
-def _set_module(host: nn.Module, path: str, module: nn.Module) -> None:
-    owner, _, name = path.rpartition(".")
-    setattr(host.get_submodule(owner), name, module)

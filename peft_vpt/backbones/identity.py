@@ -19,15 +19,15 @@ def describe_backbone(host: nn.Module, encoder: Encoder) -> dict[str, Any]:
     """Return library, architecture, Hub id, revision, widths per stage and depth."""
     widths = encoder.widths
     if encoder.library == "timm":
-        names = _timm_names(host.get_submodule(encoder.path))
+        architecture, name = _timm_names(host.get_submodule(encoder.path))
     else:
-        names = _transformers_names(_outermost(host, encoder.path))
-    hub_id, _, revision = (names["hub_id"] or "").partition("@")
+        architecture, name = _transformers_names(_outermost(host, encoder.path))
+    hub_id, _, revision = name.partition("@")
     if not is_hub_name(hub_id):
         hub_id = revision = ""
     return {
         "library": encoder.library,
-        "architecture": names["architecture"],
+        "architecture": architecture,
         "hub_id": hub_id or None,
         "revision": revision or None,
         "dims": [widths[stage] for stage in sorted(widths)],
@@ -40,13 +40,13 @@ def is_hub_name(name: str) -> bool:
     return _HUB_NAME.fullmatch(name) is not None and ".." not in name and "--" not in name
 
 
-def _timm_names(model: nn.Module) -> dict[str, Any]:
+def _timm_names(model: nn.Module) -> tuple[str, str]:
+    """Return the architecture and the Hub id."""
     config = getattr(model, "pretrained_cfg", None) or {}
-    architecture, hub_id = config.get("architecture"), config.get("hf_hub_id")
-    if hub_id and hub_id.endswith("/"):
-        tag = config.get("tag")
-        hub_id += f"{architecture}.{tag}" if tag else str(architecture)
-    return {"architecture": architecture or type(model).__name__, "hub_id": hub_id}
+    architecture, hub_id = config.get("architecture"), config.get("hf_hub_id") or ""
+    if hub_id.endswith("/"):
+        hub_id += ".".join(filter(None, [str(architecture), config.get("tag")]))
+    return architecture or type(model).__name__, hub_id
 
 
 def _outermost(host: nn.Module, path: str) -> nn.Module:
@@ -56,12 +56,10 @@ def _outermost(host: nn.Module, path: str) -> nn.Module:
     return models[-1] if models else host.get_submodule(path)
 
 
-def _transformers_names(model: nn.Module) -> dict[str, Any]:
-    name = getattr(model.config, "_name_or_path", "") or None
+def _transformers_names(model: nn.Module) -> tuple[str, str]:
+    name = getattr(model.config, "_name_or_path", "") or ""
     # A local folder is a fact about one machine, not about the backbone.
-    if name and Path(name).exists():
-        name = None
-    return {"architecture": type(model).__name__, "hub_id": name}
+    return type(model).__name__, "" if name and Path(name).exists() else name
 
 
 def default_preprocessing(host: nn.Module, encoder: Encoder) -> dict[str, Any] | None:

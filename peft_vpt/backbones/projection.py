@@ -204,19 +204,17 @@ def per_token(module: nn.Module, hidden: Tensor) -> Tensor:
     if isinstance(module, nn.Sequential):
         for part in module:
             hidden = per_token(part, hidden)
-        return hidden
-    if _is_spatial(module):
-        return hidden
-    if isinstance(module, nn.BatchNorm1d):
-        flat: Tensor = module(hidden.flatten(0, 1))
-        return flat.reshape(*hidden.shape[:2], -1)
-    if not _takes_maps(module):
-        result: Tensor = module(hidden)
-        return result
-    # One map of one pixel per token: no statistics over tokens, no doubt about memory layout (the
-    # CPU's batch norm of torch 2.15 returns wrong gradients for one map with a transposed one).
-    out: Tensor = module(hidden.flatten(0, 1)[:, :, None, None])
-    return out.flatten(1).reshape(*hidden.shape[:2], -1)
+    elif isinstance(module, nn.BatchNorm1d):
+        hidden = module(hidden.flatten(0, 1)).reshape(*hidden.shape[:2], -1)
+    elif not _is_spatial(module) and _takes_maps(module):
+        # One map of one pixel per token: no statistics over tokens, no doubt about memory layout
+        # (the CPU's batch norm of torch 2.15 returns wrong gradients for one map with a transposed
+        # one).
+        maps = hidden.flatten(0, 1)[:, :, None, None]
+        hidden = module(maps).flatten(1).reshape(*hidden.shape[:2], -1)
+    elif not _is_spatial(module):
+        hidden = module(hidden)
+    return hidden
 
 
 def _is_spatial(module: nn.Module) -> bool:

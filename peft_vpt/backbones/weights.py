@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -105,8 +104,8 @@ def _dequantized(module: Any, tensor: Any) -> tuple[Tensor | None, bool]:
 
 def _four_bits(tensor: Any) -> Tensor | None:
     try:
-        functional: Any = importlib.import_module("bitsandbytes.functional")
+        from bitsandbytes.functional import dequantize_4bit
     except ImportError:
         return None
-    values: Tensor = functional.dequantize_4bit(tensor.data, tensor.quant_state)
+    values: Tensor = dequantize_4bit(tensor.data, tensor.quant_state)
     return values

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..backbones.anatomy import Encoder, first_floating
 from ..backbones.find import encoder_for, is_convnet
-from ..backbones.heads import class_count, swap_head
+from ..backbones.heads import class_count
 from ..checks import instance, or_none
 from ..errors import SpecError
 from ..hosts import device_of, host_and_prompts, refuse_unfit
@@ -132,7 +132,7 @@ def apply_delta(
         with torch.device("meta"):
             head = MlpHead(linear.in_features, linear.out_features, layers)
         fill(head, linear.weight.device, linear.weight.dtype, generator)
-        swap_head(model, encoder.head, head)
+        model.set_submodule(encoder.head.paths[0], head.train(linear.training))
     return _put(model, delta, encoder, generator)
 
 

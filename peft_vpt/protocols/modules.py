@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..backbones.anatomy import Block, Encoder
+from ..backbones.heads import HEAD_STD, draw
 from ..backbones.projection import join
 from ..checks import instance, or_none
 from ..errors import VPTError
@@ -55,7 +56,7 @@ class Bottleneck(nn.Module):
         """Draw `down` on the generator's device, and let the rest be zero."""
         for parameter in self.parameters():
             parameter.zero_()
-        _draw(self.down.weight, generator)
+        draw(self.down.weight, generator)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map tokens `(..., width)` to tokens, or maps `(batch, width, h, w)` to maps.
@@ -188,7 +189,7 @@ class SideNetwork(nn.Module):
             if id(parameter) not in given and parameter.dim() < 2:
                 parameter.zero_()
             elif id(parameter) not in given:
-                _draw(parameter, generator)
+                draw(parameter, generator)
 
     def attach(self, host: nn.Module, prompts: Prompts) -> list[Any]:
         """Hook it into the model that carries these prompts; return the handles."""
@@ -270,8 +271,8 @@ class MlpHead(nn.Sequential):
                 layer.reset_parameters()
         linear = [layer for layer in self if isinstance(layer, nn.Linear)]
         for layer in linear:
-            std = 0.02 if layer is linear[-1] else math.sqrt(2 / layer.out_features)
-            _draw(layer.weight, generator, std)
+            std = HEAD_STD if layer is linear[-1] else math.sqrt(2 / layer.out_features)
+            draw(layer.weight, generator, std)
             layer.bias.zero_()
 
 
@@ -287,16 +288,6 @@ def fill(
             module.to_empty(device=device, recurse=False)
     part.to(device=device, dtype=dtype)
     part.initialise(generator)
-
-
-def _draw(weight: Tensor, generator: torch.Generator | None, std: float | None = None) -> None:
-    """Fill a weight `(out, in, ...)` on the generator's device: U(+-1 / sqrt(in)), or normal."""
-    drawn = torch.empty(weight.shape, device="cpu" if generator is None else generator.device)
-    bound = 1 / math.sqrt(weight[0].numel())
-    if std is None:
-        weight.copy_(drawn.uniform_(-bound, bound, generator=generator))
-    else:
-        weight.copy_(drawn.normal_(0.0, std, generator=generator))
 
 
 def _check_pixels(pixels: Tensor) -> None:
