@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from typing import Any, TypeVar
 
@@ -20,10 +22,10 @@ from ..spec import PromptSpec
 from ..undo import unchanged_on_error
 from .delta import Delta
 from .modules import MlpHead, fill
-from .options import Protocol
+from .options import OPTIONS, Protocol
 
 Model = TypeVar("Model", bound=nn.Module)
-_OWN = ("reduction", "keep_original")
+_GENERATOR = or_none(instance(torch.Generator, "a torch.Generator"))
 
 
 def apply_protocol(
@@ -67,45 +69,30 @@ def apply_protocol(
     Source: Jia et al. 2022, sections 4.1, A.1 and B.
     """
     refuse_unfit(model, "apply_protocol")
+    options |= {"num_classes": num_classes, "generator": generator}
     with unchanged_on_error(model, ()):
-        apply_inside(model, name, num_classes=num_classes, generator=generator, **options)
+        apply_inside(model, name, **options)
         _refuse_idle(model, name, num_classes)
     return model
 
 
-def apply_inside(
-    model: Model,
-    name: str,
-    *,
-    num_classes: int | None = None,
-    generator: torch.Generator | None = None,
-    **options: Any,
-) -> Model:
+def apply_inside(model: Model, name: str, **options: Any) -> Model:
     """Do the work of `apply_protocol`; what trains may be outside the model, a decoder say.
 
     A call that raises may leave the model changed.
     """
-    own = {key: options.pop(key) for key in _OWN if key in options}
-    protocol = Protocol(name, **own)
+    protocol = Protocol(name, **{key: options.pop(key) for key in OPTIONS.keys() & options.keys()})
     refuse_unfit(model, "apply_protocol")
-    or_none(instance(torch.Generator, "a torch.Generator")).check(
-        "apply_protocol", "generator", generator
-    )
+    new = {key: options.pop(key, None) for key in ("num_classes", "generator")}
+    _GENERATOR.check("apply_protocol", "generator", new["generator"])
+    encoder = encoder_for(model, "pad")
     if protocol.prompted:
-        return _with_prompts(model, protocol, num_classes, generator, options)
+        options = _prompt_options(model, encoder, protocol, options)
+        return _apply(model, protocol, encoder, partial(inject_prompts, model, **options), **new)
     features = options.pop("features", None) if "features" in protocol.row.options else None
     if options:
         raise _wrong(protocol, f"has no options {', '.join(sorted(options))}")
-    encoder = encoder_for(model, "pad")
-    return apply_delta(
-        model,
-        protocol,
-        PromptSpec.none(),
-        encoder,
-        num_classes=num_classes,
-        generator=generator,
-        features=features,
-    )
+    return apply_delta(model, protocol, PromptSpec.none(), encoder, features=features, **new)
 
 
 def apply_delta(
@@ -114,26 +101,41 @@ def apply_delta(
     spec: PromptSpec,
     encoder: Encoder,
     *,
-    num_classes: int | None = None,
     head_bias: bool = True,
+    **new: Any,
+) -> Model:
+    """Do the work of `apply_protocol` for a protocol and an anatomy that are at hand."""
+    inject = partial(inject_spec, model, spec, encoder, head_bias=head_bias)
+    return _apply(model, protocol, encoder, inject, **new)
+
+
+def _apply(
+    model: Model,
+    protocol: Protocol,
+    encoder: Encoder,
+    inject: Callable[..., Model],
+    *,
+    num_classes: int | None = None,
     generator: torch.Generator | None = None,
     features: nn.Module | None = None,
 ) -> Model:
-    """Do the work of `apply_protocol` for a protocol and an anatomy that are at hand."""
-    delta = Delta(protocol, model, encoder, features)
+    """Inject prompts, or the `Prompts` that holds none, and what the protocol adds or moves."""
+    delta = None
+    if protocol.moves or not protocol.prompted:
+        delta = Delta(protocol, model, encoder, features)
     if protocol.row.classifier:
         check_head_input(model, encoder, protocol)
-    layers, classes = protocol.head_layers, num_classes
+    layers = protocol.head_layers
     if layers:
-        classes = _classes(model, encoder, protocol, num_classes)
-    inject_spec(model, spec, encoder, num_classes=classes, head_bias=head_bias, generator=generator)
+        num_classes = _classes(model, encoder, protocol, num_classes)
+    inject(num_classes=num_classes, generator=generator)
     if layers and encoder.head is not None:
         linear: Any = model.get_submodule(encoder.head.paths[0])
         with torch.device("meta"):
             head = MlpHead(linear.in_features, linear.out_features, layers)
         fill(head, linear.weight.device, linear.weight.dtype, generator)
         model.set_submodule(encoder.head.paths[0], head.train(linear.training))
-    return _put(model, delta, encoder, generator)
+    return model if delta is None else _put(model, delta, encoder, generator)
 
 
 def _put(model: Model, delta: Delta, encoder: Encoder, generator: torch.Generator | None) -> Model:
@@ -152,28 +154,20 @@ def _put(model: Model, delta: Delta, encoder: Encoder, generator: torch.Generato
     return model
 
 
-def _with_prompts(
-    model: Model,
-    protocol: Protocol,
-    num_classes: int | None,
-    generator: torch.Generator | None,
-    options: dict[str, Any],
-) -> Model:
-    """Inject prompts by the protocol's name, and biases beside them for "vpt+bias"."""
+def _prompt_options(
+    model: nn.Module, encoder: Encoder, protocol: Protocol, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the options of `inject_prompts`: those given, and those that the name fixes."""
     fixed = protocol.row.prompts or {}
     for name in fixed.keys() & options.keys():
         if options[name] != fixed[name]:
             problem = f"the name says {name}={fixed[name]!r}"
             raise _wrong(protocol, problem, **{name: options[name]})
-    encoder = encoder_for(model, "pad")
-    if is_convnet(model, encoder):
-        options = {"location": "pad"} | options
-    unknown = sorted(set(options) - (set(signature(inject_prompts).parameters) - {"model"}))
+    unknown = sorted(options.keys() - (signature(inject_prompts).parameters.keys() - {"model"}))
     if unknown:
         raise _wrong(protocol, f"prompts have no options {', '.join(unknown)}")
-    delta = Delta(protocol, model, encoder) if protocol.moves else None
-    inject_prompts(model, **{**fixed, **options}, num_classes=num_classes, generator=generator)
-    return model if delta is None else _put(model, delta, encoder, generator)
+    location = {"location": "pad"} if is_convnet(model, encoder) else {}
+    return {**location, **fixed, **options}
 
 
 def _refuse_idle(model: nn.Module, name: str, num_classes: int | None) -> None:

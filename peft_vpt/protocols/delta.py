@@ -13,6 +13,7 @@ from ..backbones.anatomy import Block, Encoder, is_below
 from ..backbones.fingerprint import Fingerprint, fingerprint
 from ..backbones.projection import Fused, Separate, join
 from ..errors import VPTError
+from ..undo import kept
 from . import modules
 from .modules import Bottlenecks, SideNetwork, fill
 from .moved import moved
@@ -83,12 +84,7 @@ class Delta(nn.Module):
             self._handles = self.added.attach(host, prompts)
 
     def detach(self, host: nn.Module) -> None:
-        """Take hooks off and put the backbone's own weights back.
-
-        Raises:
-            VPTError: They were not kept.
-        """
-        self.check_restorable("remove_prompts")
+        """Take hooks off and put the backbone's own weights back."""
         for handle in self._handles:
             handle.remove()
         tensors = _tensors(host)
@@ -144,7 +140,7 @@ class Delta(nn.Module):
         names = {place.name for place in self.places.values()}
         counters = [n for n in known if n.endswith("num_batches_tracked")]
         names |= {n for n in counters if self.keeps_mode(n.rpartition(".")[0])}
-        return {name: known[name].detach().to("cpu", copy=True) for name in sorted(names)}
+        return {name: kept(known[name]) for name in sorted(names)}
 
     def extra_repr(self) -> str:
         """Say which protocol this is, and how much of the backbone trains."""
@@ -200,7 +196,13 @@ _ROLES = (
     # transformers' BEiT has it beside the attention.
     (r"relative_position_bias\.relative_position_bias_table", "bias_table"),
 )
-_OUTPUT = re.compile(r"proj|o_proj|out_proj|output\.dense")
+_ATTENTION = (
+    (r"proj|o_proj|out_proj|output\.dense", "proj"),
+    (r"(.+\.)?relative_position_bias_table", "bias_table"),
+    (r"q_bias", "q.bias"),
+    (r"k_bias", "k.bias"),
+    (r"v_bias", "v.bias"),
+)
 # Outside the blocks, relative to the encoder.
 _OUTSIDE = (
     (r"patch_embed\.proj|(.+\.)?patch_embeddings?(\.projection)?", "patch"),
@@ -253,33 +255,29 @@ def _inside(block: Block, index: int, name: str) -> list[tuple[str, Place]]:
     if local.startswith(join(attention.path, "")):
         below = local.removeprefix(f"{attention.path}." if attention.path else "")
         found = _in_attention(attention.projection, below)
-        if found is not None:
+        if found:
             return [(f"{index}.{role}", Place(name, third)) for role, third in found]
-    return [(f"{index}.{_role(local) or f'path.{local}'}", Place(name))]
+    return [(f"{index}.{_role(local, _ROLES) or f'path.{local}'}", Place(name))]
 
 
-def _in_attention(projection: Any, name: str) -> list[tuple[str, int | None]] | None:
+def _in_attention(projection: Any, name: str) -> list[tuple[str, int | None]]:
     layer, _, leaf = name.rpartition(".")
-    if isinstance(projection, Separate):
+    if isinstance(projection, Separate) and not projection.key_half:
         roles = {projection.query: "q", projection.key: "k", projection.value: "v"}
-        if layer in roles and not projection.key_half:
+        if layer in roles:
             return [(f"{roles[layer]}.{leaf}", None)]
     fused = isinstance(projection, Fused) and projection.order == "qkv"
     if fused and layer == projection.layer and not projection.value_width:
         return [(f"{part}.{leaf}", third) for third, part in enumerate("qkv")]
-    if not layer and leaf in ("q_bias", "k_bias", "v_bias"):
-        return [(f"{leaf[0]}.bias", None)]
-    if _OUTPUT.fullmatch(layer):
-        return [(f"proj.{leaf}", None)]
-    if leaf == "relative_position_bias_table":
-        return [("bias_table", None)]
-    return None
+    role = _role(name, _ATTENTION)
+    return [] if role is None else [(role, None)]
 
 
-def _role(local: str) -> str | None:
-    module, _, leaf = local.rpartition(".")
-    for pattern, role in _ROLES:
-        if re.fullmatch(pattern, local):
+def _role(name: str, roles: Iterable[tuple[str, str]]) -> str | None:
+    """Return the role of a tensor by its own name, or by that of its module and its last part."""
+    module, _, leaf = name.rpartition(".")
+    for pattern, role in roles:
+        if re.fullmatch(pattern, name):
             return role
         if re.fullmatch(pattern, module):
             return f"{role}.{leaf}"
@@ -288,15 +286,10 @@ def _role(local: str) -> str | None:
 
 def _outside(encoder: Encoder, name: str) -> str:
     local = _relative(encoder, name)
-    module, _, leaf = local.rpartition(".")
-    if name.rpartition(".")[0] in (encoder.final_norm, encoder.norm_weights):
+    module, _, leaf = name.rpartition(".")
+    if module in (encoder.final_norm, encoder.norm_weights):
         return f"norm.{leaf}"
-    for pattern, role in _OUTSIDE:
-        if re.fullmatch(pattern, local):
-            return role
-        if re.fullmatch(pattern, module):
-            return f"{role}.{leaf}"
-    return f"path.{local}"
+    return _role(local, _OUTSIDE) or f"path.{local}"
 
 
 def _relative(encoder: Encoder, name: str) -> str:

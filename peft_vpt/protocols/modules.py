@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from inspect import signature
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,11 +101,10 @@ class Bottlenecks(nn.ModuleDict):
         """
         layers, reduction = feed_forwards(host, encoder, protocol), cast(int, protocol.reduction)
         found = cls()
-        for index, layer in enumerate(layers):
-            hidden = max(1, layer.width // reduction)
+        for index, (width, axis) in enumerate(layers.values()):
             with torch.device("meta"):
-                found[str(index)] = Bottleneck(layer.width, hidden, layer.axis)
-        found.paths = [layer.path for layer in layers]
+                found[str(index)] = Bottleneck(width, max(1, width // reduction), axis)
+        found.paths = list(layers)
         return found
 
     def initialise(self, generator: torch.Generator | None) -> None:
@@ -322,22 +321,13 @@ _NAMES = ("mlp", "ffn", "feed_forward", "mlp_channels", "output")
 _MAPS, _TOKENS = 1, -1
 
 
-class FeedForward(NamedTuple):
-    """The feed-forward layer of a block.
-
-    Args:
-        path: In the host, in front of the residual sum.
-        width: Of what comes out of it.
-        axis: Of the channels there.
-    """
-
-    path: str
-    width: int
-    axis: int
-
-
-def feed_forwards(host: nn.Module, encoder: Encoder, protocol: Protocol) -> list[FeedForward]:
+def feed_forwards(
+    host: nn.Module, encoder: Encoder, protocol: Protocol
+) -> dict[str, tuple[int, int]]:
     """Return the feed-forward layers of all blocks, in their order.
+
+    By their paths in the host, in front of the residual sum: the width of what comes out, and the
+    axis of the channels there.
 
     Raises:
         UnsupportedArchitectureError: A block shows none, a model has more of them than those of
@@ -358,7 +348,7 @@ def feed_forwards(host: nn.Module, encoder: Encoder, protocol: Protocol) -> list
     _refuse_others(host, encoder, protocol)
     shown = rehearse_host(host, encoder, paths)
     pairs = zip(paths, encoder.blocks, strict=True)
-    return [_described(host, path, block, shown, protocol) for path, block in pairs]
+    return {path: _described(host, path, block, shown, protocol) for path, block in pairs}
 
 
 def _inside(block: nn.Module) -> str | None:
@@ -392,16 +382,16 @@ def _refuse_others(host: nn.Module, encoder: Encoder, protocol: Protocol) -> Non
 
 def _described(
     host: nn.Module, path: str, block: Block, shown: Rehearsal | None, protocol: Protocol
-) -> FeedForward:
-    """Return what is behind a layer: as its dummy call showed, or else as its parts say."""
+) -> tuple[int, int]:
+    """Return width and axis behind a layer: as its dummy call showed, or else its parts say."""
     width, axis = _last_layer(host.get_submodule(path), block.width)
     if shown is None:
-        return FeedForward(path, width, axis)
+        return width, axis
     call = shown.first(path)
     shape = () if call is None else call.gave
     for at in dict.fromkeys((axis, _TOKENS)):
         if _fits(shape, at) and shape[at] in (width, block.width):
-            return FeedForward(path, shape[at], at)
+            return shape[at], at
     what = "is not called as such" if call is None else f"gives something of shape {shape}"
     raise protocol.misfit(
         f"the feed-forward layer {path} of {type(host).__name__} {what}, where tokens or maps of "

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from ..backbones.anatomy import Encoder, is_below
+from ..backbones.anatomy import Encoder, ancestors, is_below
 from ..backbones.projection import join
 from ..backbones.weights import is_packed
 from ..errors import SpecError
-from ..rehearsal import Rehearsal, rehearse_host
+from ..rehearsal import rehearse_host
 from .options import Protocol
 
 _INSTEAD = "use 'bias', 'full' or prompts"
@@ -45,10 +45,13 @@ def moved(host: nn.Module, encoder: Encoder, protocol: Protocol) -> Moved:
     moves = protocol.row.moves
     if moves is None:
         return Moved([], [], ())
-    parameters = {n: p for n, p in host.named_parameters() if not _apart(encoder, n)}
-    if encoder.head is not None:
-        # It stands in for patches that pretraining hides; a classifier's images have none.
-        parameters = {n: p for n, p in parameters.items() if n.rpartition(".")[2] != "mask_token"}
+    # The one stands in for patches that pretraining hides; a classifier's images have none.
+    idle = "mask_token" if encoder.head is not None else None
+    parameters = {
+        name: parameter
+        for name, parameter in host.named_parameters()
+        if not _apart(encoder, name) and name.rpartition(".")[2] != idle
+    }
     names, paths = list(parameters), ("",)  # type: tuple[list[str], tuple[str, ...]]
     if moves.last:
         names, paths = _last(host, encoder, protocol, names)
@@ -102,30 +105,37 @@ def _last(
             f"the model has {len(parts)} {'blocks' if encoder.blocks else 'stages'}",
             given={"name": protocol.name},
         )
-    shown = rehearse_host(host, encoder, [path for path, _ in host.named_modules()])
-    order = _order(host, encoder, protocol, parts, shown)
-    parts = sorted(parts, key=lambda path: order.get(path, -1))
-    behind = _Behind(parts, protocol.number, order, stages=not encoder.blocks)
-    idle = _idle(host, order)
-    first = next((i for i, name in enumerate(names) if is_below(name, behind.first)), len(names))
-    names = [
-        name
-        for i, name in enumerate(names)
-        if behind(name, registered=i >= first and name.rpartition(".")[0] not in idle)
-    ]
+    order = _order(host, encoder, protocol, parts)
+    parts.sort(key=lambda path: order.get(path, -1))
+    last, earlier = parts[-protocol.number :], parts[: -protocol.number]
+    begin = order.get(last[0], 0)
+    if earlier and not encoder.blocks:
+        # It begins where the one before it ends: DenseNet's and others show only their last parts.
+        begin = max((at for p, at in order.items() if is_below(p, earlier[-1])), default=0)
+    around = {at for part in parts for at, _ in ancestors(host, part)}
+    first = next((i for i, name in enumerate(names) if is_below(name, last[0])), len(names))
+
+    def trains(index: int, name: str) -> bool:
+        path = name.rpartition(".")[0]
+        while path not in around:
+            if path in parts:
+                return path in last
+            if path in order:
+                return order[path] > begin
+            path = path.rpartition(".")[0]
+        # What no call shows is told by the order of registration.
+        return index >= first and not _idle(host, order, name.rpartition(".")[0])
+
+    names = [name for index, name in enumerate(names) if trains(index, name)]
     beside = {name.rpartition(".")[0] for name in names}
-    apart = sorted(p for p in beside if not is_below(p, *behind.last))
-    return names, (*behind.last, *apart)
+    return names, (*last, *sorted(path for path in beside if not is_below(path, *last)))
 
 
 def _order(
-    host: nn.Module,
-    encoder: Encoder,
-    protocol: Protocol,
-    parts: list[str],
-    shown: Rehearsal | None,
+    host: nn.Module, encoder: Encoder, protocol: Protocol, parts: list[str]
 ) -> dict[str, int]:
     """Return the order in which modules run, as far as it is known; {}: as they are registered."""
+    shown = rehearse_host(host, encoder, [path for path, _ in host.named_modules()])
     order = {} if shown is None else shown.order
     if order and all(path in order for path in parts):
         return order
@@ -141,54 +151,13 @@ def _order(
     )
 
 
-def _idle(host: nn.Module, order: dict[str, int]) -> set[str]:
-    """Return the modules that the whole model never called: a pooling that its head leaves out.
+def _idle(host: nn.Module, order: dict[str, int], path: str) -> bool:
+    """Tell whether the whole model never called a module: a pooling that its head leaves out.
 
-    Nothing where the encoder alone could be run. Lists of parameters are never called.
+    No where the encoder alone could be run. Lists of parameters are never called.
     """
     lists = (nn.ParameterList, nn.ParameterDict)
-    paths = {path for path, module in host.named_modules() if not isinstance(module, lists)}
-    return paths - set(order) if "" in order else set()
-
-
-class _Behind:
-    """Tells which parameters belong to the last parts or run behind the first of those.
-
-    A stage begins where the one before it ends: DenseNet's and others show only its last part.
-    """
-
-    def __init__(
-        self, parts: list[str], number: int, order: dict[str, int], *, stages: bool
-    ) -> None:
-        self.last = parts[-number:]
-        self.first = self.last[0]
-        self._parts = set(parts)
-        self._order = order
-        self._begin = order.get(self.first, 0)
-        if stages and number < len(parts):
-            before = parts[-number - 1]
-            self._begin = max((at for p, at in order.items() if is_below(p, before)), default=0)
-        self._around = {part[:end] for part in parts for end in _ends(part)}
-
-    def __call__(self, name: str, *, registered: bool) -> bool:
-        """Tell it of one parameter.
-
-        Args:
-            name: Its name.
-            registered: The answer by the order of registration, for what no module call shows.
-        """
-        path = name.rpartition(".")[0]
-        while path and path not in self._around:
-            if path in self._parts:
-                return path in self.last
-            if path in self._order:
-                return self._order[path] > self._begin
-            path = path.rpartition(".")[0]
-        return registered
-
-
-def _ends(path: str) -> list[int]:
-    return [i for i, char in enumerate(path) if char == "."]
+    return "" in order and path not in order and not isinstance(host.get_submodule(path), lists)
 
 
 def _stages(host: nn.Module, encoder: Encoder, protocol: Protocol) -> list[str]:
@@ -199,9 +168,8 @@ def _stages(host: nn.Module, encoder: Encoder, protocol: Protocol) -> list[str]:
     """
     model: Any = host.get_submodule(encoder.path)
     known = dict(model.named_modules())
-    info = getattr(model, "feature_info", None)
-    info = getattr(info, "info", None) or info
-    named = [i["module"] for i in info if "module" in i] if isinstance(info, list) else []
+    info = getattr(model, "feature_info", [])
+    named = [i["module"] for i in getattr(info, "info", info) if "module" in i]
     if not named or not set(named) <= set(known):
         lists = [name for name in _STAGES if isinstance(known.get(name), _LISTS)]
         long = next((name for name in lists if len(known[name]) > 1), None)

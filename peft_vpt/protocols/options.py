@@ -87,7 +87,7 @@ KINDS: dict[str, Kind] = {
 }
 NAMES = tuple(f"{name}-k" if kind.numbered else name for name, kind in KINDS.items())
 PROMPTED = tuple(name for name, kind in KINDS.items() if kind.prompts is not None)
-_OPTIONS = {"reduction": integer(1), "keep_original": FLAG}
+OPTIONS = {"reduction": integer(1), "keep_original": FLAG}
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Protocol:
             raise SpecError(
                 "apply_protocol", f"must be one of {', '.join(NAMES)}", given={"name": self.name}
             )
-        for option, rule in _OPTIONS.items():
+        for option, rule in OPTIONS.items():
             value = getattr(self, option)
             if value is getattr(Protocol, option):
                 continue
@@ -189,8 +189,8 @@ class Protocol:
 
         `keep_original` is about one process, not about an adapter.
         """
-        found: dict[str, Any] = {"name": self.name}
-        return found | ({} if self.reduction is None else {"reduction": self.reduction})
+        values = {"name": self.name, "reduction": self.reduction}
+        return {name: value for name, value in values.items() if value is not None}
 
     @classmethod
     def from_dict(cls, values: Any) -> Protocol:
